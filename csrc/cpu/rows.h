@@ -1,0 +1,32 @@
+// The row kernels: plain loops over a range of rows on one thread, one instance per SIMD level.
+#pragma once
+#include <cstdint>
+
+#include "cpu/level.h"
+#include "dtype.h"
+
+namespace soco::cpu {
+
+// spectral_rows.cpp; scale is float32, and float64 for float64
+template <Level>
+void spectral_scale_rows(const void* x, const void* scale, const uint8_t* mask, void* y,
+                         int64_t tokens, int64_t rank, Dtype dtype);
+// partial (rank,), as scale: the sum over these tokens of grad * x, mask not yet applied
+template <Level>
+void spectral_backward_rows(const void* grad, const void* x, const void* scale, const uint8_t* mask,
+                            void* grad_x, void* partial, int64_t tokens, int64_t rank, Dtype dtype);
+
+// lowrank_rows.cpp: y[t, row] = dot(x[t], weight[row]) + bias[row] for row = begin .. end-1
+template <Level>
+void linear_rows(const void* x,       // (tokens, inner) float32, and float64 for float64
+                 const void* weight,  // (rows, inner) of dtype
+                 const void* bias,    // (rows,) of dtype, or null
+                 void* y,             // (tokens, rows), of dtype or as x
+                 int64_t tokens, int64_t inner, int64_t rows, int64_t begin, int64_t end,
+                 Dtype dtype, bool narrow_y);
+
+// sketch_rows.cpp: rows begin .. end-1 of omega (.., columns)
+template <Level>
+void gaussian_rows(float* omega, int64_t columns, int64_t begin, int64_t end, uint64_t seed);
+
+}  // namespace soco::cpu

@@ -1,0 +1,126 @@
+// The dtypes of the core, and the 16-bit floats in plain bit arithmetic, the same on CPU and CUDA.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+
+// Functions that kernels on both sides share. They are `static`, so that the copies compiled with
+// AVX-512 flags can never be picked by the linker for code that runs on an older processor.
+#ifdef __CUDACC__
+#define SOCO_SHARED static __forceinline__ __host__ __device__
+#else
+#define SOCO_SHARED static inline __attribute__((always_inline))
+#endif
+
+namespace soco {
+
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The type that sums are kept in: float, but double for double.
+template <typename T>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulate = typename AccumulateOf<T>::type;
+
+SOCO_SHARED uint32_t float_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+SOCO_SHARED float bits_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// widen: exact, to the type sums are kept in.
+SOCO_SHARED float widen(float value) { return value; }
+SOCO_SHARED double widen(double value) { return value; }
+SOCO_SHARED float widen(BFloat16 value) {
+  return bits_float(static_cast<uint32_t>(value.bits) << 16);
+}
+SOCO_SHARED float widen(Float16 value) {
+  const uint32_t exponent = value.bits & 0x7c00u;
+  uint32_t bits = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
+  if (exponent == 0x7c00u) {
+    bits += (255u - 31u) << 23;  // Inf and NaN keep the largest exponent
+  } else if (exponent != 0) {
+    bits += (127u - 15u) << 23;  // the exponent's bias moves from 15 to 127
+  } else {
+    bits = float_bits(bits_float(bits + (113u << 23)) - bits_float(113u << 23));  // subnormal
+  }
+  return bits_float(bits | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
+}
+
+// narrow<T>: round to nearest even; what is too large becomes Inf, NaN stays NaN.
+template <typename T>
+struct Narrow;
+template <>
+struct Narrow<float> {
+  SOCO_SHARED float from(float value) { return value; }
+};
+template <>
+struct Narrow<double> {
+  SOCO_SHARED double from(double value) { return value; }
+};
+template <>
+struct Narrow<BFloat16> {
+  SOCO_SHARED BFloat16 from(float value) {
+    const uint32_t bits = float_bits(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    return {static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
+  }
+};
+template <>
+struct Narrow<Float16> {
+  SOCO_SHARED Float16 from(float value) {
+    const uint32_t sign = (float_bits(value) >> 16) & 0x8000u;
+    const uint32_t bits = float_bits(value) & 0x7fffffffu;
+    uint32_t rounded;
+    if (bits >= 0x47800000u) {  // 65536 and more, Inf, NaN
+      rounded = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    } else if (bits < 0x38800000u) {  // below 2^-14: subnormal; adding 0.5 lets the adder round
+      rounded = float_bits(bits_float(bits) + 0.5f) - float_bits(0.5f);
+    } else {
+      rounded = (bits - ((127u - 15u) << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+    }
+    return {static_cast<uint16_t>(sign | rounded)};
+  }
+};
+template <typename T>
+SOCO_SHARED T narrow(Accumulate<T> value) {
+  return Narrow<T>::from(value);
+}
+
+// visit(dtype, body): calls body with a null pointer of the C++ type, `auto* tag`.
+template <typename Body>
+static inline void visit(Dtype dtype, Body body) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return body(static_cast<float*>(nullptr));
+    case Dtype::kFloat64:
+      return body(static_cast<double*>(nullptr));
+    case Dtype::kBFloat16:
+      return body(static_cast<BFloat16*>(nullptr));
+    case Dtype::kFloat16:
+      return body(static_cast<Float16*>(nullptr));
+  }
+  throw std::invalid_argument("soco: unknown dtype");
+}
+
+}  // namespace soco

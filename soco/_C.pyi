@@ -1,0 +1,109 @@
+"""The compiled core (csrc/bindings.cpp): pointers as integers, sizes, dtypes, threads or a stream."""
+
+from collections.abc import Sequence
+
+class Dtype:
+    float32: Dtype
+    float64: Dtype
+    bfloat16: Dtype
+    float16: Dtype
+
+build_record: dict[str, str]
+
+def spectral_partials(tokens: int, /) -> int: ...
+def spectral_scale_cpu(
+    x: int,
+    scale: int,
+    mask: int,
+    y: int,
+    tokens: int,
+    rank: int,
+    dtype: Dtype,
+    scale_dtype: Dtype,
+    threads: int,
+    /,
+) -> None: ...
+def spectral_scale_backward_cpu(
+    grad: int,
+    x: int,
+    scale: int,
+    mask: int,
+    grad_x: int,
+    grad_scale: int,
+    partials: int,
+    tokens: int,
+    rank: int,
+    dtype: Dtype,
+    scale_dtype: Dtype,
+    threads: int,
+    /,
+) -> None: ...
+def low_rank_linear_cpu(
+    x: int,
+    down: int,
+    up: int,
+    bias: int,
+    y: int,
+    z: int,
+    tokens: int,
+    in_features: int,
+    rank: int,
+    out_features: int,
+    dtype: Dtype,
+    threads: int,
+    /,
+) -> None: ...
+def gaussian_cpu(omega: int, rows: int, columns: int, seed: int, threads: int, /) -> None: ...
+
+# Only in a build with CUDA:
+def spectral_scale_cuda(
+    x: int,
+    scale: int,
+    mask: int,
+    y: int,
+    tokens: int,
+    rank: int,
+    dtype: Dtype,
+    scale_dtype: Dtype,
+    stream: int,
+    /,
+) -> None: ...
+def spectral_scale_backward_cuda(
+    grad: int,
+    x: int,
+    scale: int,
+    mask: int,
+    grad_x: int,
+    grad_scale: int,
+    partials: int,
+    tokens: int,
+    rank: int,
+    dtype: Dtype,
+    scale_dtype: Dtype,
+    stream: int,
+    /,
+) -> None: ...
+def low_rank_linear_cuda(
+    x: int,
+    down: int,
+    up: int,
+    bias: int,
+    y: int,
+    z: int,
+    tokens: int,
+    in_features: int,
+    rank: int,
+    out_features: int,
+    dtype: Dtype,
+    stream: int,
+    /,
+) -> None: ...
+def gaussian_cuda(omega: int, rows: int, columns: int, seed: int, stream: int, /) -> None: ...
+
+# Single functions of the kernels, for tests:
+def philox(counter: Sequence[int], key0: int, key1: int, /) -> list[int]: ...
+def widen_bits(bits: int, dtype: Dtype, /) -> float: ...
+def narrow_bits(value: float, dtype: Dtype, /) -> int: ...
+def simd_level() -> str: ...
+def simd_levels() -> list[str]: ...
+def use_simd_level(name: str, /) -> None: ...

@@ -1,0 +1,104 @@
+"""The one door to the compiled core: build facts, and how its kernels become those of an op."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+try:
+    from soco import _C
+except ImportError as error:
+    raise ImportError(
+        f"soco's compiled core soco._C cannot be imported ({error}): install the package with "
+        "`pip install .` in a clone of the project, and start Python elsewhere than in the clone's "
+        "root, whose folder soco/ holds no compiled core"
+    ) from error
+
+DTYPES = {
+    torch.float32: _C.Dtype.float32,
+    torch.float64: _C.Dtype.float64,
+    torch.bfloat16: _C.Dtype.bfloat16,
+    torch.float16: _C.Dtype.float16,
+}
+spectral_partials = _C.spectral_partials
+simd_levels = _C.simd_levels
+use_simd_level = _C.use_simd_level
+
+library = torch.library.Library("soco", "DEF")
+Run: TypeAlias = Callable[..., None]  # see implement
+kernels: dict[str, tuple[str, ...]] = {}  # op to the kinds of device that have a kernel for it
+
+
+def build_record() -> dict[str, str]:
+    """How the compiled core was built, and the SIMD level it runs at on this machine."""
+    return {**_C.build_record, "simd_level": _C.simd_level()}
+
+
+def cuda_mismatch(nvcc: str, torch_cuda: str | None) -> str | None:
+    """Say what is wrong when nvcc's and torch's CUDA differ in their major version, else None."""
+    if not nvcc or torch_cuda is None or nvcc.split(".")[0] == torch_cuda.split(".")[0]:
+        return None
+    return (
+        f"soco's CUDA kernels were compiled by nvcc {nvcc}, but torch was built for CUDA "
+        f"{torch_cuda}: this machine's driver may be unable to run them; reinstall soco with the "
+        f"nvcc of a CUDA {torch_cuda.split('.')[0]} toolkit on the PATH"
+    )
+
+
+if message := cuda_mismatch(_C.build_record["cuda"], torch.version.cuda):
+    warnings.warn(message, stacklevel=2)
+
+
+def implement(op: str, kernel: str) -> Callable[[Callable[..., Any]], None]:
+    """Register the decorated function as an op's implementation on the CPU and on CUDA.
+
+    It gets a first argument ``run``: ``run(x, *args)`` calls the core's ``kernel`` of the device
+    that ``x`` is on, with the threads of the CPU or the stream of the GPU behind ``args``.
+    """
+    on_cpu: Run = getattr(_C, f"{kernel}_cpu")
+    on_cuda: Run | None = getattr(_C, f"{kernel}_cuda", None)
+
+    def run_cpu(x: Tensor, *args: object) -> None:
+        on_cpu(*args, torch.get_num_threads())
+
+    def run_cuda(x: Tensor, *args: object) -> None:
+        assert on_cuda is not None  # or `refuse` is what was registered
+        with torch.cuda.device(x.device):
+            on_cuda(*args, torch.cuda.current_stream().cuda_stream)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError(
+            f"soco has no CUDA kernels in this build ({_C.build_record['cuda_absent']}): reinstall "
+            "it from source with nvcc on the PATH, or move the tensors to the CPU"
+        )
+
+    def register(body: Callable[..., Any]) -> None:
+        kernels[op] = ("cpu", "cuda") if on_cuda else ("cpu",)
+        library.impl(op, partial(body, run_cpu), "CPU")
+        library.impl(op, partial(body, run_cuda) if on_cuda else refuse, "CUDA")
+
+    return register
+
+
+def without_autocast(op: Any, *, cast: bool) -> None:
+    """Under autocast, run an op with autocast off, so that its own products keep their dtype.
+
+    With ``cast`` its inputs are cast to autocast's dtype first, those that autocast casts: all
+    floating-point tensors but float64.
+    """
+
+    def kernel(device: str, *args: Any) -> Any:
+        def prepared(arg: Any) -> Any:
+            eligible = isinstance(arg, Tensor) and arg.dtype in DTYPES.keys() - {torch.float64}
+            return arg.to(torch.get_autocast_dtype(device)) if cast and eligible else arg
+
+        args = tuple(prepared(arg) for arg in args)
+        with torch.autocast(device, enabled=False):
+            return op(*args)
+
+    name = op.name().removeprefix("soco::").removesuffix(".default")
+    library.impl(name, partial(kernel, "cpu"), "AutocastCPU")
+    library.impl(name, partial(kernel, "cuda"), "AutocastCUDA")

@@ -1,0 +1,49 @@
+"""What several test files need: devices, the data beside the repository, the demo model."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import soco
+
+REQUIRE_CUDA = os.environ.get("SOCO_REQUIRE_CUDA") == "1"  # the GPU job sets it: no silent skip
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every test that asks for it runs on the CPU, and on CUDA where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available() and not REQUIRE_CUDA:
+        pytest.skip("no CUDA device")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of trained models and texts beside the repository (its README lists them)."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the folder ../shared/data is not there")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def model_dir(shared_data: Path) -> Callable[[str], Path]:
+    """``model_dir(name)``: the folder of a trained model of the shared data."""
+
+    def find(name: str) -> Path:
+        folder = shared_data / "models" / name
+        if not folder.is_dir():
+            pytest.skip(f"the model {name} is not in ../shared/data/models")
+        return folder
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The trained model that the package ships."""
+    assert soco.__file__ is not None
+    return Path(soco.__file__).parent / "demo_model"

@@ -1,0 +1,509 @@
+"""soco.ops against plain torch, on every device there is."""
+
+import multiprocessing
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import reference  # tests/reference.py
+from soco import core, ops
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LEVELS = core.simd_levels()
+
+
+def randn(*shape, seed=0, device="cpu", dtype=torch.float32, grad=False):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return values.to(device, dtype).requires_grad_(grad)
+
+
+@pytest.fixture
+def simd_level():
+    """``simd_level(name)`` sets the level of the CPU kernels; the best one is back afterwards."""
+    yield core.use_simd_level
+    core.use_simd_level(LEVELS[-1])
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# spectral_scale ----------------------------------------------------------------------------------
+
+SPECTRAL_SHAPES = [(0, 4), (4, 0), (1, 1), (5, 3), (33, 64), (300, 37), (2, 3, 5), (7,)]
+
+
+def spectral(shape, device, dtype=torch.float32, scale_dtype=None, grad=False):
+    """An x, a scale and a mask that drops every third component."""
+    x = randn(*shape, device=device, dtype=dtype, grad=grad)
+    scale = randn(shape[-1], seed=1, device=device, dtype=scale_dtype or dtype, grad=grad)
+    return x, scale, torch.arange(shape[-1], device=device) % 3 != 1
+
+
+def test_spectral_by_hand():
+    y = ops.spectral_scale(
+        torch.tensor([[1.0, 2.0]]), torch.tensor([3.0, 4.0]), torch.tensor([True, False])
+    )
+    assert y.tolist() == [[3.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SPECTRAL_SHAPES)
+def test_spectral_matches_reference(shape, dtype, device):
+    for scale_dtype in {dtype, torch.float32}:
+        x, scale, mask = spectral(shape, device, dtype, scale_dtype)
+        y = ops.spectral_scale(x, scale, mask)
+        torch.testing.assert_close(y, reference.spectral_scale(x, scale, mask), rtol=0, atol=0)
+        grad = randn(*shape, seed=2, device=device, dtype=dtype)
+        grad_x, grad_scale = ops.spectral_scale_backward(grad, x, scale, mask)
+        expected_x, expected_scale = reference.spectral_scale_backward(grad, x, scale, mask)
+        torch.testing.assert_close(grad_x, expected_x, rtol=0, atol=0)
+        torch.testing.assert_close(grad_scale, expected_scale)
+
+
+def test_dropped_components_are_zero_whatever_x_is(device):
+    x = torch.tensor([[torch.nan, torch.inf, 2.0]], device=device)
+    mask = torch.tensor([False, False, True], device=device)
+    assert ops.spectral_scale(x, torch.ones(3, device=device), mask).tolist() == [[0.0, 0.0, 2.0]]
+    _, grad_scale = ops.spectral_scale_backward(torch.ones_like(x), x, torch.ones_like(x[0]), mask)
+    assert grad_scale.tolist() == [0.0, 0.0, 2.0]
+
+
+def test_spectral_of_strided_inputs(device):
+    x, scale, mask = spectral((6, 8), device)
+    grad = torch.ones(1, 1, device=device).expand(3, 4)  # what sum().backward() gives
+    strided = x[::2, ::2], scale[::2], mask[::2]
+    packed = tuple(t.clone() for t in strided)
+    assert torch.equal(ops.spectral_scale(*strided), ops.spectral_scale(*packed))
+    for ours, theirs in zip(
+        ops.spectral_scale_backward(grad, *strided),
+        ops.spectral_scale_backward(grad.contiguous(), *packed),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_spectral_gradients(device):
+    x, scale, mask = spectral((5, 3), device, torch.float64, grad=True)
+    assert torch.autograd.gradcheck(lambda x, s: ops.spectral_scale(x, s, mask), (x, scale))
+    assert torch.autograd.gradgradcheck(lambda x, s: ops.spectral_scale(x, s, mask), (x, scale))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (5, 3), (2, 3, 5)])
+def test_spectral_registration(shape, device):
+    opcheck(torch.ops.soco.spectral_scale.default, spectral(shape, device, grad=True))
+    args = randn(*shape, device=device, grad=True), *spectral(shape, device, grad=True)
+    opcheck(torch.ops.soco.spectral_scale_backward.default, args)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_spectral_at_every_simd_level(level, dtype, simd_level):
+    x, scale, mask = spectral((131, 67), "cpu", dtype)
+    simd_level(level)
+    expected = reference.spectral_scale(x, scale, mask)
+    torch.testing.assert_close(ops.spectral_scale(x, scale, mask), expected, rtol=0, atol=0)
+    _, grad_scale = ops.spectral_scale_backward(x, x, scale, mask)
+    _, expected = reference.spectral_scale_backward(x, x, scale, mask)
+    torch.testing.assert_close(grad_scale, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(5, 3).long()}, TypeError, "x must be float32, .* got torch.int64"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"x must be \(..., rank\), got a tensor without"),
+        ({"scale": torch.ones(4)}, ValueError, r"scale must be \(rank,\) = \(3,\), got \(4,\)"),
+        (
+            {"scale": torch.ones(3).half()},
+            TypeError,
+            r"scale must be torch.float32 or torch.float32, got torch.float16",
+        ),
+        ({"mask": torch.ones(3)}, TypeError, "mask must be torch.bool, got torch.float32"),
+        ({"mask": torch.ones(3, 1).bool()}, ValueError, r"mask must be .* got \(3, 1\)"),
+        ({"scale": torch.ones(3, device="meta")}, ValueError, "scale must be on cpu .* got meta"),
+    ],
+)
+def test_wrong_spectral_arguments_are_named(change, error, message):
+    args = dict(zip(("x", "scale", "mask"), spectral((5, 3), "cpu"), strict=True)) | change
+    with pytest.raises(error, match=message):
+        ops.spectral_scale(**args)
+
+
+def test_wrong_gradient_is_named():
+    with pytest.raises(ValueError, match=r"grad must be shaped as x = \(5, 3\), got \(5, 4\)"):
+        ops.spectral_scale_backward(torch.ones(5, 4), *spectral((5, 3), "cpu"))
+
+
+# low_rank_linear ---------------------------------------------------------------------------------
+
+# tokens, in, rank, out: empty, smallest, odd, past every register block
+LOW_RANK_SIZES = [
+    (0, 4, 2, 3),
+    (1, 0, 2, 3),
+    (1, 4, 0, 3),
+    (2, 4, 2, 0),
+    (1, 1, 1, 1),
+    (3, 5, 2, 7),
+    (9, 67, 13, 35),
+    (16, 130, 33, 64),
+]
+
+
+def low_rank(sizes, device, dtype=torch.float32, grad=False):
+    tokens, in_features, rank, out_features = sizes
+    options = {"device": device, "dtype": dtype, "grad": grad}
+    return (
+        randn(tokens, in_features, **options),
+        randn(rank, in_features, seed=1, **options),
+        randn(out_features, rank, seed=2, **options),
+        randn(out_features, seed=3, **options),
+    )
+
+
+@pytest.fixture(params=["kernel", "library"])
+def side(request, monkeypatch):
+    """Both sides of DECODE_TOKENS, for any number of tokens."""
+    monkeypatch.setattr(ops, "DECODE_TOKENS", 10**9 if request.param == "kernel" else -1)
+    return request.param
+
+
+def test_low_rank_by_hand(side):
+    x, down, up = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4]])
+    assert ops.low_rank_linear(x, down, up).tolist() == [[9.0, 12.0]]
+    assert ops.low_rank_linear(x, down, up, torch.tensor([0.5, -1.0])).tolist() == [[9.5, 11.0]]
+
+
+def test_few_tokens_take_the_kernel_and_many_the_library(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        ops, "linear", lambda *args: taken.append(1) or torch.nn.functional.linear(*args)
+    )
+    for tokens, calls in ((ops.DECODE_TOKENS, 0), (ops.DECODE_TOKENS + 1, 2)):
+        taken.clear()
+        ops.low_rank_linear(*low_rank((tokens, 5, 2, 3), "cpu"))
+        assert len(taken) == calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", LOW_RANK_SIZES)
+def test_low_rank_matches_reference(sizes, dtype, device, side):
+    x, down, up, bias = low_rank(sizes, device, dtype)
+    tolerance = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2}.get(dtype, 3e-3)
+    for shift in (bias, None):
+        y = ops.low_rank_linear(x, down, up, shift)
+        expected = reference.low_rank_linear(x, down, up, shift)
+        atol = tolerance * max(1.0, float(expected.abs().max())) if expected.numel() else 0
+        torch.testing.assert_close(y, expected, rtol=tolerance, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_is_no_worse_than_two_linears(dtype, device):
+    x, down, up, bias = low_rank((16, 256, 96, 128), device, dtype)
+    exact = reference.low_rank_linear(x.double(), down, up, bias)
+    eager = torch.nn.functional.linear(torch.nn.functional.linear(x, down), up, bias)
+    ours = ops.low_rank_linear(x, down, up, bias)
+    assert (ours - exact).norm() < (eager - exact).norm()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank_at_every_simd_level(level, dtype, simd_level):
+    simd_level(level)
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}.get(dtype, 5e-4)
+    for tokens in range(1, 11):
+        args = low_rank((tokens, 83, 21, 17), "cpu", dtype)
+        expected = reference.low_rank_linear(*args)
+        atol = tolerance * float(expected.abs().max())
+        torch.testing.assert_close(ops.low_rank_linear(*args), expected, rtol=0, atol=atol)
+
+
+def test_a_token_alone_gives_what_it_gives_among_others(device):
+    x, down, up, bias = low_rank((16, 67, 13, 35), device)
+    together = ops.low_rank_linear(x, down, up, bias)
+    for token in range(16):
+        alone = ops.low_rank_linear(x[token], down, up, bias)
+        assert torch.equal(alone, together[token])
+
+
+def test_the_kernel_does_not_depend_on_the_threads(threads):
+    args = low_rank((7, 500, 300, 400), "cpu")
+    spectral_args = spectral((1000, 100), "cpu")
+    threads(1)
+    expected = ops.low_rank_linear(*args)
+    _, expected_scale = ops.spectral_scale_backward(spectral_args[0], *spectral_args)
+    for count in (2, 3, 8):
+        threads(count)
+        for _ in range(5):
+            assert torch.equal(ops.low_rank_linear(*args), expected)
+            _, grad_scale = ops.spectral_scale_backward(spectral_args[0], *spectral_args)
+            assert torch.equal(grad_scale, expected_scale)
+
+
+def test_low_rank_of_leading_dimensions_and_strides(device, side):
+    x, down, up, bias = low_rank((12, 10, 6, 8), device)
+    flat = ops.low_rank_linear(x, down, up, bias)
+    torch.testing.assert_close(
+        ops.low_rank_linear(x.view(2, 3, 2, 10), down, up, bias), flat.view(2, 3, 2, 8)
+    )
+    torch.testing.assert_close(ops.low_rank_linear(x[4], down, up, bias), flat[4])
+    strided = (
+        x.mT.contiguous().mT,
+        down.mT.contiguous().mT,
+        up.mT.contiguous().mT,
+        bias.repeat(2)[::1][:8],
+    )
+    y = ops.low_rank_linear(*strided)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, flat)
+
+
+def test_low_rank_gradients(device, side):
+    args = low_rank((4, 5, 2, 3), device, torch.float64, grad=True)
+    assert torch.autograd.gradcheck(ops.low_rank_linear, args)
+    assert torch.autograd.gradgradcheck(ops.low_rank_linear, args)
+    assert torch.autograd.gradcheck(ops.low_rank_linear, args[:3])
+
+
+def test_only_the_gradients_that_are_needed(device):
+    x, down, up, bias = low_rank((4, 5, 2, 3), device)
+    up.requires_grad_()
+    y = ops.low_rank_linear(x, down, up, bias)
+    (grad_up,) = torch.autograd.grad(y.sum(), up)
+    torch.testing.assert_close(grad_up, torch.ones_like(y).mT @ (x @ down.mT))
+    grads = ops.low_rank_linear_backward(
+        torch.ones_like(y), x, down, up, (False, True, False, False)
+    )
+    assert [tuple(g.shape) for g in grads] == [(0,), (2, 5), (0,), (0,)]
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 2, 3), (3, 5, 2, 7), (20, 5, 2, 7)])
+def test_low_rank_registration(sizes, device):
+    args = low_rank(sizes, device, grad=True)
+    opcheck(torch.ops.soco.low_rank_linear.default, args)
+    grad = randn(sizes[0], sizes[3], device=device, grad=True)
+    for needs in ([True] * 4, [False, True, False, True]):
+        opcheck(torch.ops.soco.low_rank_linear_backward.default, (grad, *args[:3], needs))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(3, 5).int()}, TypeError, "x must be float32, .* got torch.int32"),
+        (
+            {"x": torch.ones(3, 6)},
+            ValueError,
+            r"down must be \(rank, in\) = \(2, 6\), got \(2, 5\)",
+        ),
+        ({"down": torch.ones(5)}, ValueError, r"x must be .* got \(3, 5\), \(5,\) and \(7, 2\)"),
+        (
+            {"up": torch.ones(7, 3)},
+            ValueError,
+            r"up must be \(out, rank\) = \(7, 2\), got \(7, 3\)",
+        ),
+        ({"bias": torch.ones(1)}, ValueError, r"bias must be \(out,\) = \(7,\), got \(1,\)"),
+        (
+            {"up": torch.ones(7, 2).double()},
+            TypeError,
+            "up must be torch.float32, got torch.float64",
+        ),
+        ({"bias": torch.ones(7, device="meta")}, ValueError, "bias must be on cpu .* got meta"),
+    ],
+)
+def test_wrong_low_rank_arguments_are_named(change, error, message):
+    args = dict(zip(("x", "down", "up", "bias"), low_rank((3, 5, 2, 7), "cpu"), strict=True))
+    with pytest.raises(error, match=message):
+        ops.low_rank_linear(**args | change)
+
+
+def test_low_rank_under_autocast(device, side):
+    args = low_rank((4, 8, 3, 5), device, grad=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = ops.low_rank_linear(*args)
+        exact = ops.low_rank_linear(*(t.double() for t in args))
+    assert y.dtype == torch.bfloat16
+    assert exact.dtype == torch.float64
+    y.float().sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in args)
+
+
+# gaussian_sketch ---------------------------------------------------------------------------------
+
+
+def omega(rows, columns, seed, device="cpu"):
+    return ops.gaussian_sketch(torch.eye(rows, device=device), columns, seed)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
+def test_omega_is_philox_and_box_muller(seed, device):
+    ours = omega(13, 131, seed, device).cpu().double()
+    expected = torch.from_numpy(reference.gaussian(13, 131, seed))
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+GOLDEN = """
+3f6188af bf3331e0 be35501d 3fa3dbac be15f66b 3feb911f
+3ea2a07e be78f32d be6ab6f4 3f1b5957 3f3d4dc3 3e02188f
+be8c2b3f bff7ce1d 3ed1b69a 3e6537a3 bf88b96e 3f9f696f
+"""  # the bits of each number
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_omega_is_the_recorded_one_bit_for_bit(level, device, simd_level):
+    simd_level(level)
+    bits = omega(3, 6, 20240229, device).flatten().view(torch.int32).tolist()
+    assert [value & 0xFFFFFFFF for value in bits] == [int(value, 16) for value in GOLDEN.split()]
+
+
+def test_omega_is_the_same_at_every_simd_level_and_thread_count(simd_level, threads):
+    threads(1)
+    expected = omega(200, 203, 5)
+    for level in LEVELS:
+        simd_level(level)
+        for count in (1, 2, 5):
+            threads(count)
+            assert torch.equal(omega(200, 203, 5), expected)
+
+
+def test_an_element_depends_on_its_position_only():
+    large = omega(20, 70, 9)
+    assert torch.equal(omega(11, 33, 9), large[:11, :33])
+    assert not torch.equal(omega(20, 70, 10), large)
+
+
+def test_omega_is_standard_normal():
+    values = omega(400, 500, 3).flatten().double()  # 200000: a standard error of 0.0022
+    assert abs(values.mean()) < 0.01
+    assert abs(values.var() - 1) < 0.015
+    assert abs((values**3).mean()) < 0.03
+    assert abs((values**4).mean() - 3) < 0.08
+    assert abs((values.abs() < 0.6744898).double().mean() - 0.5) < 0.005
+    neighbours = torch.corrcoef(omega(400, 500, 3).double().view(-1, 4).T)
+    assert (neighbours - torch.eye(4)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (0, 5), (3, 0)])
+def test_sketch_is_the_product_with_omega(shape, dtype, device):
+    weight = randn(*shape, device=device, dtype=dtype)
+    y = ops.gaussian_sketch(weight, 4, 7)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = (weight.to(wide) @ omega(shape[-1], 4, 7, device).to(wide)).to(dtype)
+    torch.testing.assert_close(y, expected)
+    assert ops.gaussian_sketch(weight, 0, 7).shape == (*shape[:-1], 0)
+
+
+def test_sketch_under_autocast_keeps_its_precision(device):
+    weight = randn(6, 50, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = ops.gaussian_sketch(weight, 4, 7)
+    assert torch.equal(y, ops.gaussian_sketch(weight, 4, 7))
+
+
+def test_sketch_gradients(device):
+    weight = randn(3, 5, device=device, dtype=torch.float64, grad=True)
+    assert torch.autograd.gradcheck(lambda w: ops.gaussian_sketch(w, 4, 7), (weight,))
+    assert torch.autograd.gradgradcheck(lambda w: ops.gaussian_sketch(w, 4, 7), (weight,))
+
+
+def test_sketch_registration(device):
+    weight = randn(3, 5, device=device, grad=True)
+    opcheck(torch.ops.soco.gaussian_sketch.default, (weight, 4, 7))
+    opcheck(torch.ops.soco.gaussian_sketch_backward.default, (weight, 9, 7))
+
+
+@pytest.mark.parametrize(
+    ("weight", "columns", "seed", "error", "message"),
+    [
+        (torch.ones(5), 2, 0, ValueError, r"weight must have at least two dimensions, got \(5,\)"),
+        (torch.ones(2, 5).int(), 2, 0, TypeError, "weight must be float32, .* got torch.int32"),
+        (torch.ones(2, 5), -1, 0, ValueError, "columns must not be negative, got -1"),
+        (torch.ones(2, 5), 2, -1, ValueError, r"seed must be from 0 to 2\*\*63 - 1, got -1"),
+        (torch.ones(2, 5), 2, 2**63, ValueError, r"seed must be from 0 to 2\*\*63 - 1, got 9223"),
+        (torch.ones(2, 5), 2**61, 0, ValueError, "is too large for 64-bit sizes"),
+    ],
+)
+def test_wrong_sketch_arguments_are_named(weight, columns, seed, error, message):
+    with pytest.raises(error, match=message):
+        ops.gaussian_sketch(weight, columns, seed)
+
+
+# All ops -----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_into_an_input(device):
+    def check(op, *tensors):
+        before = [t.clone() for t in tensors]
+        op(*tensors)
+        assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
+
+    check(ops.spectral_scale, *spectral((5, 3), device))
+    check(ops.low_rank_linear, *low_rank((3, 5, 2, 7), device))
+    check(lambda weight: ops.gaussian_sketch(weight, 4, 7), randn(3, 5, device=device))
+
+
+def test_rows_without_an_end_cost_nothing():
+    """Empty tensors may have any number of rows."""
+    x = torch.empty(2**40, 0)
+    none = torch.empty(0)
+    assert ops.spectral_scale(x, none, none.bool()).shape == (2**40, 0)
+    assert ops.spectral_scale_backward(x, x, none, none.bool())[0].shape == (2**40, 0)
+
+
+def test_a_forked_child_can_use_the_threads(threads):
+    threads(4)
+    args = low_rank((7, 500, 300, 400), "cpu")
+    expected = ops.low_rank_linear(*args)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(
+        target=lambda: queue.put(bool((ops.low_rank_linear(*args) == expected).all()))
+    )
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert queue.get()
+
+
+def whole(x, down, up, bias, scale, mask):
+    """All ops in one function, with gradients through all of them."""
+    z = ops.spectral_scale(x @ down.mT, scale, mask)
+    y = ops.low_rank_linear(x, down, up, bias) + z @ up.mT
+    return y.square().mean() + ops.gaussian_sketch(up, 3, 1).sum()
+
+
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_compile_of_the_full_graph(tokens, device):
+    args = *low_rank((tokens, 6, 3, 5), device, grad=True), *spectral((3,), device)[1:]
+    expected = whole(*args)
+    grads = torch.autograd.grad(expected, args[:4])
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), expected)
+    for ours, theirs in zip(torch.autograd.grad(compiled(*args), args[:4]), grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_compile_with_inductor_and_any_number_of_tokens(device):
+    _, down, up, bias = low_rank((1, 6, 3, 5), device)
+    compiled = torch.compile(ops.low_rank_linear, fullgraph=True, dynamic=True)
+    for tokens in (2, 5, 30):
+        x = randn(tokens, 6, device=device)
+        torch.testing.assert_close(
+            compiled(x, down, up, bias), ops.low_rank_linear(x, down, up, bias)
+        )
+
+
+def test_compile_under_autocast(device):
+    args = low_rank((4, 6, 3, 5), device, grad=True)
+
+    def run(*args):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return ops.low_rank_linear(*args).float().sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), run(*args))
