@@ -1,0 +1,117 @@
+"""Make the tables and pictures in README and docs from recorded results.
+
+    python benchmarks/tables.py benchmarks/results/quality-NAME.json
+
+writes the table between the ``results`` markers of README.md and docs/methods.md, and
+docs/images/quality.png.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+# Okabe and Ito's colours, told apart by everybody, and a marker each.
+LOOKS = {
+    "svd, uniform ranks": ("#999999", "v"),
+    "svd, energy ranks": ("#E69F00", "^"),
+    "svd-llm, uniform ranks": ("#56B4E9", "s"),
+    "svd-llm, energy ranks": ("#0072B2", "D"),
+    "soco": ("#D55E00", "o"),
+}
+
+
+def table(result: dict) -> str:
+    """Perplexity / KL of every model and ratio, a column per method."""
+    rows = {(row["model"], row["ratio"], row["method"]): row for row in result["rows"]}
+    head = "| model (dense perplexity) | removed | " + " | ".join(LOOKS) + " |"
+    lines = [head, "|---" * (len(LOOKS) + 2) + "|"]
+    for model in dict.fromkeys(row["model"] for row in result["rows"]):
+        for ratio in sorted({row["ratio"] for row in result["rows"] if row["model"] == model}):
+            found = [rows[model, ratio, label] for label in LOOKS]
+            best = min(found, key=lambda row: row["kl"])
+            cells = []
+            for row in found:
+                cell = f"{number(row['perplexity'])} / {row['kl']:.3f}"
+                cells.append(f"**{cell}**" if row is best else cell)
+            dense = number(found[0]["dense_perplexity"])
+            lines.append(f"| {model} ({dense}) | {ratio:.0%} | " + " | ".join(cells) + " |")
+    lines += ["", caption(result, rows)]
+    return "\n".join(lines)
+
+
+def caption(result: dict, rows: dict) -> str:
+    """What the table says, where and how it was measured."""
+    machine = result["machine"]
+    learned = [row for (_, _, label), row in rows.items() if label == "soco"]
+    times = [row["seconds"] for row in learned]
+    calibration = learned[0]["calibration"]
+    return (
+        f"Perplexity / mean KL divergence to the dense model in nats per token, on held-out text "
+        f"({learned[0]['evaluation']['windows']} windows of {calibration['length']} tokens); lower "
+        f"is better. Removed is the fraction of the parameters of the linears in the blocks; no "
+        f"cell keeps more than that leaves. All methods saw the same {calibration['sequences']} "
+        f"calibration sequences or fewer where the text is shorter. The training took soco "
+        f"{min(times):.0f} to {max(times):.0f} s on {machine['threads']} threads of a "
+        f"{machine['cpu']}. Measured on {result['date'][:10]} at commit `{result['commit']}` by "
+        f"`{result['command']}`; this table was made by `python benchmarks/tables.py`."
+    )
+
+
+def number(value: float) -> str:
+    """Four digits for people.
+
+    >>> number(2.10689), number(52.39), number(20061.3)
+    ('2.107', '52.39', '20061')
+    """
+    if value >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.2f}" if value >= 10 else f"{value:.3f}"
+
+
+def draw(result: dict, path: Path) -> None:
+    """KL against the fraction removed, a panel per model, log axis."""
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    figure = Figure(figsize=(4 * len(models), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(models), squeeze=False)[0]
+    for axis, model in zip(axes, models, strict=True):
+        rows = [row for row in result["rows"] if row["model"] == model]
+        for label, (color, marker) in LOOKS.items():
+            mine = sorted((r["ratio"], r["kl"]) for r in rows if r["method"] == label)
+            axis.semilogy(*zip(*mine, strict=True), color=color, marker=marker, label=label)
+        axis.set_title(model)
+        ratios = sorted({row["ratio"] for row in rows})
+        axis.set_xticks(ratios, [f"{ratio:.0%}" for ratio in ratios])
+        axis.set_xlabel("parameters removed")
+        axis.grid(True, which="major", color="0.9")
+    axes[0].set_ylabel("KL to the dense model (nats per token)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def insert(file: Path, text: str) -> None:
+    """Put ``text`` between the markers of a Markdown file."""
+    content = file.read_text(encoding="utf-8")
+    if content.count(BEGIN) != 1 or content.count(END) != 1:
+        raise SystemExit(f"{file} must have {BEGIN} and {END} once each")
+    before, rest = content.split(BEGIN)
+    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def main() -> None:
+    """Update the files."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", type=Path, help="JSON of benchmarks/quality.py")
+    arguments = parser.parse_args()
+    result = json.loads(arguments.results.read_text())
+    root = Path(__file__).parents[1]
+    for file in (root / "README.md", root / "docs" / "methods.md"):
+        insert(file, table(result))
+    draw(result, root / "docs" / "images" / "quality.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What a compressed model should keep of the dense one: a distance, and how sharply it is felt."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def run_model(model: nn.Module, ids: Tensor) -> Any:
+    """Run ``model`` on token ids (sequences, length) without a cache and return its outputs."""
+    accepted = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    if "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = ids
+    return model(**inputs)
+
+
+@dataclass(frozen=True)
+class TokenDistribution:
+    """For models that predict tokens: the KL divergence of the predicted distributions."""
+
+    name = "KL divergence to the dense model (nats per token)"
+
+    def outputs(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Log probabilities (sequences, length, vocabulary), float32."""
+        return run_model(model, ids).logits.float().log_softmax(-1)
+
+    def divergence(self, dense: Tensor, student: Tensor) -> Tensor:
+        """KL(dense || student), the mean over tokens."""
+        return (dense.exp() * (dense - student)).sum(-1).mean()
+
+    def surprise(self, dense: Tensor, student: Tensor, generator: torch.Generator) -> Tensor:
+        """Negative log likelihood, summed over tokens, of labels drawn from the dense model.
+
+        Its gradient has mean zero where student and dense agree, and its square is then the Fisher
+        information: the curvature of ``divergence``.
+        """
+        chances = dense.exp().flatten(0, -2).cumsum(-1)  # (tokens, vocabulary)
+        point = torch.rand(len(chances), 1, generator=generator).to(chances.device)
+        labels = torch.searchsorted(chances, point * chances[:, -1:], right=True)
+        labels = labels.clamp_max(chances.shape[-1] - 1)
+        return -student.flatten(0, -2).gather(-1, labels).sum()
+
+    def cross_entropy(self, student: Tensor, ids: Tensor) -> Tensor:
+        """Negative log likelihood of the text itself, the mean over predicted tokens."""
+        return -student[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """For models without token predictions: the squared distance of the last hidden states."""
+
+    name = "squared distance of the hidden states, relative to their variance"
+
+    def outputs(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """The last hidden states (sequences, length, hidden), float32."""
+        return last_hidden_state(model, ids).float()
+
+    def divergence(self, dense: Tensor, student: Tensor) -> Tensor:
+        """The mean squared distance as a fraction of the dense states' variance."""
+        return (dense - student).square().mean() / dense.var().clamp_min(1e-12)
+
+    def surprise(self, dense: Tensor, student: Tensor, generator: torch.Generator) -> Tensor:
+        """Negative log likelihood of states drawn around the dense ones, with their variance."""
+        noise = torch.randn(dense.shape, generator=generator).to(dense.device)
+        variance = dense.var().clamp_min(1e-12)
+        drawn = dense + noise * variance.sqrt()
+        return (drawn - student).square().sum() / (2 * variance * dense.shape[-1])
+
+    def cross_entropy(self, student: Tensor, ids: Tensor) -> Tensor:
+        """There are no predictions to score.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a model without token predictions has no cross-entropy: set its weight 0")
+
+
+Objective = TokenDistribution | HiddenStates
+
+
+def last_hidden_state(model: nn.Module, ids: Tensor) -> Tensor:
+    """The last hidden states (sequences, length, hidden) of any transformers model."""
+    outputs = run_model(getattr(model, "base_model", model), ids)
+    return outputs.last_hidden_state
+
+
+@torch.no_grad()
+def objective_for(model: nn.Module, ids: Tensor) -> Objective:
+    """Choose the objective by what the model returns for token ids (sequences, length).
+
+    Logits with one row per token are token predictions; everything else (no head, a classifier's
+    one row per sequence) is compared by its hidden states.
+    """
+    logits = getattr(run_model(model, ids), "logits", None)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape:
+        if vocabulary is None or logits.shape[-1] >= vocabulary:
+            return TokenDistribution()
+    return HiddenStates()

@@ -1,0 +1,376 @@
+"""The training loop: what a stage may do, what it leaves behind, and that learning pays."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from soco.linalg import whitened_svd
+from soco.objectives import TokenDistribution
+from soco.ranks import is_dense
+from soco.spectral import SpectralLinear
+from soco.training import (
+    SOFT_STAGES,
+    STAGES,
+    Stage,
+    TrainingSettings,
+    checkpointed,
+    choose_components,
+    kept_params,
+    polarization,
+    soft_ratio,
+    train_scores,
+)
+
+VOCABULARY, HIDDEN = 17, 12
+
+
+class Output:
+    """What a transformers model returns, as far as the objective reads it."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Toy(nn.Module):
+    """Embedding, two blocks of a wide and a narrow linear, head; differs from token to token."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(HIDDEN, 24), nn.Tanh(), nn.Linear(24, HIDDEN, bias=False))
+            for _ in range(2)
+        )
+        self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        with torch.no_grad():  # a spectrum that falls, as trained weights have
+            for block in self.blocks:
+                for linear in (block[0], block[2]):
+                    U, S, Vh = torch.linalg.svd(linear.weight, full_matrices=False)
+                    linear.weight.copy_(U * (3 * 0.7 ** torch.arange(len(S))) @ Vh)
+            self.head.weight.mul_(4)
+        self.requires_grad_(False)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return Output(self.head(x))
+
+
+def toy(**options):
+    """A toy with its four linears trainable, as ``(model, layers, windows)``."""
+    model = Toy()
+    layers = {}
+    for index, block in enumerate(model.blocks):
+        for place in (0, 2):
+            linear = block[place]
+            spectrum = whitened_svd(linear.weight, None)
+            layer = SpectralLinear(linear.weight, linear.bias, spectrum, **options)
+            layers[f"blocks.{index}.{place}"] = block[place] = layer
+    windows = torch.randint(VOCABULARY, (32, 9), generator=torch.Generator().manual_seed(1))
+    return model, layers, windows
+
+
+def total(layers):
+    return sum(layer.weight.numel() for layer in layers.values())
+
+
+def divergence(model, layers, windows):
+    objective = TokenDistribution()
+    with torch.no_grad():
+        student = objective.outputs(model, windows)
+        for layer in layers.values():
+            layer.dense = True
+        dense = objective.outputs(model, windows)
+        for layer in layers.values():
+            layer.dense = False
+    return float(objective.divergence(dense, student))
+
+
+def train(model, layers, windows, kept=0.5, on_step=lambda step: None, **settings):
+    settings = TrainingSettings(**{"steps": 40, "batch_size": 4, **settings})
+    budget = int(kept * total(layers))
+    history = train_scores(model, layers, windows, budget, TokenDistribution(), settings, on_step)
+    return budget, history
+
+
+def test_excess_runs_down_to_the_target():
+    stage = Stage("coarse", share=1.0, excess_begin=1.0, exponent=3.0, period=4)
+    values = [stage.excess(step, 40) for step in range(0, 40, 4)]
+    assert values == sorted(values, reverse=True)
+    assert values[0] == pytest.approx((1 - 0.1) ** 3)
+    assert values[-1] == 0.0
+
+
+def test_refinement_alternates():
+    stage = Stage("refine", 1.0, excess_begin=0.2, excess_end=0.2, period=8, recover=5, ratio=3.0)
+    assert [stage.excess(step, 80) for step in range(8)] == pytest.approx([0.2] * 5 + [0.0] * 3)
+    assert [stage.ratio_weight(step) for step in range(8)] == [0.0] * 5 + [3.0] * 3
+
+
+def test_rate_follows_a_cosine():
+    stage = Stage("sparsify", 1.0, rate_begin=1.0, rate_end=0.0)
+    assert stage.rate(0, 10) == 1.0
+    assert stage.rate(5, 10) == pytest.approx(0.5)
+    assert stage.rate(10, 10) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.5, 0.8])
+def test_budget_is_met_to_within_one_rank(kept):
+    model, layers, windows = toy()
+    budget, history = train(model, layers, windows, kept)
+    used = kept_params(layers)
+    growing = [
+        layer.in_features + layer.out_features
+        for layer in layers.values()
+        if not bool(layer.mask.all())
+    ]
+    assert used <= budget < used + max(growing)
+    assert len(history) == 40
+    for layer in layers.values():  # dense whenever factors would not be smaller
+        shape = (layer.out_features, layer.in_features)
+        assert bool(layer.mask.all()) == is_dense(shape, int(layer.mask.sum()))
+
+
+def test_learning_beats_the_same_choice_without_it():
+    model, layers, windows = toy()
+    energy = {name: (layer.gain**2) for name, layer in layers.items()}
+    choose_components(layers, energy, int(0.4 * total(layers)))
+    plain = divergence(model, layers, windows)
+    train(model, layers, windows, 0.4, steps=120)
+    learned = divergence(model, layers, windows)
+    assert learned < 0.6 * plain
+
+
+def test_survivors_are_amplified():
+    model, layers, windows = toy()
+    train(model, layers, windows, 0.4, steps=120)
+    alive = torch.cat([layer.scores().detach()[layer.mask] for layer in layers.values()])
+    assert float(alive.max()) > 1.05
+    assert float(alive.max()) < 2.0
+
+
+def test_only_scores_are_trained():
+    model, layers, windows = toy()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train(model, layers, windows)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {f"{name}.logit" for name in layers}
+
+
+def test_same_seed_same_result_other_seed_other_result():
+    results = []
+    for seed in (3, 3, 4):
+        model, layers, windows = toy()
+        train(model, layers, windows, seed=seed)
+        results.append(torch.cat([layer.logit.detach() for layer in layers.values()]))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_micro_batches_add_up(micro):
+    """Same steps, up to rounding; the drawn labels differ in nothing but their order."""
+    results = []
+    for size in (None, micro):
+        model, layers, windows = toy()
+        _, history = train(model, layers, windows, micro_batch=size, criterion="score", steps=20)
+        results.append([step.loss for step in history])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_checkpointing_changes_nothing():
+    results = []
+    for blocks in (False, True):
+        model, layers, windows = toy()
+        with checkpointed(list(model.blocks) if blocks else []):
+            train(model, layers, windows, steps=20)
+        results.append(torch.cat([layer.logit.detach() for layer in layers.values()]))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_checkpointed_leaves_the_blocks_as_they_were():
+    model, _, _ = toy()
+    own = model.blocks[1].forward = model.blocks[1].forward  # somebody's hook on the instance
+    with checkpointed(list(model.blocks)):
+        assert "forward" in model.blocks[0].__dict__
+    assert "forward" not in model.blocks[0].__dict__
+    assert model.blocks[1].__dict__["forward"] is own
+
+
+def test_fisher_is_the_mean_squared_score_gradient():
+    """Against autograd, one sequence at a time, with the labels that were drawn."""
+    from soco.training import _fisher, _pass, _Run
+
+    model, layers, windows = toy()
+    layers["blocks.0.0"].mask[3:] = False
+    batch = windows[:5]
+    settings = TrainingSettings(batch_size=5)
+    generator = torch.Generator().manual_seed(7)
+    run = _Run(model, layers, TokenDistribution(), settings, generator)
+    _pass(run, batch, None, record=True)
+    objective = TokenDistribution()
+    generator.manual_seed(7)
+    for layer in layers.values():
+        layer.dense = True
+    dense = objective.outputs(model, batch)
+    for layer in layers.values():
+        layer.dense = False
+    chances = dense.exp().flatten(0, -2).cumsum(-1)
+    point = torch.rand(len(chances), 1, generator=generator)
+    labels = torch.searchsorted(chances, point * chances[:, -1:], right=True).view(5, -1)
+    expected = {name: torch.zeros_like(layer.gain) for name, layer in layers.items()}
+    for ids, label in zip(batch, labels, strict=True):
+        scores = {
+            name: (layer.scores() * layer.mask).detach().requires_grad_()
+            for name, layer in layers.items()
+        }
+        x = model.embed(ids)
+        for index, block in enumerate(model.blocks):
+            h = x
+            for place, part in enumerate(block):
+                name = f"blocks.{index}.{place}"
+                if name in layers:
+                    layer = layers[name]
+                    z = h @ layer.down.T * layer.gain * scores[name]
+                    h = F.linear(z, layer.up, layer.bias)
+                else:
+                    h = part(h)
+            x = x + h
+        surprise = F.cross_entropy(model.head(x), label, reduction="sum")
+        grads = torch.autograd.grad(surprise, list(scores.values()))
+        for name, grad in zip(scores, grads, strict=True):
+            expected[name] += grad.square() / batch.numel()
+    found = _fisher(run)
+    for name in layers:
+        torch.testing.assert_close(found[name], expected[name], rtol=2e-4, atol=1e-9)
+    assert float(found["blocks.0.0"][3:].max()) > 0  # masked components are seen, too
+
+
+def test_components_go_by_worth_not_by_order():
+    _, layers, _ = toy()
+    layer = layers["blocks.0.0"]
+    fisher = {name: torch.ones_like(each.gain) for name, each in layers.items()}
+    fisher["blocks.0.0"][0] = 0.0  # the largest singular value does not matter to the loss
+    choose_components(layers, fisher, int(0.5 * total(layers)))
+    assert not bool(layer.mask[0])
+    assert bool(layer.mask.any())
+
+
+def test_criterion_score_goes_by_score():
+    _, layers, _ = toy()
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.logit.copy_(torch.linspace(-2, 2, len(layer.logit)))
+    choose_components(layers, {}, int(0.3 * total(layers)))
+    for layer in layers.values():
+        alive = layer.scores()[layer.mask]
+        assert float(alive.min()) > float(layer.scores()[~layer.mask].max())
+
+
+def test_soft_ratio_by_hand():
+    _, layers, _ = toy()
+    for layer in layers.values():
+        layer.logit.data.fill_(0.0)  # scores 1, five temperatures above the threshold
+    expected = sum(12 * 36 for _ in layers) / total(layers) / (1 + math.exp(-5))
+    assert float(soft_ratio(layers, 0.5, 0.1)) == pytest.approx(expected)
+
+
+def test_polarization_by_hand():
+    _, layers, _ = toy()
+    for layer in layers.values():
+        layer.logit.data.fill_(math.log(0.25 / 0.75))  # 2 sigmoid = 0.5, the threshold
+    assert float(polarization(layers, 0.5, 0.1)) == pytest.approx(1.0)
+    for layer in layers.values():
+        layer.logit.data.fill_(-20.0)
+    assert float(polarization(layers, 0.5, 0.1)) < 0.03
+
+
+def test_soft_stages_press_the_ratio_down_and_polarize():
+    model, layers, windows = toy()
+    before = float(soft_ratio(layers, 0.5, 0.1))
+    budget, history = train(
+        model,
+        layers,
+        windows,
+        stages=SOFT_STAGES,
+        criterion="score",
+        steps=200,
+        learning_rate=0.05,
+    )
+    assert float(soft_ratio(layers, 0.5, 0.1)) < 0.7 * before
+    assert kept_params(layers) <= budget
+    assert {step.stage for step in history} == {"coarse", "refine", "sparsify"}
+
+
+def test_deviation_is_trained_where_the_layer_is_not_dense():
+    model, layers, windows = toy(deviation=True)
+    train(model, layers, windows, 0.5)
+    for layer in layers.values():
+        if not bool(layer.mask.all()):
+            assert float(layer.deviation.detach().abs().max()) > 0
+
+
+def test_patience_ends_a_stage():
+    model, layers, windows = toy()
+    stage = Stage("only", 1.0, period=1000, patience=3)
+    _, history = train(model, layers, windows, stages=(stage,), learning_rate=1e-9, steps=200)
+    assert 3 < len(history) < 200
+
+
+def test_callback_sees_every_step():
+    model, layers, windows = toy()
+    seen = []
+    _, history = train(model, layers, windows, on_step=seen.append)
+    assert seen == history
+    assert [step.step for step in seen] == list(range(1, 41))
+    assert [stage for stage in dict.fromkeys(step.stage for step in seen)] == [
+        stage.name for stage in STAGES
+    ]
+
+
+def test_broken_outputs_are_an_error():
+    model, layers, windows = toy()
+    model.head.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="the loss became nan in stage coarse"):
+        train(model, layers, windows, criterion="score")
+
+
+def test_too_few_windows():
+    model, layers, windows = toy()
+    with pytest.raises(ValueError, match="a batch takes 4 sequences, the calibration has 3"):
+        train(model, layers, windows[:3])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("steps", 0, "steps must be a positive whole number, got 0"),
+        ("batch_size", 2.5, "batch_size must be a positive whole number, got 2.5"),
+        ("micro_batch", 9, r"micro_batch must be from 1 to batch_size \(8\), got 9"),
+        ("learning_rate", 0.0, "learning_rate must be positive, got 0.0"),
+        ("criterion", "size", 'criterion must be "fisher" or "score", got \'size\''),
+        ("stages", (), "the shares of the stages must be above 0"),
+    ],
+)
+def test_settings_are_checked(field, value, text):
+    with pytest.raises(ValueError, match=text):
+        TrainingSettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"share": 0.0}, "share must be in"),
+        ({"excess_begin": 1.5}, "excess must be from 0 to 1"),
+        ({"recover": 9}, "recover must be 0 to period"),
+    ],
+)
+def test_stages_are_checked(change, text):
+    with pytest.raises(ValueError, match=f"stage coarse: {text}"):
+        dataclasses.replace(STAGES[0], **change)
