@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import soco
 from soco.methods import SVD, SVDLLM, SoCo
+from soco.training import STAGES, Stage
 
 STORIES = ("text/tinystories_train_sample.clean.txt", "text/tinystories_valid_a.txt")
 BOOKS = (
@@ -41,6 +43,32 @@ CLOSED = {
     "svd, energy ranks": (SVD(), "energy"),
     "svd-llm, uniform ranks": (SVDLLM(), "uniform"),
     "svd-llm, energy ranks": (SVDLLM(), "energy"),
+}
+
+# What each choice in soco is worth: one thing changed at a time.
+TRIALS = {
+    "soco": SoCo(),
+    "seed 1": SoCo(seed=1),
+    "seed 2": SoCo(seed=2),
+    "choice only, no training (1 step)": SoCo(
+        steps=1, fisher_warmup=32, stages=(Stage("choice", share=1.0, rate_begin=0, rate_end=0),)
+    ),
+    "120 steps": SoCo(steps=120),
+    "480 steps": SoCo(steps=480),
+    "no second stage": SoCo(
+        stages=(replace(STAGES[0], share=0.55), replace(STAGES[2], share=0.45))
+    ),
+    "largest score 4": SoCo(largest_score=4.0),
+    "learning rate 0.05": SoCo(learning_rate=0.05),
+    "deviation": SoCo(deviation=True),
+    "plain basis": SoCo(basis="plain"),
+    "criterion score": SoCo(criterion="score"),
+    "cross-entropy 0.5": SoCo(
+        stages=tuple(replace(s, divergence=0.5, cross_entropy=0.5) for s in STAGES)
+    ),
+    "sparsity 0.1 in the third stage": SoCo(stages=(*STAGES[:2], replace(STAGES[2], sparsity=0.1))),
+    "paper preset": SoCo.paper(),
+    "paper preset, whitened basis": SoCo.paper(basis="whitened"),
 }
 
 
@@ -92,7 +120,7 @@ def measure(arguments: argparse.Namespace, name: str, methods: dict, done: dict)
 
     dense = load()
     reference = score(dense, None)
-    for ratio in ratios:
+    for ratio in arguments.ratios or ratios:
         for label, (method, ranks) in methods.items():
             key = (name, ratio, label)
             if key in done:
@@ -162,18 +190,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--models", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seeds", type=int, default=1, help="runs of soco, each with its own seed")
-    parser.add_argument("--paper", action="store_true", help="SoCo.paper() as well")
+    parser.add_argument("--ratios", nargs="*", type=float, help="only these")
+    parser.add_argument("--trials", action="store_true", help="variants of soco, not the methods")
     arguments = parser.parse_args()
-    named = Path(sys.argv[0])
-    arguments.command = " ".join(["python", f"benchmarks/{named.name}", *sys.argv[1:]]).replace(
-        str(arguments.data), "DIR"
-    )
-    methods = dict(CLOSED)
-    for seed in range(arguments.seeds):
-        methods["soco" if seed == 0 else f"soco, seed {seed}"] = SoCo(seed=seed), "uniform"
-    if arguments.paper:
-        methods["soco, paper preset"] = SoCo.paper(), "uniform"
+    command = " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]])
+    arguments.command = command.replace(str(arguments.data), "DIR")
+    methods = {**CLOSED, "soco": (SoCo(), "uniform")}
+    if arguments.trials:
+        methods = {label: (method, "uniform") for label, method in TRIALS.items()}
     done = {}
     if arguments.output.exists():
         rows = json.loads(arguments.output.read_text())["rows"]
