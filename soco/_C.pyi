@@ -1,4 +1,4 @@
-"""The compiled core (csrc/bindings.cpp): pointers as integers, sizes, dtypes, threads or a stream."""
+"""The compiled core, csrc/bindings.cpp: pointers as integers, sizes, dtypes, threads or stream."""
 
 from collections.abc import Sequence
 

@@ -109,8 +109,9 @@ def kernels_for(capability: tuple[int, int], architectures: str) -> str | None:
             continue
         built = int(digits)
         exact = digits != number
-        if kind != "virtual" and built // 10 == wanted // 10 and built <= wanted:
-            real += [built] if not exact or built == wanted else []
+        same_major = built // 10 == wanted // 10 and built <= wanted
+        if kind != "virtual" and same_major and (built == wanted or not exact):
+            real.append(built)
         if kind != "real" and built <= wanted and not exact:
             virtual.append(built)
     if real:
@@ -176,8 +177,8 @@ def _problems(build: dict[str, str], devices: tuple[Device, ...]) -> list[str]:
         )
     found += [
         f"{gpu.name} ({gpu.description}) cannot run the kernels, built for "
-        f"{build['cuda_architectures']}: reinstall soco from source with CUDAARCHS in the "
-        "environment naming it"
+        f"{build['cuda_architectures']}: reinstall soco from source with "
+        "CMAKE_CUDA_ARCHITECTURES in the environment naming it"
         for gpu in gpus
         if build["cuda"] and gpu.kernels.endswith("none")
     ]

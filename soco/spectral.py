@@ -30,7 +30,8 @@ class SpectralLinear(nn.Module):
         deviation: whether a trainable vector (out,), zero at the start, is added to the outputs.
 
     Raises:
-        ValueError: ``largest_score`` is not above 1, or the spectrum does not fit the weight.
+        ValueError: ``largest_score`` is not above 1 and finite, or the spectrum does not fit the
+            weight.
 
     Source: SoCo, arXiv:2502.15092 (the spectrum, scores that may pass 1, the deviation). The form
     of the score function and of the deviation is our choice; the paper's is not published.
@@ -52,8 +53,8 @@ class SpectralLinear(nn.Module):
     ) -> None:
         """Take a weight apart; nothing is trained yet."""
         super().__init__()
-        if not largest_score > 1:
-            raise ValueError(f"largest_score must be above 1, got {largest_score}")
+        if not 1 < largest_score < math.inf:
+            raise ValueError(f"largest_score must be above 1 and finite, got {largest_score}")
         out_features, in_features = weight.shape
         rank = min(weight.shape)
         if spectrum.up.shape != (out_features, rank) or spectrum.down.shape != (rank, in_features):
@@ -69,11 +70,10 @@ class SpectralLinear(nn.Module):
         self._recorded: Tensor | None = None  # (sequences, rank), float32
         self._shift = -math.log(largest_score - 1)
         self.weight, self.bias = weight, bias
-        norm = spectrum.down.norm(dim=1).clamp_min(torch.finfo(spectrum.down.dtype).tiny)
+        down = spectrum.down.double()  # rows that the inputs hardly see are huge
+        norm = down.norm(dim=1).clamp_min(torch.finfo(down.dtype).tiny)
         self.register_buffer("up", spectrum.up.to(weight.dtype), persistent=False)
-        self.register_buffer(
-            "down", (spectrum.down / norm[:, None]).to(weight.dtype), persistent=False
-        )
+        self.register_buffer("down", (down / norm[:, None]).to(weight.dtype), persistent=False)
         self.register_buffer("gain", (spectrum.sigma * norm).float(), persistent=False)
         mask = torch.ones(rank, dtype=torch.bool, device=weight.device)
         self.register_buffer("mask", mask, persistent=False)

@@ -455,6 +455,7 @@ def test_rows_without_an_end_cost_nothing():
     assert ops.spectral_scale_backward(x, x, none, none.bool())[0].shape == (2**40, 0)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 on
 def test_a_forked_child_can_use_the_threads(threads):
     threads(4)
     args = low_rank((7, 500, 300, 400), "cpu")

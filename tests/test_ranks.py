@@ -191,6 +191,8 @@ def test_uniform_ranks_share_what_the_narrow_ones_take_too_much():
 def test_uniform_ranks_of_equal_layers_by_hand():
     shapes = {name: (10, 10) for name in "abcd"}
     assert uniform_ranks(shapes, 200) == dict(a=3, b=3, c=2, d=2)  # 2.5 each, 20 a rank
+    uneven = {"a": (10, 10), "b": (20, 20)}  # 58 %: 2.9 of 20 parameters, 5.8 of 40; 50 left
+    assert uniform_ranks(uneven, 290) == {"a": 3, "b": 5}
     assert uniform_ranks(shapes, 400) == dict.fromkeys(shapes, 10)
     assert uniform_ranks(shapes, 10**6) == dict.fromkeys(shapes, 10)
     assert uniform_ranks(shapes, 80) == dict.fromkeys(shapes, 1)
@@ -316,13 +318,16 @@ def test_values_are_not_changed():
 
 
 @pytest.mark.parametrize("constant", [0.0, 1.0, 0.1, 1e-30])
-def test_ties(constant):
+@pytest.mark.parametrize("equal", [100, 300])
+def test_ties(constant, equal):
     """Nothing to choose by: the budget is met all the same, and always in the same way."""
-    shapes = {"a": (300, 20), "b": (20, 400), "c": (20, 20)}
-    values = {name: torch.full((20,), constant, dtype=torch.float64) for name in shapes}
-    for budget in range(780, 14400, 97):
+    shapes = {"a": (2000, 300), "b": (300, 300)}
+    values = {name: torch.zeros(300, dtype=torch.float64) for name in shapes}
+    for value in values.values():
+        value[:equal] = constant  # 0.1: sums of them round, now up and now down
+    for budget in range(2900, 690_000, 9973):
         ranks = allocate(values, shapes, budget)
-        growing = [sum(shapes[name]) for name in shapes if ranks[name] < 20]
+        growing = [sum(shapes[name]) for name in shapes if ranks[name] < 300]
         assert 0 <= budget - total_params(shapes, ranks) < min(growing)
         assert ranks == allocate(values, shapes, budget)
 

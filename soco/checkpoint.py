@@ -1,0 +1,253 @@
+"""Read and write the folder of a compressed model: an ordinary Hugging Face folder."""
+
+import copy
+import importlib
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from soco.folders import carry_over, replaced
+from soco.headers import check_index, read_headers, read_json, weight_files
+from soco.plugin import QUANT_METHOD, SocoConfig, SocoQuantizer, check_ties
+from soco.plugin import register as register
+from soco.surgery import low_rank_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG = "config.json"
+
+
+class Tokenizer(Protocol):
+    """Whatever can write itself into a folder."""
+
+    def save_pretrained(self, save_directory: str, /) -> object:
+        """Write the files."""
+        ...
+
+
+def mark_compressed(
+    model: "PreTrainedModel",
+    layers: Mapping[str, int],
+    report: Mapping[str, Any] | None = None,
+) -> None:
+    """Tell transformers that ``model`` is compressed, so that it saves, trains and adapts as such.
+
+    After this ``model.save_pretrained`` writes a folder that loads again, ``Trainer`` and peft work
+    on the factors, and ``model.dequantize()`` makes the model dense.
+
+    Args:
+        model: with its ``LowRankLinear`` layers in place.
+        layers: name to rank of every one of them.
+        report: how it was compressed, as plain JSON data; goes into config.json as it is.
+
+    Raises:
+        ValueError: ``layers`` are not the compressed layers of the model, the report is not JSON,
+            or a compressed head is still tied to the embeddings.
+    """
+    found = {name: layer.rank for name, layer in low_rank_layers(model).items()}
+    for name in found.keys() | layers.keys():
+        if found.get(name) != layers.get(name):
+            raise ValueError(
+                f"layer {name} has rank {layers.get(name, 'none')} in layers, "
+                f"but {found.get(name, 'is not compressed')} in the model"
+            )
+    try:
+        report = None if report is None else json.loads(json.dumps(report, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the report is not plain JSON: {error}") from error
+    config = SocoConfig({name: {"rank": rank} for name, rank in found.items()}, report)
+    check_ties(model, found)
+    register()
+    model.config.quantization_config = config
+    model.hf_quantizer = SocoQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._is_quantized = True  # type: ignore[union-attr]
+
+
+def save(
+    model: "PreTrainedModel",
+    directory: str | PathLike[str],
+    tokenizer: Tokenizer | None = None,
+    *,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Write a compressed model as ``model.save_pretrained`` does, as a whole or not at all.
+
+    The files are written into a folder beside ``directory``, which then takes its place. A crash
+    on the way leaves what was there.
+
+    Args:
+        model: compressed.
+        directory: new, empty, or the folder of a model compressed by soco, which is replaced; of
+            its files the ones that are not written anew (a tokenizer's, say) are kept.
+        tokenizer: written into the same folder.
+        max_shard_size: bytes, or text such as "5GB"; larger models are split into several files.
+
+    Raises:
+        ValueError: the model is not compressed, an adapter sits in a layer, or ``directory`` holds
+            something else.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, SocoConfig):
+        raise ValueError(
+            "the model is not compressed by soco: model.save_pretrained(directory) writes it"
+        )
+    _check_layers(model, config)
+    target = Path(directory)
+    if _is_occupied(target):
+        described = _description(target)
+        if described is None or described.get("quant_method") != QUANT_METHOD:
+            raise ValueError(
+                f"{target} exists and is not the folder of a model compressed by soco: "
+                f"choose another folder"
+            )
+    options: dict[str, Any] = {}
+    if max_shard_size is not None:
+        options["max_shard_size"] = max_shard_size
+    with replaced(target) as folder:
+        model.save_pretrained(str(folder), **options)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+
+
+def load(
+    directory: str | PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: str | dict | torch.device | int | None = None,
+    **options: Any,
+) -> "PreTrainedModel":
+    """Load a compressed model as the class that was saved, and refuse a folder with any defect.
+
+    Plain ``from_pretrained`` of transformers loads the same folder. This needs no knowledge of the
+    class, and checks what transformers lets pass with a warning.
+
+    Args:
+        directory: a folder written by soco or by ``save_pretrained`` of a compressed model.
+        dtype: of the weights; "auto" is as stored.
+        device_map: where the weights go, as in ``from_pretrained``.
+        options: passed on to ``from_pretrained``.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: the folder is not one of soco's, or something is missing, unknown, truncated or
+            of the wrong shape; the message names the file and the tensor.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    config = read_json(folder / CONFIG)
+    described = config.get("quantization_config")
+    if not isinstance(described, dict) or described.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"{folder / CONFIG} does not describe a model compressed by soco: it has no "
+            f'quantization_config of quant_method "{QUANT_METHOD}"'
+        )
+    SocoConfig.from_dict(described)
+    check_index(folder, read_headers(weight_files(folder)))
+    cls = _architecture(folder, config)
+    register()
+    model, info = cls.from_pretrained(
+        str(folder), dtype=dtype, device_map=device_map, output_loading_info=True, **options
+    )
+    for key, problem in (("missing_keys", "lacks"), ("unexpected_keys", "holds unknown")):
+        if info[key]:
+            raise ValueError(f"{folder} {problem} {', '.join(sorted(info[key])[:3])}")
+    return model
+
+
+def export_dense(
+    model: "PreTrainedModel | str | PathLike[str]",
+    directory: str | PathLike[str],
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Write a compressed model as the stock dense one, which loads without soco.
+
+    The layers become the products of their factors, rounded to their dtype: the size of the
+    original, with the accuracy of the compressed model.
+
+    Args:
+        model: compressed, in memory (not changed; a copy of it and the dense weights are held
+            meanwhile), or its folder, of which the tokenizer's and other files are copied.
+        directory: new or empty.
+        tokenizer: written into the same folder.
+
+    Raises:
+        ValueError: the model is not compressed, weights are offloaded, or ``directory`` holds
+            something.
+    """
+    target = Path(directory)
+    if _is_occupied(target):
+        raise ValueError(f"{target} exists and is not empty: choose another folder")
+    source = None
+    if isinstance(model, str | PathLike):
+        source = Path(model)
+        dense = load(source)
+    else:
+        if not isinstance(getattr(model.config, "quantization_config", None), SocoConfig):
+            raise ValueError("the model is not compressed by soco")
+        for name, tensor in model.state_dict().items():
+            if tensor.is_meta:
+                raise ValueError(f"{name} is offloaded: export from the model's folder instead")
+        dense = copy.deepcopy(model)
+    dense = SocoQuantizer(SocoConfig()).dequantize(dense)
+    with replaced(target) as folder:
+        dense.save_pretrained(str(folder))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+        if source is not None:
+            carry_over(source, folder)
+
+
+def _check_layers(model: "PreTrainedModel", config: SocoConfig) -> None:
+    """Refuse to write a model whose layers are not what its config says."""
+    found = low_rank_layers(model)
+    for name, layer in config.layers.items():
+        if name not in found or found[name].rank != layer["rank"]:
+            raise ValueError(f"layer {name} of rank {layer['rank']} is in the config only")
+    for name, layer in found.items():
+        if name not in config.layers:
+            raise ValueError(f"the compressed layer {name} is not in the config: mark_compressed")
+        for child, factor in layer.named_children():
+            if type(factor) is not nn.Linear:
+                kind = f"{type(factor).__module__}.{type(factor).__qualname__}"
+                raise ValueError(f"{name}.{child} is a {kind}: merge or remove it before saving")
+
+
+def _is_occupied(path: Path) -> bool:
+    """Whether something is there already that writing would touch."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def _description(folder: Path) -> dict[str, Any] | None:
+    """``quantization_config`` of a folder's config.json, None if there is no such thing."""
+    try:
+        described = read_json(folder / CONFIG).get("quantization_config")
+    except (ValueError, NotADirectoryError):
+        return None
+    return described if isinstance(described, dict) else None
+
+
+def _architecture(folder: Path, config: dict) -> Any:
+    """The class of transformers that config.json names."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise ValueError(f"{folder / CONFIG} must name one class in architectures, got {names!r}")
+    cls = getattr(importlib.import_module("transformers"), names[0], None)
+    if not hasattr(cls, "from_pretrained"):
+        raise ValueError(
+            f"{folder / CONFIG} names the architecture {names[0]}, "
+            f"which is not in the installed transformers"
+        )
+    return cls

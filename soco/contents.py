@@ -1,0 +1,187 @@
+"""Does a model folder hold the tensors that its model needs? Answered from the files' headers."""
+
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import transformers
+from torch import Tensor
+
+from soco.headers import INDEX, WEIGHTS, Entry, read_headers, weight_files
+from soco.surgery import low_rank_layers, output_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PICKLED = "pytorch_model.bin"
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class _Names(NamedTuple):
+    """One way in which the tensors of a model may be called in its files."""
+
+    required: Shapes
+    allowed: Shapes  # more than the required: tied weights, of which one is enough
+
+
+def is_own_class(model: "PreTrainedModel") -> bool:
+    """Whether ``model`` is of the class that its folder was saved from."""
+    return type(model).__name__ in (model.config.architectures or ())
+
+
+def find_entries(
+    model: "PreTrainedModel", checkpoint_files: list[str] | None
+) -> dict[str, Entry] | None:
+    """The tensors in the files that are about to be loaded; None if they cannot be seen.
+
+    Transformers 5 says which files; for 4, the folder's are taken if the model has a local one.
+
+    Raises:
+        ValueError: a file is broken, or of another format than safetensors.
+    """
+    if checkpoint_files is None:
+        folder = Path(model.config.name_or_path or "")
+        known = [name for name in (WEIGHTS, INDEX, PICKLED) if (folder / name).is_file()]
+        if not known:
+            return None
+        pickled = known == [PICKLED]
+        files = [folder / PICKLED] if pickled else weight_files(folder)
+        checkpoint_files = [str(file) for file in files]
+    for file in checkpoint_files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"{file} is not safetensors, and soco reads no other weights")
+    return read_headers(Path(file) for file in checkpoint_files)
+
+
+def check_contents(
+    model: "PreTrainedModel", entries: Mapping[str, Entry], layers: Iterable[str]
+) -> None:
+    """Refuse files that do not hold what the compressed layers of ``model`` need.
+
+    The other tensors are checked, too, where names can be trusted: in the class that was saved, and
+    with the version of transformers that wrote the folder, since others may rename on loading.
+
+    Args:
+        model: with its compressed layers in place, weights not loaded yet.
+        entries: what the files hold.
+        layers: names of the compressed layers in config.json, which may be more than the model has.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or of the wrong shape or dtype.
+    """
+    state = model.state_dict()
+    places = tuple(f"{name}." for name in low_rank_layers(model))
+    factors = {key: tensor for key, tensor in state.items() if key.startswith(places)}
+    names = _best(_variants(model, factors, prefixes=True), entries)
+    if names is None:
+        return
+    _check_required(names.required, entries)
+    for key, entry in entries.items():
+        layer = key.removesuffix(".down.weight")
+        stray = layer != key and f"{layer}.up.weight" in entries and layer not in set(layers)
+        if stray and key not in names.required:
+            raise ValueError(f"{entry.file} holds {key}, but config.json names no layer {layer}")
+    places = tuple(f"{key.removesuffix('down.weight')}" for key in names.required if _is_down(key))
+    _check_unknown({k: e for k, e in entries.items() if k.startswith(places)}, names.allowed, ())
+    version = getattr(model.config, "transformers_version", None)
+    if is_own_class(model) and version == transformers.__version__:
+        names = _best(_variants(model, state, prefixes=False), entries)
+        if names is not None:
+            _check_required(names.required, entries)
+            _check_unknown(entries, names.allowed, model._keys_to_ignore_on_load_unexpected or ())
+
+
+def _is_down(key: str) -> bool:
+    return key.endswith(".down.weight")
+
+
+def _check_required(required: Shapes, entries: Mapping[str, Entry]) -> None:
+    for key, shape in required.items():
+        if key not in entries:
+            raise ValueError(
+                f"{_where(entries)} lacks {key}, which the model needs with shape {list(shape)}"
+            )
+        file, dtype, held = entries[key]
+        if held != shape:
+            raise ValueError(
+                f"{file} holds {key} with shape {list(held)}, but the model and config.json "
+                f"need {list(shape)}"
+            )
+        if dtype not in _FLOATS and key.endswith((".down.weight", ".up.weight")):
+            raise ValueError(f"{file} holds {key} as {dtype}, which is no floating-point number")
+
+
+def _check_unknown(entries: Mapping[str, Entry], allowed: Shapes, ignored: Iterable[str]) -> None:
+    for key, entry in entries.items():
+        if key not in allowed and not any(re.search(pattern, key) for pattern in ignored):
+            raise ValueError(f"{entry.file} holds {key}, which the model has no place for")
+
+
+def _where(entries: Mapping[str, Entry]) -> str:
+    """The file in which all tensors should be, or the index that names the files."""
+    files = sorted({entry.file for entry in entries.values()})
+    if len(files) == 1:
+        return str(files[0])
+    return str(files[0].parent / INDEX) if files else "the file of weights"
+
+
+def _best(variants: list[_Names], entries: Mapping[str, Entry]) -> _Names | None:
+    """The way of naming with the fewest tensors missing; the first of equals."""
+    return min(variants, key=lambda names: len(names.required.keys() - entries), default=None)
+
+
+def _variants(
+    model: "PreTrainedModel", state: Mapping[str, Tensor], *, prefixes: bool
+) -> list[_Names]:
+    """The names that the tensors of ``state`` may have in files.
+
+    Their own ones; with ``prefixes`` also with and without the prefix of the base model; and those
+    that transformers 5 gives them on saving, where some architectures keep the names of the models
+    they were first published as. Transformers 4 does that for a few, and then there is no telling.
+    """
+    optional = _optional(model, state)
+    required = {key: tensor for key, tensor in state.items() if key not in optional}
+    own = _Names(_shapes(required), _shapes(state))
+    if importlib.util.find_spec("transformers.core_model_loading") is None:
+        if getattr(model, "_checkpoint_conversion_mapping", None):
+            return []
+        reverted = own
+    else:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        reverted = _Names(
+            _shapes(revert_weight_conversion(model, dict(required))),
+            _shapes(revert_weight_conversion(model, dict(state))),
+        )
+    variants = [own, reverted]
+    if prefixes and model.base_model_prefix:
+        prefix = f"{model.base_model_prefix}."
+        variants += [
+            _Names(*({prefix + key: shape for key, shape in part.items()} for part in own)),
+            _Names(*({key.removeprefix(prefix): s for key, s in part.items()} for part in own)),
+        ]
+    return variants
+
+
+def _shapes(state: Mapping[str, Tensor]) -> Shapes:
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def _optional(model: "PreTrainedModel", state: Mapping[str, Tensor]) -> set[str]:
+    """Names that a file may lack: tied to others, never saved, or made anew on loading."""
+    ties = getattr(model, "all_tied_weights_keys", None)
+    patterns = list(model._keys_to_ignore_on_load_missing or ())
+    needed = None
+    if ties is None:  # transformers 4 knows patterns only, whether anything is tied or not
+        for module in model.modules():
+            patterns += getattr(module, "_tied_weights_keys", None) or ()
+        if not model.config.get_text_config(decoder=True).tie_word_embeddings:
+            needed = f"{output_head(model)}.weight"
+    optional = {key for key in state if any(re.search(pattern, key) for pattern in patterns)}
+    optional |= set(ties or ()) | set(model._keys_to_ignore_on_save or ())
+    return optional - {needed}

@@ -1,0 +1,271 @@
+"""The transformers plug-in: makes ``from_pretrained`` build, check and load a compressed model."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
+
+from soco.contents import check_contents, find_entries, is_own_class
+from soco.modules import LowRankLinear
+from soco.surgery import bias_of, is_linear, low_rank_layers, output_head, replace_module, shape_of
+
+if TYPE_CHECKING:  # importing it here for good would be a cycle: the plug-in registers before it
+    from transformers import PreTrainedModel
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "soco"
+
+_FIELDS = ("quant_method", "format_version", "layers", "report")
+
+
+class SocoConfig(QuantizationConfigMixin):
+    """What ``quantization_config`` in config.json says of a compressed model.
+
+    Args:
+        layers: name of a compressed layer to ``{"rank": rank}``; the other layers are dense.
+        report: how the model was compressed (``soco.Report`` as plain JSON), or None.
+        format_version: of the folder, ``FORMAT_VERSION``.
+        quant_method: "soco".
+
+    Raises:
+        ValueError: a field is unknown or holds what it cannot mean.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Mapping[str, int]] | None = None,
+        report: Mapping[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+        **unknown: object,
+    ) -> None:
+        """Check every field; the class keeps plain dicts."""
+        self.quant_method = cast(QuantizationMethod, quant_method)
+        self.format_version = format_version
+        self.layers = {} if layers is None else layers
+        self.report = report
+        _check_fields({**self.__dict__, **unknown})
+        self.layers = {name: dict(layer) for name, layer in self.layers.items()}
+        self.report = None if report is None else dict(report)
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """Read the object in config.json, which has to have every field but the report."""
+        _check_fields(config_dict)
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+
+class SocoQuantizer(HfQuantizer):
+    """Builds the compressed layers of a model before its weights are loaded."""
+
+    requires_calibration = True  # nothing is compressed while loading
+
+    @property
+    def is_trainable(self) -> bool:  # type: ignore[override]
+        """The factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """So that Trainer takes the model without an adapter."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Nothing in a compressed layer breaks a graph."""
+        return True
+
+    def is_serializable(  # type: ignore[override]
+        self, *args: object, **kwargs: object
+    ) -> bool:
+        """The state dict is what belongs into the files."""
+        return True
+
+    def _process_model_before_weight_loading(  # type: ignore[override]
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: object
+    ) -> "PreTrainedModel":
+        config = cast(SocoConfig, self.quantization_config)
+        entries = find_entries(model, checkpoint_files)
+        named = list(config.layers)
+        layers = {}
+        self._twins: dict[str, str] = {}
+        check_ties(model, named)
+        for name, layer in config.layers.items():
+            place = _place(model, name)
+            if place is not None:
+                replace_module(model, place, _skeleton(model, place, name, layer["rank"]))
+                self._twins.update(_replace_twins(model, place))
+                layers[place] = layer
+            elif is_own_class(model) or entries is None or f"{name}.down.weight" not in entries:
+                raise ValueError(
+                    f"config.json names a compressed layer {name}, "
+                    f"which {type(model).__name__} does not have"
+                )  # otherwise a part that this class leaves out, such as the head under AutoModel
+        if entries is not None:
+            check_contents(model, entries, named)
+        config.layers = layers  # by their names in this class, for when it is saved
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: "PreTrainedModel", **kwargs: object
+    ) -> "PreTrainedModel":
+        for name, place in self._twins.items():
+            replace_module(model, name, model.get_submodule(place))  # as when it was compressed
+        model.config.quantization_config = self.quantization_config  # transformers 4 has copied it
+        return model
+
+    def dequantize(
+        self, model: "PreTrainedModel", dtype: torch.dtype | None = None
+    ) -> "PreTrainedModel":
+        """Put dense layers in the place of the compressed ones: ``model.dequantize()``."""
+        self._dequantize(model)
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                module.config._is_quantized = False  # type: ignore[union-attr]
+        return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
+
+    def _dequantize(
+        self, model: "PreTrainedModel", dtype: torch.dtype | None = None
+    ) -> "PreTrainedModel":
+        config = copy.deepcopy(model.config)
+        vars(config).pop("quantization_config", None)
+        with torch.device("meta"):
+            stock = type(model)(config)  # to see which of the layers are Conv1D
+        for name, layer in low_rank_layers(model).items():
+            try:
+                dense = layer.to_linear()
+            except ValueError as error:
+                raise ValueError(f"{name} cannot become dense: {error}") from error
+            if isinstance(stock.get_submodule(name), Conv1D):
+                dense = _to_conv1d(dense)
+            replace_module(model, name, dense)
+        return model
+
+
+def register() -> None:
+    """Make transformers know ``quant_method: "soco"``. Idempotent."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, SocoConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, SocoQuantizer)
+
+
+def check_ties(model: "PreTrainedModel", layers: Iterable[str]) -> None:
+    """Refuse a head among the compressed ``layers`` that the config wants tied to the embeddings.
+
+    Raises:
+        ValueError: loading would tie the sentinel of the head to the embeddings.
+    """
+    head = output_head(model)
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    if tied and head in set(layers):
+        raise ValueError(
+            f"config.json ties the compressed layer {head} to the embeddings: "
+            f"tie_word_embeddings must be false"
+        )
+
+
+def _check_fields(data: Mapping[str, object]) -> None:
+    """Refuse a ``quantization_config`` that does not mean anything, in one sentence."""
+    where = "quantization_config in config.json"
+    for field in _FIELDS[:3]:
+        if field not in data:
+            raise ValueError(f"{where} has no {field}")
+    if data["quant_method"] != QUANT_METHOD:
+        raise ValueError(f"{where} is of {data['quant_method']!r}, not of {QUANT_METHOD!r}")
+    version = data["format_version"]
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{where} has a format_version that is none: {version!r}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{where} has format_version {version}, and this soco reads up to {FORMAT_VERSION}: "
+            f"upgrade soco"
+        )
+    for field in data:
+        if field not in _FIELDS:
+            raise ValueError(f"{where} has an unknown field {field!r}")
+    if not isinstance(data.get("report"), Mapping | None):
+        raise ValueError(f"{where} has a report that is no object: {data['report']!r}")
+    layers = data["layers"]
+    if not isinstance(layers, Mapping):
+        raise ValueError(f"{where} must have an object of layers, got {layers!r}")
+    for name, layer in layers.items():
+        if not isinstance(layer, Mapping) or layer.keys() != {"rank"}:
+            raise ValueError(f'{where} must say {{"rank": ...}} of layer {name}, got {layer!r}')
+        if type(layer["rank"]) is not int or layer["rank"] < 1:
+            raise ValueError(
+                f"{where} must have a whole number, at least 1, for the rank of layer {name}, "
+                f"got {layer['rank']!r}"
+            )
+
+
+def _place(model: "PreTrainedModel", name: str) -> str | None:
+    """Where a layer of the class that was saved stands in this one.
+
+    A base model (AutoModel) has the names without the prefix that a model with a head has.
+    """
+    prefix = f"{model.base_model_prefix}."
+    names = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    candidates = (name, name.removeprefix(prefix), prefix + name)
+    return next((candidate for candidate in candidates if candidate in names), None)
+
+
+def _skeleton(model: "PreTrainedModel", place: str, name: str, rank: int) -> LowRankLinear:
+    """The layer to load the factors into, in the place of a dense one, without memory."""
+    old = model.get_submodule(place)
+    if not is_linear(old):
+        raise ValueError(
+            f"config.json names a compressed layer {name}, "
+            f"which is a {type(old).__name__} in {type(model).__name__} and no linear layer"
+        )
+    out_features, in_features = shape_of(old)
+    if rank > min(out_features, in_features):
+        raise ValueError(
+            f"config.json gives layer {name} the rank {rank}, "
+            f"but it is a weight of shape {[out_features, in_features]}"
+        )
+    dtype = cast(torch.Tensor, old.weight).dtype
+    bias = bias_of(old) is not None
+    new = LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=dtype)
+    # transformers 4 loads no buffers of layers offloaded to disk, and fails if they are on meta.
+    new.weight = torch.zeros(1, device="cpu", dtype=dtype)
+    return new
+
+
+def _replace_twins(model: "PreTrainedModel", place: str) -> dict[str, str]:
+    """Let the layers that transformers 5 is going to tie to the one at ``place`` follow it.
+
+    While loading, each of them is a module of its own, tied by its parameters: transformers counts
+    the parameters by name, and a module in two places would seem to lack half of them.
+
+    Returns:
+        name of such a layer to ``place``.
+    """
+    layer = cast(LowRankLinear, model.get_submodule(place))
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    twins = [target for target, source in ties.items() if source == f"{place}.weight"]
+    names = [target.removesuffix(".weight") for target in twins]
+    for name, target in zip(names, twins, strict=True):
+        twin = copy.deepcopy(layer)
+        twin.register_buffer("weight", layer.weight.clone(), persistent=False)  # not in the files
+        replace_module(model, name, twin)
+        del ties[target]
+        ties.update({f"{name}.{key}": f"{place}.{key}" for key, _ in layer.named_parameters()})
+    return dict.fromkeys(names, place)
+
+
+def _to_conv1d(linear: nn.Linear) -> Conv1D:
+    """The same layer as GPT-2 writes it: the weight transposed."""
+    conv = Conv1D(*linear.weight.shape)
+    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+    conv.bias = nn.Parameter(linear.bias.detach())
+    return conv.train(linear.training)
+
+
+register()

@@ -1,0 +1,512 @@
+"""soco.checkpoint: what is written can be read, and what is broken is named."""
+
+import copy
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from soco.checkpoint import export_dense, load, mark_compressed, save
+from soco.modules import LowRankLinear
+from soco.surgery import find_linears, low_rank_layers, replace_module, untie_head
+from tiny_models import IS_5, NEEDS_5, compress, logits, tiny_model
+
+UP_PROJ = "model.layers.1.mlp.up_proj"
+NO_SUCH = "model.layers.9.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return compress(tiny_model("llama-tied"), report={"method": "svd"})
+
+
+@pytest.fixture(scope="module")
+def original(model, tmp_path_factory):
+    """A folder that is in order."""
+    folder = tmp_path_factory.mktemp("original") / "model"
+    save(model, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A copy to break."""
+    return shutil.copytree(original, tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(model, tmp_path):
+    """The same in several files."""
+    save(model, tmp_path / "sharded", max_shard_size="12KB")
+    return tmp_path / "sharded"
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_load_knows_the_class(original, model):
+    loaded = load(original)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert torch.equal(logits(loaded), logits(model))
+    assert load(str(original), dtype=torch.bfloat16, device_map="cpu").dtype == torch.bfloat16
+    assert load(original, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
+def test_load_other_classes(name, tmp_path):
+    model = compress(tiny_model(name))
+    save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert type(loaded) is type(model)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_save_writes_what_save_pretrained_writes(model, original, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert files(tmp_path) == files(original)
+
+
+@NEEDS_5
+def test_save_with_a_tokenizer(shared_data, tmp_path):
+    source = shared_data / "models" / "babyllama105"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = compress(AutoModelForCausalLM.from_pretrained(source), rank=32)
+    save(model, tmp_path / "model", tokenizer)
+    again = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert again("Once upon")["input_ids"] == tokenizer("Once upon")["input_ids"]
+    tokens = torch.tensor([tokenizer("Once upon a time")["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "model")(tokens).logits, model(tokens).logits)
+    dense = (source / "model.safetensors").stat().st_size
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size < 0.8 * dense
+
+
+def test_saving_again_replaces(model, original, folder):
+    (folder / "notes.txt").write_text("mine")
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"left over")
+    save(model, folder)
+    assert files(folder) == files(original) | {"notes.txt": b"mine"}
+    assert os.listdir(folder.parent) == ["model"]
+
+
+def test_saving_over_something_else(model, tmp_path):
+    dense, notes, file = tmp_path / "dense", tmp_path / "notes", tmp_path / "file"
+    tiny_model("llama").save_pretrained(dense)
+    notes.mkdir()
+    (notes / "a.txt").write_text("mine")
+    file.write_text("mine")
+    before = files(dense)
+    for path in (dense, notes, file):
+        with pytest.raises(ValueError, match=f"{path.name} exists and is not the folder of a mod"):
+            save(model, path)
+    assert files(dense) == before
+    assert files(notes) == {"a.txt": b"mine"}
+    (notes / "a.txt").unlink()
+    save(model, notes)
+    assert load(notes)
+
+
+@pytest.mark.parametrize("error", [OSError("no more space"), KeyboardInterrupt()])
+def test_a_crash_leaves_the_old_folder(model, folder, monkeypatch, error):
+    before = files(folder)
+    write = save_file
+
+    def crash(tensors, filename, **options):
+        write(tensors, filename, **options)
+        os.truncate(filename, 100)
+        raise error
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", crash)
+    for target in (folder, folder.with_name("new")):
+        with pytest.raises(type(error)):
+            save(model, target)
+    assert files(folder) == before
+    assert os.listdir(folder.parent) == ["model"]
+
+
+def test_only_what_is_compressed_is_saved(model, tmp_path):
+    with pytest.raises(ValueError, match="the model is not compressed by soco"):
+        save(tiny_model("llama"), tmp_path / "model")
+    changed = copy.deepcopy(model)
+    changed.model.layers[0].mlp.up_proj.down = nn.Sequential()
+    with pytest.raises(
+        ValueError, match=r"0\.mlp\.up_proj\.down is a torch\.nn.*Sequential: merge"
+    ):
+        save(changed, tmp_path / "model")
+    replace_module(changed, "model.layers.0.mlp.up_proj", nn.Linear(32, 48))
+    with pytest.raises(
+        ValueError, match=r"layer model\.layers\.0\.mlp\.up_proj of rank 4 is in th"
+    ):
+        save(changed, tmp_path / "model")
+    changed = copy.deepcopy(model)
+    del changed.config.quantization_config.layers[UP_PROJ]
+    with pytest.raises(ValueError, match=r"compressed layer model\.layers\.1\.mlp\.up_proj is not"):
+        save(changed, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_marks_have_to_be_true():
+    model = tiny_model("llama")
+    replace_module(model, UP_PROJ, LowRankLinear(32, 48, 3, bias=False))
+    for layers, message in (
+        ({}, "rank none in layers, but 3 in the model"),
+        ({UP_PROJ: 4}, "rank 4 in layers, but 3 in the model"),
+        ({UP_PROJ: 3, "lm_head": 2}, "lm_head has rank 2 in layers, but is not compressed in the"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mark_compressed(model, layers)
+    for report in ({"loss": float("nan")}, {"tensor": torch.ones(1)}):
+        with pytest.raises(ValueError, match="the report is not plain JSON"):
+            mark_compressed(model, {UP_PROJ: 3}, report)
+    assert not hasattr(model.config, "quantization_config")
+    mark_compressed(model, {UP_PROJ: 3}, {"shape": (48, 32)})
+    assert model.config.quantization_config.report == {"shape": [48, 32]}
+
+
+def test_a_tied_head_has_to_be_untied():
+    model = tiny_model("llama-tied")
+    with pytest.raises(ValueError, match="ties the compressed layer lm_head to the embeddings"):
+        compress(model, include="lm_head")
+    model = tiny_model("llama-tied")
+    untie_head(model)
+    compress(model, include="lm_head")
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "qwen2", "bert", "mixtral"])
+def test_export_dense(name, tmp_path):
+    model = compress(tiny_model(name))
+    before = logits(model)
+    save(model, tmp_path / "compact")
+    (tmp_path / "compact" / "tokenizer.json").write_text("{}")
+    export_dense(model, tmp_path / "one")
+    export_dense(tmp_path / "compact", tmp_path / "two")
+    assert low_rank_layers(model)  # still compressed
+    assert torch.equal(logits(model), before)
+    stock, info = type(model).from_pretrained(tmp_path / "one", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert find_linears(stock).keys() == find_linears(tiny_model(name)).keys()
+    torch.testing.assert_close(logits(stock), before, rtol=1e-4, atol=1e-5)
+    assert "soco" not in (tmp_path / "one" / "config.json").read_text()
+    one, two = files(tmp_path / "one"), files(tmp_path / "two")
+    assert two == one | {"tokenizer.json": b"{}"}
+    tiny_model(name).save_pretrained(tmp_path / "stock")
+    shapes = {key: tensor.shape for key, tensor in load_file(weights(tmp_path / "stock")).items()}
+    assert {k: t.shape for k, t in load_file(weights(tmp_path / "one")).items()} == shapes
+
+
+def weights(folder):
+    return folder / "model.safetensors"
+
+
+def test_export_dense_refuses(model, original, tmp_path):
+    with pytest.raises(ValueError, match="model exists and is not empty"):
+        export_dense(model, original)
+    with pytest.raises(ValueError, match="the model is not compressed by soco"):
+        export_dense(tiny_model("llama"), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"no_such is not a folder"):
+        export_dense(tmp_path / "no_such", tmp_path / "out")
+    offloaded = copy.deepcopy(model).to("meta")
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is offloaded"):
+        export_dense(offloaded, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Every defect: how it is made, what is said, and whether plain from_pretrained says it, too: some
+# things transformers decides before the plug-in is asked.
+
+
+def in_config(change):
+    def apply(folder):
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        change(config)
+        file.write_text(json.dumps(config))
+
+    return apply
+
+
+def in_layers(change):
+    return in_config(lambda config: change(config["quantization_config"]["layers"]))
+
+
+def in_described(change):
+    return in_config(lambda config: change(config["quantization_config"]))
+
+
+def in_tensors(change):
+    def apply(folder):
+        tensors = load_file(weights(folder))
+        change(tensors)
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, weights(folder), metadata={"format": "pt"})
+
+    return apply
+
+
+def truncate(folder):
+    os.truncate(weights(folder), weights(folder).stat().st_size - 5)
+
+
+def pickled(folder):
+    tensors = load_file(weights(folder))
+    weights(folder).unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def change_tensor(key, change):
+    return in_tensors(lambda tensors: tensors.update({key: change(tensors[key])}))
+
+
+BOTH, LOAD = True, False
+SINCE_5 = IS_5  # transformers 4 opens the file before it asks the plug-in
+DOWN, UP = f"{UP_PROJ}.down.weight", f"{UP_PROJ}.up.weight"
+FILE = r"model\.safetensors"
+DEFECTS = {
+    "truncated": (truncate, rf"{FILE} is truncated: .*weight ends at byte \d+ of \d+", SINCE_5),
+    "factor missing": (
+        in_tensors(lambda t: t.pop(DOWN)),
+        rf"{FILE} lacks {DOWN}, which the model needs with shape \[4, 32\]",
+        BOTH,
+    ),
+    "sentinel missing": (
+        in_tensors(lambda t: t.pop(f"{UP_PROJ}.weight")),
+        rf"{FILE} lacks {UP_PROJ}\.weight",
+        BOTH,
+    ),
+    "dense tensor missing": (
+        in_tensors(lambda t: t.pop("model.norm.weight")),
+        rf"{FILE} lacks model\.norm\.weight",
+        BOTH,
+    ),
+    "embeddings missing": (
+        in_tensors(lambda t: t.pop("model.embed_tokens.weight")),
+        rf"{FILE} lacks model\.embed_tokens\.weight",
+        BOTH,
+    ),
+    "unknown tensor": (
+        in_tensors(lambda t: t.update(more=torch.ones(2))),
+        rf"{FILE} holds more, which the model has no place for",
+        BOTH,
+    ),
+    "unknown tensor of a layer": (
+        in_tensors(lambda t: t.update({f"{UP_PROJ}.bias": torch.ones(48)})),
+        rf"{FILE} holds {UP_PROJ}\.bias, which the model has no place for",
+        BOTH,
+    ),
+    "wrong shape": (
+        change_tensor(UP, lambda t: t[:-1]),
+        rf"{FILE} holds {UP} with shape \[47, 4\], but .* \[48, 4\]",
+        BOTH,
+    ),
+    "wrong dense shape": (
+        change_tensor("model.norm.weight", lambda t: t[:-1]),
+        rf"{FILE} holds model\.norm\.weight with shape \[31\], but .* \[32\]",
+        BOTH,
+    ),
+    "wrong dtype": (
+        change_tensor(UP, lambda t: t.to(torch.int8)),
+        rf"{FILE} holds {UP} as I8, which is no floating-point number",
+        BOTH,
+    ),
+    "wrong rank": (
+        in_layers(lambda layers: layers[UP_PROJ].update(rank=5)),
+        rf"{FILE} holds {DOWN} with shape \[4, 32\], but .* config\.json need \[5, 32\]",
+        BOTH,
+    ),
+    "rank too high": (
+        in_layers(lambda layers: layers[UP_PROJ].update(rank=33)),
+        rf"config\.json gives layer {UP_PROJ} the rank 33, .* \[48, 32\]",
+        BOTH,
+    ),
+    "rank 0": (
+        in_layers(lambda layers: layers[UP_PROJ].update(rank=0)),
+        rf"config\.json must have a whole number, .* of layer {UP_PROJ}, got 0",
+        BOTH,
+    ),
+    "rank as text": (
+        in_layers(lambda layers: layers[UP_PROJ].update(rank="4")),
+        rf"config\.json .* of layer {UP_PROJ}, got '4'",
+        BOTH,
+    ),
+    "no rank": (
+        in_layers(lambda layers: layers[UP_PROJ].clear()),
+        rf'config\.json must say \{{"rank": \.\.\.\}} of layer {UP_PROJ}, got \{{\}}',
+        BOTH,
+    ),
+    "layer that is not there": (
+        in_layers(lambda layers: layers.update({NO_SUCH: {"rank": 4}})),
+        rf"config\.json names a compressed layer {NO_SUCH}, which LlamaForCausalLM does not have",
+        BOTH,
+    ),
+    "layer that is no linear": (
+        in_layers(lambda layers: layers.update({"model.layers.1.mlp": {"rank": 4}})),
+        r"config\.json names a compressed layer model\.layers\.1\.mlp, which is a LlamaMLP in",
+        BOTH,
+    ),
+    "dense layer called compressed": (
+        in_config(
+            lambda config: [
+                config["quantization_config"]["layers"].update({"lm_head": {"rank": 4}}),
+                config.update(tie_word_embeddings=False),
+            ]
+        ),
+        rf"{FILE} lacks lm_head\.(down\.)?weight, which the model needs",
+        BOTH,
+    ),
+    "compressed layer called dense": (
+        in_layers(lambda layers: layers.pop(UP_PROJ)),
+        rf"{FILE} holds {DOWN}, but config\.json names no layer {UP_PROJ}",
+        BOTH,
+    ),
+    "tied head": (
+        in_layers(lambda layers: layers.update({"lm_head": {"rank": 4}})),
+        r"config\.json ties the compressed layer lm_head to the embeddings",
+        BOTH,
+    ),
+    "newer version": (
+        in_described(lambda described: described.update(format_version=2, inner={})),
+        r"config\.json has format_version 2, and this soco reads up to 1: upgrade soco",
+        BOTH,
+    ),
+    "wrong version": (
+        in_described(lambda described: described.update(format_version="1")),
+        r"config\.json has a format_version that is none: '1'",
+        BOTH,
+    ),
+    "no version": (
+        in_described(lambda described: described.pop("format_version")),
+        r"config\.json has no format_version",
+        BOTH,
+    ),
+    "unknown field": (
+        in_described(lambda described: described.update(inner={})),
+        r"config\.json has an unknown field 'inner'",
+        BOTH,
+    ),
+    "layers as a list": (
+        in_described(lambda described: described.update(layers=[UP_PROJ])),
+        r"config\.json must have an object of layers, got \[",
+        BOTH,
+    ),
+    "another method": (
+        in_described(lambda described: described.update(quant_method="other")),
+        r"config\.json does not describe a model compressed by soco",
+        LOAD,
+    ),
+    "not compressed": (
+        in_config(lambda config: config.pop("quantization_config")),
+        r"config\.json does not describe a model compressed by soco",
+        LOAD,
+    ),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        r"config\.json is missing",
+        LOAD,
+    ),
+    "broken config": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        r"config\.json is not JSON",
+        LOAD,
+    ),
+    "no architecture": (
+        in_config(lambda config: config.pop("architectures")),
+        r"config\.json must name one class in architectures, got None",
+        LOAD,
+    ),
+    "unknown architecture": (
+        in_config(lambda config: config.update(architectures=["LlamaForCooking"])),
+        r"config\.json names the architecture LlamaForCooking, which is not in",
+        LOAD,
+    ),
+    "no weights": (
+        lambda folder: weights(folder).unlink(),
+        rf"holds neither {FILE} nor {FILE}\.index\.json",
+        LOAD,
+    ),
+    "pickled": (pickled, rf"holds neither {FILE} nor", LOAD),
+}
+
+
+@pytest.mark.parametrize(("make", "message", "both"), DEFECTS.values(), ids=DEFECTS.keys())
+def test_defects(folder, make, message, both):
+    make(folder)
+    message = message.replace("layers.1.mlp.up_proj", r"layers\.1\.mlp\.up_proj")
+    with pytest.raises(ValueError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    if both:
+        with pytest.raises(ValueError, match=message):
+            AutoModelForCausalLM.from_pretrained(folder)
+    else:
+        stranger = (OSError, ValueError, RuntimeError, SafetensorError)
+        if "architecture" not in message:
+            with pytest.raises(stranger):
+                AutoModelForCausalLM.from_pretrained(folder)
+
+
+SHARD_DEFECTS = {
+    "shard missing": (
+        lambda folder, shard: shard.unlink(),
+        r"model-00002-of-\d+\.safetensors is missing, where model\.safetensors\.index\.json places",
+    ),
+    "shard truncated": (
+        lambda folder, shard: os.truncate(shard, shard.stat().st_size - 1),
+        r"model-00002-of-\d+\.safetensors is truncated",
+    ),
+    "index that names absent files": (
+        lambda folder, shard: edit_index(folder, lambda m: m.update(more="more.safetensors")),
+        r"more\.safetensors is missing, where model\.safetensors\.index\.json places more",
+    ),
+    "index that names absent tensors": (
+        lambda folder, shard: edit_index(folder, lambda m: m.update(more=shard.name)),
+        r"model-00002-of-\d+\.safetensors lacks more, which model\.safetensors\.index\.json places",
+    ),
+    "index that leaves a tensor out": (
+        lambda folder, shard: edit_index(folder, lambda m: m.pop("model.norm.weight")),
+        r"holds model\.norm\.weight, which model\.safetensors\.index\.json does not name",
+    ),
+}
+
+
+def edit_index(folder, change):
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index["weight_map"])
+    file.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(("make", "message"), SHARD_DEFECTS.values(), ids=SHARD_DEFECTS.keys())
+def test_defects_of_shards(sharded, make, message):
+    load(sharded)
+    make(sharded, next(sharded.glob("model-00002-*")))
+    with pytest.raises(ValueError, match=message):
+        load(sharded)
+
+
+def test_tensor_missing_from_shards(sharded):
+    shard = next(path for path in sharded.glob("model-*.safetensors") if DOWN in load_file(path))
+    tensors = load_file(shard)
+    tensors.pop(DOWN)
+    save_file(tensors, shard, metadata={"format": "pt"})
+    edit_index(sharded, lambda weight_map: weight_map.pop(DOWN))
+    for read in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors\.index\.json lacks model\.layers\."
+        ):
+            read(sharded)
+
+
+def test_not_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="no_such is not a folder"):
+        load(tmp_path / "no_such")
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        load(tmp_path)

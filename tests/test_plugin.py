@@ -1,0 +1,443 @@
+"""soco.plugin: plain transformers and its neighbours on compressed models."""
+
+import re
+import warnings
+from typing import cast
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+
+from soco.checkpoint import mark_compressed
+from soco.headers import read_headers, weight_files
+from soco.modules import LowRankLinear
+from soco.plugin import SocoConfig, SocoQuantizer, register
+from soco.surgery import find_linears, low_rank_layers, output_head, shape_of, untie_head
+from tiny_models import NEEDS_5, compress, logits, tiny_model, token_inputs
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+IGNORE_PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A compressed model and its folder."""
+    model = compress(tiny_model("llama"), report={"method": "svd", "ratio": 0.5})
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def reload(model, folder, **options):
+    """Through the class of the model; nothing may be missing or left over."""
+    loaded, info = type(model).from_pretrained(folder, output_loading_info=True, **options)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return loaded
+
+
+NAMES = ["llama", "llama-tied", "mistral", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "gptj"]
+NAMES += ["bloom", "mamba", "mixtral", "qwen2_moe", "t5", "bert", "roberta", "albert"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_loaded_is_the_same(name, tmp_path):
+    exclude = "*.dt_proj" if name == "mamba" else None
+    model = compress(tiny_model(name), exclude=exclude)
+    before = logits(model)
+    model.save_pretrained(tmp_path / "a")
+    loaded = reload(model, tmp_path / "a")
+    assert torch.equal(logits(loaded), before)
+    assert low_rank_layers(loaded).keys() == low_rank_layers(model).keys()
+    loaded.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(reload(model, tmp_path / "b")), before)
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "opt", "bert", "roberta"])
+def test_a_compressed_head(name, tmp_path):
+    model = tiny_model(name)
+    untie_head(model)
+    compress(model, include=["*.0.*", output_head(model)])
+    model.save_pretrained(tmp_path)
+    loaded = reload(model, tmp_path)
+    assert output_head(loaded) in low_rank_layers(loaded)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@NEEDS_5  # 4 does not save what it does not list as tied
+def test_tied_blocks(tmp_path):
+    from test_surgery import zamba
+
+    model = compress(zamba(), include="*.shared_transf.*")
+    model.save_pretrained(tmp_path / "a")
+    loaded = reload(model, tmp_path / "a")
+    assert torch.equal(logits(loaded), logits(model))
+    assert len(low_rank_layers(loaded)) == len(low_rank_layers(model)) == 7
+    first, second = (loaded.model.layers[i].shared_transf.self_attn.q_proj for i in (1, 3))
+    assert first is second
+    loaded.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(reload(model, tmp_path / "b")), logits(model))
+
+
+def test_the_folder(saved):
+    model, folder = saved
+    entries = read_headers(weight_files(folder))
+    assert entries[f"{Q_PROJ}.down.weight"].shape == (4, 32)
+    assert entries[f"{Q_PROJ}.up.weight"].shape == (32, 4)
+    assert entries[f"{Q_PROJ}.weight"].shape == (1,)
+    described = AutoModelForCausalLM.from_pretrained(folder).config.quantization_config
+    assert described.to_dict() == {
+        "quant_method": "soco",
+        "format_version": 1,
+        "layers": {name: {"rank": 4} for name in find_linears(tiny_model("llama"))},
+        "report": {"method": "svd", "ratio": 0.5},
+    }
+    assert described.layers.keys() == low_rank_layers(model).keys()
+
+
+def test_biases_keep_their_names(tmp_path):
+    compress(tiny_model("qwen2")).save_pretrained(tmp_path)
+    entries = read_headers(weight_files(tmp_path))
+    assert entries[f"{Q_PROJ}.bias"].shape == (32,)
+    assert f"{Q_PROJ}.up.bias" not in entries
+
+
+def test_size_on_disk(saved):
+    model, folder = saved
+    params = sum(p.numel() for p in model.parameters())
+    dense = sum(p.numel() for p in tiny_model("llama").parameters())
+    targets = [shape_of(layer) for layer in find_linears(tiny_model("llama")).values()]
+    removed = sum(out * inp - 4 * (out + inp) for out, inp in targets)
+    assert params == dense - removed
+    file = folder / "model.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert file.stat().st_size == header + 4 * (params + len(targets))  # and the sentinels
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, "auto"])
+def test_dtypes(saved, dtype):
+    _, folder = saved
+    one = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    other = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert torch.equal(logits(one), logits(other))
+    expected = torch.float32 if dtype == "auto" else dtype
+    assert {p.dtype for p in one.parameters()} == {expected}
+    assert one.get_submodule(Q_PROJ).weight.dtype == expected
+
+
+def test_saved_in_bfloat16(saved, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(saved[1], dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = reload(model, tmp_path, dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_t5_keeps_its_float32_parts(tmp_path):
+    model = compress(tiny_model("t5"))
+    model.save_pretrained(tmp_path)
+    half = reload(model, tmp_path, dtype=torch.float16)
+    wo = half.encoder.block[0].layer[1].DenseReluDense.wo
+    assert wo.up.weight.dtype == wo.weight.dtype == torch.float32
+    assert torch.isfinite(logits(half)).all()
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_maps(saved, device_map):
+    model, folder = saved
+    loaded = reload(model, folder, device_map=device_map)
+    if loaded.device.type == "cpu":
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_shards(saved, tmp_path):
+    model, _ = saved
+    model.save_pretrained(tmp_path, max_shard_size="12KB")
+    assert len(weight_files(tmp_path)) >= 4
+    assert torch.equal(logits(reload(model, tmp_path)), logits(model))
+
+
+OFFLOADED = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0.self_attn": "disk",
+    "model.layers.0.mlp": "cpu",
+    "model.layers.0.input_layernorm": "cpu",
+    "model.layers.0.post_attention_layernorm": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "disk",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_offloaded_to_disk(name, tmp_path):
+    model = compress(tiny_model(name))
+    model.save_pretrained(tmp_path / "a")
+    loaded = reload(model, tmp_path / "a", device_map=OFFLOADED, offload_folder=tmp_path / "off")
+    assert loaded.get_submodule(f"{Q_PROJ}.down").weight.is_meta
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the memory that saving takes
+        loaded.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(reload(model, tmp_path / "b")), logits(model))
+    with pytest.raises(ValueError, match=rf"{re.escape(Q_PROJ)} cannot become dense: .* offloaded"):
+        loaded.dequantize()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt"])
+def test_other_classes(name, tmp_path):
+    model = tiny_model(name)
+    untie_head(model)
+    compress(model, include=["*.0.*", output_head(model)])
+    model.save_pretrained(tmp_path / "a")
+    blocks = len(low_rank_layers(model)) - 1
+    base = AutoModel.from_pretrained(tmp_path / "a")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    inputs = token_inputs(model, rows=1)
+    with torch.no_grad():
+        hidden = base(**inputs).last_hidden_state
+        expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(hidden, expected)
+    for other, directory in ((base, tmp_path / "b"), (classifier, tmp_path / "c")):
+        assert len(low_rank_layers(other)) == blocks
+        assert other.config.quantization_config.layers.keys() == low_rank_layers(other).keys()
+        other.save_pretrained(directory)
+        again = reload(other, directory)
+        torch.testing.assert_close(again(**inputs)[0], other(**inputs)[0])
+    if name != "bert":  # whose masked model has no pooler
+        head = type(model).from_pretrained(tmp_path / "b")  # from the base: a new, dense head
+        assert len(low_rank_layers(head)) == blocks
+
+
+def test_generate(saved):
+    model, folder = saved
+    loaded = reload(model, folder)
+    tokens = token_inputs(model)["input_ids"]
+    kwargs = dict(max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(tokens))
+    assert torch.equal(loaded.generate(tokens, **kwargs), model.generate(tokens, **kwargs))
+
+
+def test_exports(saved):
+    model, folder = saved
+    inputs = token_inputs(model)
+    loaded = reload(model, folder)
+    program = torch.export.export(loaded, (), {**inputs, "use_cache": False}, strict=False)
+    assert not [node for node in program.graph.nodes if "soco" in str(node.target)]
+    exported = program.module()(**inputs, use_cache=False).logits
+    torch.testing.assert_close(exported, logits(model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles(saved):
+    model, folder = saved
+    inputs = token_inputs(model)
+    compiled = torch.compile(reload(model, folder), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        out = compiled(**inputs, use_cache=False).logits
+    torch.testing.assert_close(out, logits(model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "phi3"])
+def test_dequantize(name, tmp_path):
+    model = compress(tiny_model(name))
+    before = logits(model)
+    dense = model.dequantize()
+    assert dense is model
+    assert not low_rank_layers(model)
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    assert torch.equal(logits(reload(model, tmp_path)), logits(model))
+    assert {type(m) for m in find_linears(model).values()} <= {nn.Linear, Conv1D}
+    assert model.to(torch.float64).half().dtype == torch.float16  # refused for quantized models
+
+
+def test_dequantize_to_a_dtype(saved):
+    model = reload(saved[0], saved[1])
+    model.hf_quantizer.dequantize(model, torch.bfloat16)  # transformers 5: model.dequantize(dtype)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@IGNORE_PEFT
+def test_lora(saved, tmp_path):
+    model, folder = saved
+    base = reload(model, folder)
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj.down", "q_proj.up"], lora_dropout=0.0)
+    adapted = peft.get_peft_model(base, settings)
+    tokens = token_inputs(model)["input_ids"]
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):  # lora_B starts at zero, and lora_A's gradient with it
+        adapted(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.eval()
+    trained = logits(adapted)
+    assert (trained - logits(model)).abs().max() > 1e-4
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(reload(model, folder), tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), trained)
+    merged = cast(LlamaForCausalLM, adapted.merge_and_unload())  # type: ignore[operator]
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(reload(model, tmp_path / "merged")), logits(merged))
+
+
+@IGNORE_PEFT
+def test_lora_finds_all_factors(saved):
+    model, folder = saved
+    adapted = peft.get_peft_model(
+        reload(model, folder), peft.LoraConfig(r=2, target_modules="all-linear")
+    )
+    wrapped = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    assert len(wrapped) == 2 * len(low_rank_layers(model))
+
+
+def training(folder, **options):
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        save_steps=2,
+        save_strategy="steps",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=0,
+        **options,
+    )
+    tokens = torch.randint(3, 96, (8, 8), generator=torch.Generator().manual_seed(2)).tolist()
+    data = Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+    return arguments, data
+
+
+def test_trainer(saved, tmp_path):
+    model, folder = saved
+    arguments, data = training(tmp_path / "run", max_steps=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Trainer's own
+        trainer = Trainer(model=reload(model, folder), args=arguments, train_dataset=data)
+        trainer.train()
+        assert trainer.model is not None
+        through = logits(trainer.model.eval())
+        again = Trainer(model=reload(model, folder), args=arguments, train_dataset=data)
+        again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert (through - logits(model)).abs().max() > 1e-3
+    assert again.model is not None
+    assert torch.equal(logits(again.model.eval()), through)
+    checkpoint = reload(model, tmp_path / "run" / "checkpoint-4")
+    assert torch.equal(logits(checkpoint), through)
+
+
+@NEEDS_5
+def test_pipeline(shared_data, tmp_path):
+    source = shared_data / "models" / "stories260K"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = compress(AutoModelForCausalLM.from_pretrained(source), rank=24)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generator = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    assert isinstance(generator.model.model.layers[0].mlp.up_proj, LowRankLinear)
+    told = generator("Once upon a time", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    assert told.startswith("Once upon a time")
+    assert len(told) > len("Once upon a time")
+
+
+@pytest.mark.parametrize(
+    "name", ["stories260K", "babyllama105", "gpt-nano-sort-gpt2", "books-llama-1m"]
+)
+def test_trained_models(shared_data, name, tmp_path):
+    dense = AutoModelForCausalLM.from_pretrained(shared_data / "models" / name)
+    model = compress(dense, rank=16)
+    tokens = torch.arange(3).repeat(2, 3)
+    with torch.no_grad():
+        before = model(tokens).logits
+        model.save_pretrained(tmp_path)
+        loaded = reload(model, tmp_path, dtype="auto")
+        assert loaded.dtype == model.dtype
+        assert torch.equal(loaded(tokens).logits, before)
+
+
+def test_configs_that_mean_nothing():
+    layer = {"a.b": {"rank": 3}}
+    good = {"quant_method": "soco", "format_version": 1, "layers": layer}
+    config = SocoConfig.from_dict(good)
+    assert isinstance(config, SocoConfig)
+    assert config.to_dict() == good | {"report": None}
+    where = "quantization_config in config.json"
+    bad = {
+        "has no format_version": {k: v for k, v in good.items() if k != "format_version"},
+        "has no layers": {k: v for k, v in good.items() if k != "layers"},
+        "has format_version 2, and this soco reads up to 1": good | {"format_version": 2},
+        "has a format_version that is none: '1'": good | {"format_version": "1"},
+        "has a format_version that is none: True": good | {"format_version": True},
+        "has a format_version that is none: 0": good | {"format_version": 0},
+        "has an unknown field 'inner'": good | {"inner": {}},
+        "is of 'awq', not of 'soco'": good | {"quant_method": "awq"},
+        "has a report that is no object: 3": good | {"report": 3},
+        "must have an object of layers, got ['a.b']": good | {"layers": ["a.b"]},
+        'must say {"rank": ...} of layer a.b, got 3': good | {"layers": {"a.b": 3}},
+        'must say {"rank": ...} of layer a.b, got {}': good | {"layers": {"a.b": {}}},
+        "of layer a.b, got {'rank': 3, 'bits': 4}": good
+        | {"layers": {"a.b": {"rank": 3, "bits": 4}}},
+    }
+    for rank in (0, -1, True, "3", 3.0, None):
+        bad[f"for the rank of layer a.b, got {rank!r}"] = good | {"layers": {"a.b": {"rank": rank}}}
+    for message, data in bad.items():
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            SocoConfig.from_dict(data)
+        assert where in str(caught.value)
+    with pytest.raises(ValueError, match="has an unknown field 'bits'"):
+        SocoConfig(layer, bits=4)
+
+
+def test_registering_twice():
+    register()
+    register()
+    assert auto.AUTO_QUANTIZER_MAPPING["soco"] is SocoQuantizer
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["soco"] is SocoConfig
+
+
+def test_another_quantizer_is_refused(saved):
+    other = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["quanto"](weights="int8")
+    with pytest.raises(ValueError, match="quantized with SocoConfig but you are passing a Quanto"):
+        AutoModelForCausalLM.from_pretrained(saved[1], quantization_config=other)
+
+
+def test_the_config_given_back_changes_nothing(saved):
+    model, folder = saved
+    stored = reload(model, folder).config.quantization_config
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        again = reload(model, folder, quantization_config=stored)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_nothing_is_compressed_while_loading(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="require the model to be pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=SocoConfig({}))
+
+
+def test_no_layers_at_all(tmp_path):
+    model = tiny_model("llama")
+    mark_compressed(model, {})
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(model, tmp_path)), logits(model))

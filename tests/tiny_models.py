@@ -1,0 +1,117 @@
+"""Small random models of many architectures, and the plainest way to compress one of them."""
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
+
+from soco.checkpoint import mark_compressed
+from soco.modules import LowRankLinear
+from soco.surgery import bias_of, find_linears, low_rank_layers, replace_module, weight_of
+
+IS_5 = int(transformers.__version__.split(".")[0]) >= 5
+NEEDS_5 = pytest.mark.skipif(not IS_5, reason="needs transformers 5")
+
+_LLAMA = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_BERT = _LLAMA | dict(type_vocab_size=2)
+_MIXTURE = _LLAMA | dict(num_experts_per_tok=2)
+
+CONFIGS = {
+    "llama": _LLAMA | dict(tie_word_embeddings=False),
+    "llama-tied": _LLAMA | dict(tie_word_embeddings=True),
+    "mistral": _LLAMA | dict(sliding_window=None),
+    "qwen2": _LLAMA,
+    "phi3": _LLAMA,
+    "gpt2": dict(
+        vocab_size=96,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "opt": _LLAMA | dict(ffn_dim=48, word_embed_proj_dim=32),
+    "gpt_neox": _LLAMA,
+    "gptj": dict(
+        vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_inner=48
+    ),
+    "bloom": dict(vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
+    "mamba": dict(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4
+    ),
+    "mixtral": _MIXTURE | dict(num_local_experts=4),
+    "qwen2_moe": _MIXTURE
+    | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24),
+    "t5": dict(
+        vocab_size=96,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    ),
+    "bert": _BERT,
+    "roberta": _BERT | dict(pad_token_id=1),
+    "albert": _BERT | dict(embedding_size=16, num_hidden_groups=1, inner_group_num=1),
+}
+_MASKED = ("bert", "roberta", "albert")
+
+
+def tiny_model(name, dtype=torch.float32, seed=0, **changes):
+    """A model with random weights; ``name`` is a key of ``CONFIGS``: a model_type and a variant."""
+    torch.manual_seed(seed)
+    settings = CONFIGS[name] | changes
+    config = AutoConfig.for_model(name.split("-")[0], **settings)
+    auto = AutoModelForCausalLM
+    if name in _MASKED:
+        auto = AutoModelForMaskedLM
+    elif name == "t5":
+        auto = AutoModelForSeq2SeqLM
+    return auto.from_config(config, dtype=dtype).eval()
+
+
+def token_inputs(model, rows=2, length=8):
+    """What a forward call needs, for decoders, encoders and both."""
+    tokens = torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(1))
+    if getattr(model.config, "is_encoder_decoder", False):
+        return {"input_ids": tokens, "decoder_input_ids": tokens[:, :4]}
+    return {"input_ids": tokens}
+
+
+@torch.no_grad()
+def logits(model):
+    """The logits for fixed tokens."""
+    return model(**token_inputs(model)).logits
+
+
+@torch.no_grad()
+def compress(model, rank=4, include=None, exclude=None, report=None):
+    """Truncated SVD of every layer, in place, and marked; returns the model."""
+    for name, layer in find_linears(model, include, exclude).items():
+        weight = weight_of(layer)
+        left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+        kept = slice(min(rank, *weight.shape))
+        up, down = left[:, kept] * values[kept], right[kept]
+        factors = up.to(weight.dtype), down.to(weight.dtype)
+        replace_module(model, name, LowRankLinear.from_factors(factors, bias_of(layer)))
+    ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
+    mark_compressed(model, ranks, report)
+    return model
