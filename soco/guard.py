@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def unchanged_on_error(model: nn.Module, targets: Mapping[str, nn.Module]) -> It
     """
     modes = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    weights = {name: (module.weight, bias_of(module)) for name, module in targets.items()}
+    weights = {n: (cast(nn.Parameter, m.weight), bias_of(m)) for n, m in targets.items()}
     configs = [c for c in (getattr(model, "config", None), _text_config(model)) if c is not None]
     ties = [getattr(config, "tie_word_embeddings", None) for config in configs]
     tied_keys = getattr(model, "all_tied_weights_keys", None)

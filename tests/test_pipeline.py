@@ -105,8 +105,8 @@ def test_learned_beats_closed_forms_on_a_trained_model(model_dir, shared_data):
         ("soco", SoCo(steps=60), "uniform"),
     ):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        options = {"tokenizer": tokenizer, "calibration": train, "samples": 128, "length": 128}
-        compress(model, 0.4, method=method, ranks=ranks, **options)
+        options: dict = {"tokenizer": tokenizer, "calibration": train, "ranks": ranks}
+        compress(model, 0.4, method=method, samples=128, length=128, **options)
         found[label] = divergence(dense, model, windows)
         sizes[label] = report(model).params_after
     assert found["soco"] < 0.75 * min(found["svd-llm"], found["svd-llm energy"])
@@ -341,7 +341,7 @@ def test_bad_arguments(options, text):
 
 def test_not_a_model():
     with pytest.raises(TypeError, match="model must be a transformers model, got str"):
-        compress("model", 0.4, method="svd")
+        compress("model", 0.4, method="svd")  # type: ignore[type-var]
 
 
 def test_compressed_twice():

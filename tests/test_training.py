@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ class Toy(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             nn.Sequential(nn.Linear(HIDDEN, 24), nn.Tanh(), nn.Linear(24, HIDDEN, bias=False))
             for _ in range(2)
         )

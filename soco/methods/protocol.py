@@ -1,7 +1,7 @@
 """What every method is: a small frozen dataclass that takes one weight apart."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,10 +13,7 @@ from soco.training import TrainingSettings
 class Method(Protocol):
     """A closed form: the order of a weight's components, and what each is worth."""
 
-    @property
-    def name(self) -> str:
-        """As users write it."""
-        ...
+    name: ClassVar[str]  # as users write it
 
     @property
     def needs(self) -> frozenset[str]:

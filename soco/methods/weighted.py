@@ -19,7 +19,11 @@ class SVD:
     """
 
     name: ClassVar[str] = "svd"
-    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
 
     def spectrum(self, weight: Tensor, stats: Mapping[str, Tensor], *, name: str) -> Spectrum:
         """The singular value decomposition of ``weight`` (out, in)."""
@@ -38,7 +42,11 @@ class SVDLLM:
     """
 
     name: ClassVar[str] = "svd-llm"
-    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The inputs' Gram matrix."""
+        return frozenset({"gram"})
 
     def spectrum(self, weight: Tensor, stats: Mapping[str, Tensor], *, name: str) -> Spectrum:
         """The decomposition of ``weight`` (out, in) by its whitened singular values."""
