@@ -194,7 +194,10 @@ def main() -> None:
     parser.add_argument("--trials", action="store_true", help="variants of soco, not the methods")
     arguments = parser.parse_args()
     command = " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]])
-    arguments.command = command.replace(str(arguments.data), "DIR")
+    output = f"benchmarks/results/{arguments.output.name}"
+    arguments.command = command.replace(str(arguments.data), "DIR").replace(
+        str(arguments.output), output
+    )
     methods = {**CLOSED, "soco": (SoCo(), "uniform")}
     if arguments.trials:
         methods = {label: (method, "uniform") for label, method in TRIALS.items()}

@@ -1,6 +1,6 @@
 """Make the tables and pictures in README and docs from recorded results.
 
-    python benchmarks/tables.py benchmarks/results/quality-NAME.json
+    python benchmarks/tables.py benchmarks/results/quality-*.json
 
 writes the table between the ``results`` markers of README.md and docs/methods.md, and
 docs/images/quality.png.
@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # Okabe and Ito's colours, told apart by everybody, and a marker each.
@@ -53,10 +54,10 @@ def caption(result: dict, rows: dict) -> str:
         f"({learned[0]['evaluation']['windows']} windows of {calibration['length']} tokens); lower "
         f"is better. Removed is the fraction of the parameters of the linears in the blocks; no "
         f"cell keeps more than that leaves. All methods saw the same {calibration['sequences']} "
-        f"calibration sequences or fewer where the text is shorter. The training took soco "
-        f"{min(times):.0f} to {max(times):.0f} s on {machine['threads']} threads of a "
-        f"{machine['cpu']}. Measured on {result['date'][:10]} at commit `{result['commit']}` by "
-        f"`{result['command']}`; this table was made by `python benchmarks/tables.py`."
+        f"calibration sequences. soco took {min(times):.0f} to {max(times):.0f} s a run "
+        f"(threads: {machine['threads']}; CPU: {machine['cpu']}, busy with other work). Measured "
+        f"on {result['date'][:10]} at commit `{result['commit']}` by `{result['command']}`; the table "
+        f"was made by `python benchmarks/tables.py benchmarks/results/quality-*.json`."
     )
 
 
@@ -85,6 +86,9 @@ def draw(result: dict, path: Path) -> None:
         ratios = sorted({row["ratio"] for row in rows})
         axis.set_xticks(ratios, [f"{ratio:.0%}" for ratio in ratios])
         axis.set_xlabel("parameters removed")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.grid(True, which="major", color="0.9")
     axes[0].set_ylabel("KL to the dense model (nats per token)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
@@ -104,9 +108,15 @@ def insert(file: Path, text: str) -> None:
 def main() -> None:
     """Update the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", type=Path, help="JSON of benchmarks/quality.py")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON of benchmarks/quality.py")
     arguments = parser.parse_args()
-    result = json.loads(arguments.results.read_text())
+    parts = [json.loads(path.read_text()) for path in arguments.results]
+    result = {
+        **parts[0],
+        "rows": [row for part in parts for row in part["rows"]],
+        "commit": "`, `".join(dict.fromkeys(part["commit"] for part in parts)),
+        "command": "` and `".join(part["command"] for part in parts),
+    }
     root = Path(__file__).parents[1]
     for file in (root / "README.md", root / "docs" / "methods.md"):
         insert(file, table(result))

@@ -1,7 +1,9 @@
 """What methods want to know of a model's layers on real inputs, collected in one pass."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +29,15 @@ def collect(
     """Run ``model`` over the windows and collect statistics of the inputs of ``layers``.
 
     Layers that are given the same tensor (query, key and value; gate and up) share one Gram matrix.
-    Products are taken in float32, at most 2048 tokens at a time, and summed in float64: memory
-    depends on the layers' sizes, not on the number of tokens.
+    Products are taken in float32, at most 2048 tokens at a time, and summed in float64; inputs are
+    not kept: memory depends on the layers' sizes, not on the number of tokens.
+
+    Layers that shared their inputs at first, and then did not, make it start again from the first
+    window, without that mistake.
 
     Args:
-        model: left as it was.
+        model: left as it was. Only its ``base_model`` runs where that holds all the layers: logits
+            of a large vocabulary cost more memory than anything else.
         layers: name to module in ``model``; called with x (..., in).
         windows: token ids (sequences, length), on the CPU.
         batch_size: sequences at a time.
@@ -44,20 +50,32 @@ def collect(
     Raises:
         ValueError: the inputs of a layer hold NaN or Inf; the layer is named.
     """
-    collector = _Collector()
-    hooks = [
-        module.register_forward_pre_hook(collector.hook(name)) for name, module in layers.items()
-    ]
-    try:
-        with torch.inference_mode():
-            for done, batch in enumerate(windows.split(batch_size), start=1):
-                run_model(model, batch.to(next(model.parameters()).device))
-                collector.forget_inputs()
-                on_batch(min(done * batch_size, len(windows)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: collector.result(name, module) for name, module in layers.items()}
+    base = getattr(model, "base_model", model)
+    inside = set(base.modules())
+    body = base if all(module in inside for module in layers.values()) else model
+    device = next(model.parameters()).device
+    alone: set[str] = set()
+    while True:
+        collector = _Collector(alone)
+        hooks = [
+            module.register_forward_pre_hook(collector.hook(name))
+            for name, module in layers.items()
+        ]
+        try:
+            # Not inference_mode: tensors that the model caches have to serve in training later.
+            with torch.no_grad():
+                for done, batch in enumerate(windows.split(batch_size), start=1):
+                    run_model(body, batch.to(device))
+                    collector.end_forward()
+                    if collector.parted:
+                        break
+                    on_batch(min(done * batch_size, len(windows)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not collector.parted:
+            return {name: collector.result(name, module) for name, module in layers.items()}
+        alone |= collector.parted
 
 
 @torch.no_grad()
@@ -100,13 +118,23 @@ def _caller(model: nn.Module, name: str) -> nn.Module:
 
 
 class _Collector:
-    """Sums of the Gram matrices; layers with the same input tensor point to the same sum."""
+    """Sums of the Gram matrices; layers with the same input tensors point to the same sum.
 
-    def __init__(self) -> None:
+    A layer follows another from its first call on, if both were given the same tensor for the first
+    time, and has to be given the same ones ever after.
+
+    Args:
+        alone: layers that follow no other.
+    """
+
+    def __init__(self, alone: set[str]) -> None:
+        self.alone = alone
+        self.parted: set[str] = set()  # layers that went another way than the one they followed
         self.grams: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.leader: dict[str, str] = {}  # layer to the layer that sums for it
-        self.seen: dict[str, list[Tensor]] = {}  # inputs of this forward, by leader
+        self.fresh: list[str] = []  # leaders whose first forward this is
+        self.seen: dict[str, list[weakref.ref[Tensor]]] = {}  # inputs of this forward, by leader
         self.calls: dict[str, int] = {}  # of a layer, in this forward
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -114,39 +142,39 @@ class _Collector:
 
         def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
-            call = self.calls[name] = self.calls.get(name, 0) + 1
+            self.calls[name] = self.calls.get(name, 0) + 1
             if name not in self.leader:
-                self.leader[name] = next(
-                    (other for other, xs in self.seen.items() if len(xs) == 1 and xs[0] is x), name
-                )
+                self.leader[name] = self._find_leader(name, x)
             leader = self.leader[name]
             if leader == name:
-                self.seen.setdefault(name, []).append(x)
+                self.seen.setdefault(name, []).append(weakref.ref(x))
                 self._add(name, x)
                 return
-            xs = self.seen.get(leader, [])
-            if call <= len(xs) and xs[call - 1] is x:
-                return
-            # From here on it sees something else than its leader: it goes its own way, with what
-            # they had in common, which is all the leader has but its inputs of this forward.
-            self.leader[name] = name
-            self.grams[name] = self.grams[leader].clone()
-            self.tokens[name] = self.tokens[leader]
-            for other in xs:
-                self._add(name, other, sign=-1)
-            for other in xs[: call - 1]:
-                self._add(name, other)
-            self.seen.setdefault(name, []).append(x)
-            self._add(name, x)
+            before = self.seen.get(leader, [])
+            call = self.calls[name]
+            if call > len(before) or before[call - 1]() is not x:
+                self.parted.add(name)
 
         return observe
 
-    def forget_inputs(self) -> None:
+    def _find_leader(self, name: str, x: Tensor) -> str:
+        if name not in self.alone:
+            for other in self.fresh:
+                if len(self.seen[other]) == 1 and self.seen[other][0]() is x:
+                    return other
+        self.fresh.append(name)
+        return name
+
+    def end_forward(self) -> None:
         """Call after each forward."""
+        for name, leader in self.leader.items():
+            if self.calls.get(name, 0) != self.calls.get(leader, 0):
+                self.parted.add(name)
         self.seen.clear()
         self.calls.clear()
+        self.fresh.clear()
 
-    def _add(self, name: str, x: Tensor, sign: int = 1) -> None:
+    def _add(self, name: str, x: Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1])
         gram = self.grams.get(name)
         if gram is None:
@@ -154,8 +182,8 @@ class _Collector:
             self.grams[name] = gram
         for chunk in rows.split(2048):
             wide = chunk.float()
-            gram.add_((wide.T @ wide).double(), alpha=sign)
-        self.tokens[name] = self.tokens.get(name, 0) + sign * len(rows)
+            gram.add_((wide.T @ wide).double())
+        self.tokens[name] = self.tokens.get(name, 0) + len(rows)
 
     def result(self, name: str, module: nn.Module) -> Statistics:
         """The sums of the layer ``name``."""
@@ -168,8 +196,8 @@ class _Collector:
         gram = self.grams[leader]
         if not bool(torch.isfinite(gram).all()):
             raise ValueError(
-                f"the inputs of {name} hold NaN or Inf on the calibration text: the model overflows "
-                f"in its dtype, or its weights are broken"
+                f"the inputs of {name} hold NaN or Inf on the calibration text: the model "
+                f"overflows in its dtype, or its weights are broken"
             )
         return Statistics(gram, self.tokens[leader])
 
@@ -190,13 +218,15 @@ def sample_from_model(
         model: a causal language model with ``generate``.
         samples: sequences.
         length: tokens of each.
-        start: the id every sequence begins with (it is not part of it); None: a random one.
+        start: the id every sequence begins with (it is not part of it); None: a random one that the
+            model's config does not name as special.
         seed: the same seed gives the same text; the global random state is left alone.
         batch_size: sequences at a time.
         on_batch: called with the number of sequences done, after each batch.
 
     Returns:
-        Token ids (samples, length), on the CPU, drawn at temperature 1 from the whole vocabulary.
+        Token ids (samples, length), on the CPU, drawn at temperature 1 from the whole vocabulary,
+        whatever the model's ``generation_config`` says.
 
     Raises:
         ValueError: the model cannot generate.
@@ -209,30 +239,50 @@ def sample_from_model(
         )
     device = next(model.parameters()).device
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    ordinary = torch.tensor(sorted(set(range(vocabulary)) - _special_ids(model)))
     generator = torch.Generator().manual_seed(seed)
     parts = []
+    own = model.generation_config
+    plain = type(own)(  # type: ignore[operator]
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length,
+        pad_token_id=0,
+        decoder_start_token_id=own.decoder_start_token_id,  # type: ignore[union-attr]
+    )
+    sources = [torch.default_generator]  # torch.manual_seed would seed every CUDA device
+    if device.type == "cuda":
+        sources.append(torch.cuda.default_generators[cast(int, device.index)])
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(seed)
-        for done in range(0, samples, batch_size):
-            count = min(batch_size, samples - done)
-            if start is None:
-                first = torch.randint(vocabulary, (count, 1), generator=generator)
-            else:
-                first = torch.full((count, 1), start)
-            first = first.to(device)
-            ids = model.generate(  # type: ignore[operator]
-                first,
-                attention_mask=torch.ones_like(first),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=length,
-                max_new_tokens=length,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-            parts.append(ids[:, 1:].cpu())
-            on_batch(done + count)
+        for source in sources:
+            source.manual_seed(seed)
+        try:
+            model.generation_config = plain  # type: ignore[assignment] # generate fills gaps from it
+            for done in range(0, samples, batch_size):
+                count = min(batch_size, samples - done)
+                chosen = torch.randint(len(ordinary), (count, 1), generator=generator)
+                first = ordinary[chosen] if start is None else torch.full((count, 1), start)
+                first = first.to(device)
+                ids = model.generate(  # type: ignore[operator]
+                    first, attention_mask=torch.ones_like(first), generation_config=plain
+                )
+                parts.append(ids[:, 1:].cpu())
+                on_batch(done + count)
+        finally:
+            model.generation_config = own
     return torch.cat(parts)
+
+
+def _special_ids(model: nn.Module) -> set[int]:
+    """Token ids that the model's config gives a meaning of their own."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    values = [getattr(model.config, name, None) for name in names]
+    return {
+        each
+        for value in values
+        for each in (value if isinstance(value, list) else [value])
+        if isinstance(each, int)
+    }

@@ -3,10 +3,10 @@
 import copy
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ def mark_compressed(
     model: "PreTrainedModel",
     layers: Mapping[str, int],
     report: Mapping[str, Any] | None = None,
+    new_biases: Collection[str] = (),
 ) -> None:
     """Tell transformers that ``model`` is compressed, so that it saves, trains and adapts as such.
 
@@ -45,6 +46,7 @@ def mark_compressed(
         model: with its ``LowRankLinear`` layers in place.
         layers: name to rank of every one of them.
         report: how it was compressed, as plain JSON data; goes into config.json as it is.
+        new_biases: names of the layers that have a bias though the stock layer has none.
 
     Raises:
         ValueError: ``layers`` are not the compressed layers of the model, the report is not JSON,
@@ -61,7 +63,11 @@ def mark_compressed(
         report = None if report is None else json.loads(json.dumps(report, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"the report is not plain JSON: {error}") from error
-    config = SocoConfig({name: {"rank": rank} for name, rank in found.items()}, report)
+    described = {
+        name: {"rank": rank, "bias": True} if name in new_biases else {"rank": rank}
+        for name, rank in found.items()
+    }
+    config = SocoConfig(described, report)
     check_ties(model, found)
     register()
     model.config.quantization_config = config
@@ -184,8 +190,8 @@ def export_dense(
         tokenizer: written into the same folder.
 
     Raises:
-        ValueError: the model is not compressed, weights are offloaded, or ``directory`` holds
-            something.
+        ValueError: the model is not compressed, a layer has a bias that the stock layer has not,
+            weights are offloaded, or ``directory`` holds something.
     """
     target = Path(directory)
     if _is_occupied(target):
@@ -201,6 +207,10 @@ def export_dense(
             if tensor.is_meta:
                 raise ValueError(f"{name} is offloaded: export from the model's folder instead")
         dense = copy.deepcopy(model)
+    described = cast(SocoConfig, dense.config.quantization_config)
+    for name, layer in described.layers.items():
+        if layer.get("bias"):
+            raise ValueError(f"{name} has a bias, for which the stock model has no place")
     dense = SocoQuantizer(SocoConfig()).dequantize(dense)
     with replaced(target) as folder:
         dense.save_pretrained(str(folder))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PICKLED = "pytorch_model.bin"
 
+_DOWN = ".down.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -66,6 +67,9 @@ def check_contents(
     The other tensors are checked, too, where names can be trusted: in the class that was saved, and
     with the version of transformers that wrote the folder, since others may rename on loading.
 
+    Wherever something is missing and something else is too much, the one may become the other, as
+    in models that keep the names they were first published with; transformers knows, and reports.
+
     Args:
         model: with its compressed layers in place, weights not loaded yet.
         entries: what the files hold.
@@ -74,30 +78,42 @@ def check_contents(
     Raises:
         ValueError: a tensor is missing, unknown, or of the wrong shape or dtype.
     """
+    layers = set(layers)
     state = model.state_dict()
     places = tuple(f"{name}." for name in low_rank_layers(model))
     factors = {key: tensor for key, tensor in state.items() if key.startswith(places)}
     names = _best(_variants(model, factors, prefixes=True), entries)
-    if names is None:
-        return
+    held = {key.removesuffix(_DOWN) for key in entries if key.endswith(_DOWN)}
+    held = {layer for layer in held if {f"{layer}.up.weight", f"{layer}.weight"} <= entries.keys()}
+    if names is None or (names.required.keys() - entries and len(held) == len(layers)):
+        return  # all layers are there, by other names
     _check_required(names.required, entries)
-    for key, entry in entries.items():
-        layer = key.removesuffix(".down.weight")
-        stray = layer != key and f"{layer}.up.weight" in entries and layer not in set(layers)
-        if stray and key not in names.required:
-            raise ValueError(f"{entry.file} holds {key}, but config.json names no layer {layer}")
-    places = tuple(f"{key.removesuffix('down.weight')}" for key in names.required if _is_down(key))
-    _check_unknown({k: e for k, e in entries.items() if k.startswith(places)}, names.allowed, ())
+    for layer in sorted(held - layers):
+        key = layer + _DOWN
+        if key not in names.required:
+            raise ValueError(
+                f"{entries[key].file} holds {key}, but config.json names no layer {layer}"
+            )
+    places = tuple(key.removesuffix(_DOWN) + "." for key in names.required if key.endswith(_DOWN))
+    _check_allowed({key for key in entries if key.startswith(places)}, names.allowed, entries)
     version = getattr(model.config, "transformers_version", None)
     if is_own_class(model) and version == transformers.__version__:
         names = _best(_variants(model, state, prefixes=False), entries)
         if names is not None:
-            _check_required(names.required, entries)
-            _check_unknown(entries, names.allowed, model._keys_to_ignore_on_load_unexpected or ())
+            _check_dense(model, names, entries)
 
 
-def _is_down(key: str) -> bool:
-    return key.endswith(".down.weight")
+def _check_dense(model: "PreTrainedModel", names: _Names, entries: Mapping[str, Entry]) -> None:
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    unknown = {
+        key
+        for key in entries.keys() - names.allowed
+        if not any(re.search(pattern, key) for pattern in ignored)
+    }
+    missing = names.required.keys() - entries
+    if not (missing and unknown):
+        _check_required(names.required, entries)
+        _check_allowed(unknown, names.allowed, entries)
 
 
 def _check_required(required: Shapes, entries: Mapping[str, Entry]) -> None:
@@ -112,14 +128,13 @@ def _check_required(required: Shapes, entries: Mapping[str, Entry]) -> None:
                 f"{file} holds {key} with shape {list(held)}, but the model and config.json "
                 f"need {list(shape)}"
             )
-        if dtype not in _FLOATS and key.endswith((".down.weight", ".up.weight")):
+        if dtype not in _FLOATS and key.endswith((_DOWN, ".up.weight")):
             raise ValueError(f"{file} holds {key} as {dtype}, which is no floating-point number")
 
 
-def _check_unknown(entries: Mapping[str, Entry], allowed: Shapes, ignored: Iterable[str]) -> None:
-    for key, entry in entries.items():
-        if key not in allowed and not any(re.search(pattern, key) for pattern in ignored):
-            raise ValueError(f"{entry.file} holds {key}, which the model has no place for")
+def _check_allowed(keys: Iterable[str], allowed: Shapes, entries: Mapping[str, Entry]) -> None:
+    for key in sorted(set(keys) - allowed.keys()):
+        raise ValueError(f"{entries[key].file} holds {key}, which the model has no place for")
 
 
 def _where(entries: Mapping[str, Entry]) -> str:

@@ -65,11 +65,15 @@ class HiddenStates:
         return (dense - student).square().mean() / dense.var().clamp_min(1e-12)
 
     def surprise(self, dense: Tensor, student: Tensor, generator: torch.Generator) -> Tensor:
-        """Negative log likelihood of states drawn around the dense ones, with their variance."""
+        """Negative log likelihood, up to a constant, of states drawn around the dense ones.
+
+        They are normal, with the variance whose divergence from the student's is ``divergence``;
+        so the squared gradient is the curvature of that, here too.
+        """
         noise = torch.randn(dense.shape, generator=generator).to(dense.device)
-        variance = dense.var().clamp_min(1e-12)
+        variance = dense.var().clamp_min(1e-12) * dense.shape[-1] / 2
         drawn = dense + noise * variance.sqrt()
-        return (drawn - student).square().sum() / (2 * variance * dense.shape[-1])
+        return (drawn - student).square().sum() / (2 * variance)
 
     def cross_entropy(self, student: Tensor, ids: Tensor) -> Tensor:
         """There are no predictions to score.
@@ -97,8 +101,7 @@ def objective_for(model: nn.Module, ids: Tensor) -> Objective:
     one row per sequence) is compared by its hidden states.
     """
     logits = getattr(run_model(model, ids), "logits", None)
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape:
-        if vocabulary is None or logits.shape[-1] >= vocabulary:
-            return TokenDistribution()
-    return HiddenStates()
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 0
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
+        return HiddenStates()
+    return TokenDistribution() if logits.shape[-1] >= vocabulary else HiddenStates()

@@ -179,7 +179,8 @@ def compress(
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         factored = {layer.name: layer.rank for layer in layers if layer.rank is not None}
-        mark_compressed(cast("PreTrainedModel", model), factored, outcome.to_dict())
+        biases = [n for n in factored if result[n][1] is not None and bias_of(targets[n]) is None]
+        mark_compressed(cast("PreTrainedModel", model), factored, outcome.to_dict(), biases)
     return model
 
 

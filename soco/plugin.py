@@ -28,7 +28,8 @@ class SocoConfig(QuantizationConfigMixin):
     """What ``quantization_config`` in config.json says of a compressed model.
 
     Args:
-        layers: name of a compressed layer to ``{"rank": rank}``; the other layers are dense.
+        layers: name of a compressed layer to ``{"rank": rank}``, and ``"bias": true`` where it has
+            a bias that the stock layer has not; the other layers are dense.
         report: how the model was compressed (``soco.Report`` as plain JSON), or None.
         format_version: of the folder, ``FORMAT_VERSION``.
         quant_method: "soco".
@@ -39,7 +40,7 @@ class SocoConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        layers: Mapping[str, Mapping[str, int]] | None = None,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
         report: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
@@ -99,7 +100,7 @@ class SocoQuantizer(HfQuantizer):
         for name, layer in config.layers.items():
             place = _place(model, name)
             if place is not None:
-                replace_module(model, place, _skeleton(model, place, name, layer["rank"]))
+                replace_module(model, place, _skeleton(model, place, name, layer))
                 self._twins.update(_replace_twins(model, place))
                 layers[place] = layer
             elif is_own_class(model) or entries is None or f"{name}.down.weight" not in entries:
@@ -196,12 +197,17 @@ def _check_fields(data: Mapping[str, object]) -> None:
     if not isinstance(layers, Mapping):
         raise ValueError(f"{where} must have an object of layers, got {layers!r}")
     for name, layer in layers.items():
-        if not isinstance(layer, Mapping) or layer.keys() != {"rank"}:
+        if not isinstance(layer, Mapping) or layer.keys() not in ({"rank"}, {"rank", "bias"}):
             raise ValueError(f'{where} must say {{"rank": ...}} of layer {name}, got {layer!r}')
         if type(layer["rank"]) is not int or layer["rank"] < 1:
             raise ValueError(
                 f"{where} must have a whole number, at least 1, for the rank of layer {name}, "
                 f"got {layer['rank']!r}"
+            )
+        if type(layer.get("bias", True)) is not bool:
+            raise ValueError(
+                f"{where} must have true or false for the bias of layer {name}, "
+                f"got {layer['bias']!r}"
             )
 
 
@@ -216,8 +222,11 @@ def _place(model: "PreTrainedModel", name: str) -> str | None:
     return next((candidate for candidate in candidates if candidate in names), None)
 
 
-def _skeleton(model: "PreTrainedModel", place: str, name: str, rank: int) -> LowRankLinear:
+def _skeleton(
+    model: "PreTrainedModel", place: str, name: str, layer: Mapping[str, Any]
+) -> LowRankLinear:
     """The layer to load the factors into, in the place of a dense one, without memory."""
+    rank = layer["rank"]
     old = model.get_submodule(place)
     if not is_linear(old):
         raise ValueError(
@@ -231,7 +240,7 @@ def _skeleton(model: "PreTrainedModel", place: str, name: str, rank: int) -> Low
             f"but it is a weight of shape {[out_features, in_features]}"
         )
     dtype = cast(torch.Tensor, old.weight).dtype
-    bias = bias_of(old) is not None
+    bias = layer.get("bias", bias_of(old) is not None)
     new = LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=dtype)
     # transformers 4 loads no buffers of layers offloaded to disk, and fails if they are on meta.
     new.weight = torch.zeros(1, device="cpu", dtype=dtype)

@@ -121,9 +121,8 @@ class Report:
             if layer.score_min is not None and layer.score_max is not None:
                 scores = f"{layer.score_min:.2f} .. {layer.score_max:.2f}"
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
-            lines.append(
-                f"{layer.name:<{width}}  {shape:>13}  {rank:>6}  {layer.kept:>7.1%}  {scores}".rstrip()
-            )
+            line = f"{layer.name:<{width}}  {shape:>13}  {rank:>6}  {layer.kept:>7.1%}  {scores}"
+            lines.append(line.rstrip())
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -10,6 +10,9 @@ import torch
 import soco
 
 REQUIRE_CUDA = os.environ.get("SOCO_REQUIRE_CUDA") == "1"  # the GPU job sets it: no silent skip
+# One thread: the tensors here are small, and on a busy machine threads that wait for each other
+# make the tests several times slower. Tests of threads say how many they want.
+torch.set_num_threads(1)
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

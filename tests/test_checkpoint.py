@@ -180,7 +180,7 @@ def test_a_tied_head_has_to_be_untied():
     compress(model, include="lm_head")
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "qwen2", "bert", "mixtral"])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "qwen2", "opt", "mixtral"])
 def test_export_dense(name, tmp_path):
     model = compress(tiny_model(name))
     before = logits(model)
@@ -218,6 +218,22 @@ def test_export_dense_refuses(model, original, tmp_path):
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is offloaded"):
         export_dense(offloaded, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bias_that_the_stock_layer_has_not(tmp_path):
+    model = tiny_model("llama")
+    layer = LowRankLinear.from_factors((torch.ones(48, 3), torch.ones(3, 32)), torch.arange(48.0))
+    replace_module(model, UP_PROJ, layer)
+    mark_compressed(model, {UP_PROJ: 3}, new_biases=[UP_PROJ])
+    save(model, tmp_path / "model")
+    assert torch.equal(logits(load(tmp_path / "model")), logits(model))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(stock), logits(model))
+    for source in (model, tmp_path / "model"):
+        with pytest.raises(ValueError, match=r"1\.mlp\.up_proj has a bias, for which the stock"):
+            export_dense(source, tmp_path / "dense")
+    before = logits(model)
+    torch.testing.assert_close(logits(model.dequantize()), before, rtol=1e-4, atol=1e-5)
 
 
 # Every defect: how it is made, what is said, and whether plain from_pretrained says it, too: some

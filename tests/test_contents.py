@@ -112,3 +112,31 @@ def test_renamed_tensors_are_found(tmp_path):
     drop(tmp_path, next(key for key in entries if key.endswith("q_proj.down.weight")))
     with pytest.raises(ValueError, match=r"lacks .*q_proj\.down\.weight"):
         load(tmp_path)
+
+
+def test_models_first_published_with_other_names(tmp_path):
+    """BERT's norms were gamma and beta once, and such files are still about."""
+    model = tiny_model("bert")
+    model.save_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / "model.safetensors"
+    tensors = load_file(file)
+    renamed = {
+        key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): tensor
+        for key, tensor in tensors.items()
+    }
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, file, metadata={"format": "pt"})
+    again = compress(type(model).from_pretrained(tmp_path / "old"))
+    again.save_pretrained(tmp_path / "new")  # some versions write the old names again
+    for loaded in (type(model).from_pretrained(tmp_path / "new"), load(tmp_path / "new")):
+        for key, tensor in again.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], tensor)
+
+
+def test_a_layer_missing_and_another_too_much_is_found_by_load(folder):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["more"] = tensors.pop("model.norm.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks model\.norm\.weight"):
+        load(folder)

@@ -14,11 +14,11 @@ from soco.spectral import SpectralLinear
 from soco.surgery import weight_of
 
 SHAPES = [(6, 9), (9, 6), (7, 7), (1, 5)]  # (out, in)
-TOLERANCE = {
-    torch.float64: dict(rtol=1e-6, atol=1e-6),  # the scales are float32
-    torch.float32: dict(rtol=1e-5, atol=1e-5),
-    torch.bfloat16: dict(rtol=3e-2, atol=6e-2),
-    torch.float16: dict(rtol=4e-3, atol=8e-3),
+TOLERANCE = {  # relative; absolute is twice as much
+    torch.float64: 1e-6,  # the scales are float32
+    torch.float32: 1e-5,
+    torch.bfloat16: 3e-2,
+    torch.float16: 4e-3,
 }
 
 
@@ -55,7 +55,7 @@ def trained(layer, alive=None, seed=2):
 
 
 def formula(layer, x, kept):
-    """``up ((sigma * kept) * (down x)) + bias (+ deviation)``; ``kept`` is score * mask, (rank,)."""
+    """``up ((gain * kept) * (down x)) + bias (+ deviation)``; ``kept`` is score * mask, (rank,)."""
     y = x @ layer.down.to(x.dtype).T * (layer.gain * kept) @ layer.up.to(x.dtype).T
     if layer.bias is not None:
         y = y + layer.bias.to(x.dtype)
@@ -81,7 +81,7 @@ def test_at_the_start_it_is_the_dense_layer(shape, bias, dtype, device):
         wanted = F.linear(x, layer.weight, layer.bias)
         y = layer(x)
         assert y.dtype == dtype
-        torch.testing.assert_close(y, wanted, **TOLERANCE[dtype])
+        torch.testing.assert_close(y, wanted, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
         layer.dense = True
         trained(layer, alive=1)
         assert torch.equal(layer(x), wanted)
@@ -109,7 +109,7 @@ def test_by_hand():
     with torch.no_grad():
         layer.logit[0] = math.log(2)  # 3 / (1 + 2 / 2)
         layer.mask[1] = False
-        layer.deviation.copy_(torch.tensor([0.5, 0.25]))
+        layer.get_parameter("deviation").copy_(torch.tensor([0.5, 0.25]))
     assert layer.scores()[0].item() == pytest.approx(1.5)
     torch.testing.assert_close(layer(x), torch.tensor([[180.5, 0.25]]))
 
@@ -154,6 +154,7 @@ def test_transposed_view(bias, device):
     wanted = conv(x)
     torch.testing.assert_close(layer(x), wanted)
     folded, offset = layer.fold()
+    assert isinstance(folded, torch.Tensor)
     torch.testing.assert_close(F.linear(x, folded, offset), wanted)
     layer.dense = True
     torch.testing.assert_close(layer(x), wanted)
@@ -207,7 +208,9 @@ def recorded(layer, x, by):
     layer.recording = True
     (layer(x) * by).sum().backward()
     layer.recording = False
-    return layer.take_recorded()
+    rows = layer.take_recorded()
+    assert rows is not None
+    return rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -220,10 +223,10 @@ def test_recorded_gradients_are_those_of_each_sequence(lead, alive, dtype, devic
     by = normal(*lead, 6, seed=8, device=device, dtype=dtype)
     got = recorded(layer, x, by)
     assert got.dtype == torch.float32
-    tolerance = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.1, atol=0.4)
+    tolerance = 5 * TOLERANCE[dtype]
     wanted = sequence_gradients(layer, x, by)
-    assert wanted.abs().mean() > 2
-    torch.testing.assert_close(got, wanted, **tolerance)
+    assert wanted.abs().mean() > 1
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
     assert layer.take_recorded() is None
 
 
@@ -280,14 +283,15 @@ def test_checkpointing_records_the_same():
         for layer in stack:
             x = call(layer, x).tanh()
         (x * normal(3, 5, 9, seed=8)).sum().backward()
-        return [(layer.logit.grad, layer.take_recorded()) for layer in stack]
+        return [tensor for layer in stack for tensor in (layer.logit.grad, layer.take_recorded())]
 
     plain = run(lambda layer, x: layer(x))
     again = run(lambda layer, x: checkpoint(layer, x, use_reentrant=False))
     for got, wanted in zip(again, plain, strict=True):
-        assert torch.equal(got[0], wanted[0])
-        assert torch.equal(got[1], wanted[1])
-    assert all(rows.shape == (3, 9) and rows.ne(0).all() for _, rows in plain)
+        assert isinstance(got, torch.Tensor)
+        assert isinstance(wanted, torch.Tensor)
+        assert torch.equal(got, wanted)
+        assert wanted.abs().max() > 0.01
 
 
 # ---- what it becomes -----------------------------------------------------------------------------
@@ -319,7 +323,9 @@ def test_fold_has_the_same_outputs(alive, bias, deviation, dtype, device):
     for tensor in (*parts, offset):
         assert tensor is None or tensor.dtype == dtype
         assert tensor is None or not tensor.requires_grad
-    torch.testing.assert_close(y, layer(x).detach(), **TOLERANCE[dtype])
+    torch.testing.assert_close(
+        y, layer(x).detach(), rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype]
+    )
 
 
 def test_fold_of_what_was_not_trained_is_the_weight():
@@ -358,11 +364,16 @@ def test_inputs_of_any_size(size):
     torch.testing.assert_close(layer(x), F.linear(x, weight), rtol=1e-4, atol=1e-4)
 
 
-def test_a_weight_of_zeros():
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_weight_of_zeros(kept):
+    weight = torch.zeros(6, 9)
+    x = normal(2, 4, 9)
+    weight[0, 0] = kept
+    layer = SpectralLinear(weight, None, whitened_svd(weight, torch.eye(9)))
+    torch.testing.assert_close(layer(x), F.linear(x, weight))
+    torch.testing.assert_close(layer.up * layer.gain @ layer.down, weight)
     weight = torch.zeros(6, 9)
     layer = SpectralLinear(weight, None, whitened_svd(weight, torch.eye(9)))
-    x = normal(2, 4, 9)
-    assert layer(x).eq(0).all()
     assert recorded(layer, x, normal(2, 4, 6, seed=1)).eq(0).all()
     with torch.no_grad():
         layer.mask[2:] = False
@@ -386,6 +397,8 @@ def test_spectrum_of_another_weight():
     weight = normal(6, 9)
     for other, message in (
         (whitened_svd(normal(9, 6), None), r"got \(9, 6\) and \(6, 6\)"),
+        (whitened_svd(normal(7, 9), None, 6), r"got \(7, 6\) and \(6, 9\)"),
+        (whitened_svd(normal(6, 8), None), r"got \(6, 6\) and \(6, 8\)"),
         (whitened_svd(weight, None, 4), r"got \(6, 4\) and \(4, 9\)"),
     ):
         with pytest.raises(ValueError, match=r"weight \(6, 9\) must have up \(6, 6\).*" + message):
