@@ -55,9 +55,10 @@ def caption(result: dict, rows: dict) -> str:
         f"is better. Removed is the fraction of the parameters of the linears in the blocks; no "
         f"cell keeps more than that leaves. All methods saw the same {calibration['sequences']} "
         f"calibration sequences. soco took {min(times):.0f} to {max(times):.0f} s a run "
-        f"(threads: {machine['threads']}; CPU: {machine['cpu']}, busy with other work). Measured "
-        f"on {result['date'][:10]} at commit `{result['commit']}` by `{result['command']}`; the table "
-        f"was made by `python benchmarks/tables.py benchmarks/results/quality-*.json`."
+        f"(threads: {machine['threads']}; CPU: {machine['cpu']}, busy with other work). "
+        f"Measured on {result['date'][:10]} at commit `{result['commit']}` by "
+        f"`{result['command']}`; the table was made by "
+        f"`python benchmarks/tables.py benchmarks/results/quality-*.json`."
     )
 
 

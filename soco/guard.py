@@ -5,20 +5,23 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import nn
 
-from soco.surgery import bias_of, replace_module
+from soco.surgery import bias_of
 
 
 @contextmanager
 def unchanged_on_error(model: nn.Module, targets: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside, the model is in evaluation mode and frozen; afterwards both are as before.
 
-    On any exception, Ctrl-C among them, the layers in ``targets`` are put back in their places with
-    the weights they had, and a head that was untied is tied again.
+    On any exception, Ctrl-C among them, every module and parameter is put back in its place, a head
+    that was untied is tied again, and what was written into the configs is gone. Values are not
+    copied: nothing inside may write into a weight.
+
+    Layers that are new at the end take over the training flag of the one in whose place they are,
+    and its parameters' ``requires_grad``.
 
     Args:
         model: a transformers model.
@@ -26,35 +29,31 @@ def unchanged_on_error(model: nn.Module, targets: Mapping[str, nn.Module]) -> It
     """
     modes = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    weights = {n: (cast(nn.Parameter, m.weight), bias_of(m)) for n, m in targets.items()}
-    configs = [c for c in (getattr(model, "config", None), _text_config(model)) if c is not None]
-    ties = [getattr(config, "tie_word_embeddings", None) for config in configs]
-    tied_keys = getattr(model, "all_tied_weights_keys", None)
-    mode = model.training
-    model.eval()
-    model.requires_grad_(False)
+    flags = {name: _flags(module) for name, module in targets.items()}
+    tree = [(m, dict(m._modules), dict(m._parameters)) for m in model.modules()]
+    written = [(each, dict(vars(each))) for each in (model, *_configs(model))]
     try:
+        model.eval()
+        model.requires_grad_(False)
         yield
     except BaseException:
-        for name, module in targets.items():
-            module.weight, bias = weights[name]
-            if bias is not None:
-                module.bias = bias
-            replace_module(model, name, module)
-        for config, tie in zip(configs, ties, strict=True):
-            if tie is not None:
-                setattr(config, "tie_word_embeddings", tie)  # noqa: B010 - of any config class
-        if tied_keys is not None:
-            model.all_tied_weights_keys = tied_keys  # type: ignore[assignment]
+        for module, children, parameters in tree:
+            module._modules.update(children)
+            module._parameters.update(parameters)
+        for each, attributes in written:
+            for name in vars(each).keys() - attributes.keys():
+                del vars(each)[name]
+            vars(each).update(attributes)
         raise
     finally:
-        for name, (weight, _) in weights.items():
-            for parameter in model.get_submodule(name).parameters():
-                parameter.requires_grad_(required.get(weight, True))  # new ones as the old one
+        for name, (of_weight, of_bias) in flags.items():
+            now = model.get_submodule(name).train(modes[targets[name]])
+            for key, parameter in now.named_parameters():
+                parameter.requires_grad_(of_bias if key == "bias" else of_weight)
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
-        for module in model.modules():
-            module.training = modes.get(module, mode)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class Clock:
@@ -88,6 +87,16 @@ class Clock:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
 
 
-def _text_config(model: nn.Module) -> object:
+def _flags(module: nn.Module) -> tuple[bool, bool]:
+    """Whether the weight and the bias of a linear layer require a gradient."""
+    weight, bias = module.get_parameter("weight"), bias_of(module)
+    return weight.requires_grad, (weight if bias is None else bias).requires_grad
+
+
+def _configs(model: nn.Module) -> list[object]:
+    """The configs of a model and its parts, each once."""
+    found = [getattr(module, "config", None) for module in model.modules()]
     getter = getattr(getattr(model, "config", None), "get_text_config", None)
-    return None if getter is None else getter(decoder=True)
+    if getter is not None:
+        found.append(getter(decoder=True))
+    return list({id(config): config for config in found if config is not None}.values())

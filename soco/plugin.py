@@ -204,11 +204,8 @@ def _check_fields(data: Mapping[str, object]) -> None:
                 f"{where} must have a whole number, at least 1, for the rank of layer {name}, "
                 f"got {layer['rank']!r}"
             )
-        if type(layer.get("bias", True)) is not bool:
-            raise ValueError(
-                f"{where} must have true or false for the bias of layer {name}, "
-                f"got {layer['bias']!r}"
-            )
+        if layer.get("bias", True) is not True:
+            raise ValueError(f"{where} can only have true for the bias of layer {name}")
 
 
 def _place(model: "PreTrainedModel", name: str) -> str | None:

@@ -401,6 +401,8 @@ def test_configs_that_mean_nothing():
         'must say {"rank": ...} of layer a.b, got {}': good | {"layers": {"a.b": {}}},
         "of layer a.b, got {'rank': 3, 'bits': 4}": good
         | {"layers": {"a.b": {"rank": 3, "bits": 4}}},
+        "can only have true for the bias of layer a.b": good
+        | {"layers": {"a.b": {"rank": 3, "bias": False}}},
     }
     for rank in (0, -1, True, "3", 3.0, None):
         bad[f"for the rank of layer a.b, got {rank!r}"] = good | {"layers": {"a.b": {"rank": rank}}}

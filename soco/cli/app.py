@@ -1,0 +1,453 @@
+"""The commands of ``soco`` and their options."""
+
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from soco.cli.messages import FAILED, in_one_line, say
+
+# torch, transformers and what needs them are imported in the commands: `soco --help` is quick.
+
+
+class _Commands(TyperGroup):
+    """All commands: whatever goes wrong in one of them is said in one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        if ctx.params["debug"]:
+            return super().invoke(ctx)
+        with in_one_line():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# A command line that makes no sense. Newer typer has its own copy of click, older ones import it.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+class MethodName(str, Enum):
+    """The names in ``soco.methods.METHODS``."""
+
+    soco = "soco"
+    svd_llm = "svd-llm"
+    svd = "svd"
+
+
+class Ranks(str, Enum):
+    """How a closed form shares the budget."""
+
+    uniform = "uniform"
+    energy = "energy"
+
+
+class Basis(str, Enum):
+    """Whose components SoCo learns to weigh."""
+
+    whitened = "whitened"
+    plain = "plain"
+
+
+class Dtype(str, Enum):
+    """In what the weights are loaded."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _between_0_and_1(value: float) -> float:
+    if not 0 < value < 1:
+        raise typer.BadParameter(
+            f"{value:g} is not above 0 and below 1 (the fraction of parameters to remove)."
+        )
+    return value
+
+
+_TRAINING = "Training (--method soco)"
+_CLOSED = "Closed forms (--method svd-llm, svd)"
+_RUNNING = "Running"
+
+_DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        metavar="DTYPE",
+        help="Of the weights: float32, bfloat16, float16, or auto, as stored.",
+        rich_help_panel=_RUNNING,
+    ),
+]
+_DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="As torch writes it: cpu, cuda, cuda:1.",
+        show_default="cuda if there is one, else cpu",
+        rich_help_panel=_RUNNING,
+    ),
+]
+_QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Print results and warnings only, no progress.",
+        rich_help_panel=_RUNNING,
+    ),
+]
+_JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_FolderArgument = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="Folder that soco compress wrote.", show_default=False),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _soco(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks, and what other libraries have to say.")
+    ] = False,
+) -> None:
+    """Compress the linear layers of language models by a learned SVD.
+
+    A first try, which takes two minutes: soco compress demo --output demo-out
+    """
+    if show_version:
+        print(f"soco-llm {version('soco-llm')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def compress(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder, an id on the Hugging Face hub, or demo: a small model that is part of "
+            "soco.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder to write. One that soco wrote before is replaced.",
+            show_default=False,
+        ),
+    ],
+    ratio: Annotated[
+        float,
+        typer.Option(
+            "--ratio",
+            "-r",
+            metavar="X",
+            callback=_between_0_and_1,
+            help="Fraction of the compressed layers' parameters to remove.",
+        ),
+    ] = 0.5,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            "-c",
+            metavar="FILE|self",
+            help="Text to learn from: .txt, .jsonl or .json, also .gz; self: text that the model "
+            "writes itself.",
+            show_default="self for demo, else none",
+        ),
+    ] = None,
+    method: Annotated[MethodName, typer.Option(help="How to compress.")] = MethodName.soco,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Sequences of calibration text.", show_default="256"),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Tokens in each.",
+            show_default="256 for demo, else the model's context, at most 2048",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same model.")] = 0,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Compress the layers that this glob matches; may be repeated.",
+            show_default="all linear layers in the blocks",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave alone what this glob matches; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Steps.", show_default="240", rich_help_panel=_TRAINING
+        ),
+    ] = None,
+    basis: Annotated[
+        Basis | None,
+        typer.Option(
+            help="Components of the weight as its inputs see it, or of the weight alone.",
+            show_default="whitened",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    deviation: Annotated[
+        bool,
+        typer.Option(
+            "--deviation",
+            help="Train a vector that is added to each layer's outputs.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = False,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Of Adam.", show_default="0.02", rich_help_panel=_TRAINING),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Sequences of a step to hold in memory at a time.",
+            show_default="all 8",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--checkpointing",
+            help="Compute activations again where they are needed: less memory, a third slower.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = False,
+    ranks: Annotated[
+        Ranks | None,
+        typer.Option(
+            help="The same kept fraction everywhere, or by relative energy.",
+            show_default="uniform",
+            rich_help_panel=_CLOSED,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Sequences at a time through the model to calibrate.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = 8,
+    dtype: _DtypeOption = Dtype.auto,
+    device: _DeviceOption = None,
+    quiet: _QuietOption = False,
+) -> None:
+    """Compress a model and write it to a folder that transformers loads."""
+    training = {
+        "steps": steps,
+        "basis": None if basis is None else basis.value,
+        "deviation": deviation or None,
+        "learning_rate": learning_rate,
+        "micro_batch": micro_batch,
+        "checkpointing": checkpointing or None,
+    }
+    training = {name: value for name, value in training.items() if value is not None}
+    if method is MethodName.soco and ranks is not None:
+        raise ValueError("--ranks is for closed forms: method soco finds its ranks itself")
+    if method is not MethodName.soco and training:
+        option = next(iter(training)).replace("_", "-")
+        raise ValueError(f"--{option} is for method soco: method {method.value} has no training")
+    from soco.cli import commands
+
+    if method is MethodName.soco:
+        training["seed"] = seed
+    commands.compress(
+        commands.Compression(
+            model=model,
+            output=output,
+            ratio=ratio,
+            method=method.value,
+            calibration=calibration,
+            samples=samples,
+            length=length,
+            seed=seed,
+            include=include,
+            exclude=exclude,
+            ranks=None if ranks is None else ranks.value,
+            batch_size=batch_size,
+            dtype=dtype.value,
+            device=device,
+            quiet=quiet,
+            training=training,
+        )
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR",
+            help="A model, compressed or not: a folder, an id on the hub, or demo.",
+            show_default=False,
+        ),
+    ],
+    text: Annotated[
+        str,
+        typer.Option(
+            "--text",
+            "-t",
+            metavar="FILE",
+            help="Text to measure on: .txt, .jsonl or .json, also .gz; demo: a story that is part "
+            "of soco.",
+            show_default=False,
+        ),
+    ],
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model before compression, to compare with.",
+            show_default=False,
+        ),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Tokens per window.",
+            show_default="the model's context, at most 2048",
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="At most so many.", show_default="all")
+    ] = None,
+    as_json: _JsonOption = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Windows at a time.",
+            show_default="as many as hold 2048 tokens, 16384 on CUDA",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
+    dtype: _DtypeOption = Dtype.auto,
+    device: _DeviceOption = None,
+    quiet: _QuietOption = False,
+) -> None:
+    """Measure perplexity on a text, and the distance to the dense model."""
+    from soco.cli import commands
+
+    commands.evaluate(
+        model,
+        text,
+        dense,
+        length=length,
+        windows=windows,
+        batch_size=batch_size,
+        dtype=dtype.value,
+        device=device,
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+@app.command()
+def report(
+    folder: _FolderArgument,
+    as_json: _JsonOption = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw it, too, into a .png, .svg or .pdf file.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Say how a model was compressed, layer by layer."""
+    from soco.cli import commands
+
+    commands.report(folder, plot, as_json=as_json)
+
+
+@app.command()
+def export(
+    folder: _FolderArgument,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="New folder to write.", show_default=False
+        ),
+    ],
+    dense: Annotated[
+        bool, typer.Option("--dense", help="As the stock model, with the factors multiplied out.")
+    ] = False,
+) -> None:
+    """Write a compressed model in a form that needs no soco, at the original size."""
+    if not dense:
+        raise ValueError("say in which form to write it: --dense is the one there is")
+    from soco.cli import commands
+
+    commands.export(folder, output)
+
+
+@app.command()
+def info(as_json: _JsonOption = False) -> None:
+    """Say what is installed, what can run on which device, and what is missing."""
+    from soco.cli import commands
+
+    commands.info(as_json=as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``soco``.
+
+    Args:
+        arguments: what stands after ``soco``; None: what the shell gave.
+
+    Returns:
+        The exit code: 0, 2 for what the user can put right, 130 for Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = typer.main.get_command(app).main(given, "soco", standalone_mode=False)
+    except _UsageError as error:
+        context = getattr(error, "ctx", None)
+        command = "soco" if context is None else context.command_path
+        text = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        say(f"error: {text} `{command} --help` lists the options.")
+        return FAILED
+    return code if isinstance(code, int) else 0

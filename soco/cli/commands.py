@@ -1,0 +1,250 @@
+"""What the commands do once their options are read: check, load, work, write, tell."""
+
+import copy
+import json
+import math
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from soco.checkpoint import CONFIG, export_dense, save
+from soco.cli import demo
+from soco.cli.messages import quiet_libraries, say
+from soco.cli.sources import (
+    DEMO,
+    check_output,
+    find_device,
+    find_model,
+    find_text,
+    is_compressed,
+    open_dense,
+    open_model,
+    open_tokenizer,
+)
+from soco.diagnosis import diagnose
+from soco.evaluation import Evaluation
+from soco.evaluation import evaluate as evaluate_model
+from soco.headers import read_json
+from soco.methods import METHODS, Method, SoCo, TrainedMethod
+from soco.pipeline import compress as compress_model
+from soco.reporting import Report, format_bytes
+from soco.reporting import report as report_of
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What ``soco compress`` was asked for; None stands for an option that was not given."""
+
+    model: str
+    output: Path
+    ratio: float
+    method: str
+    calibration: str | None
+    samples: int | None
+    length: int | None
+    seed: int
+    include: list[str] | None
+    exclude: list[str] | None
+    ranks: str | None
+    batch_size: int
+    dtype: str
+    device: str | None
+    quiet: bool
+    training: dict[str, Any] = field(default_factory=dict)  # fields of SoCo that were given
+
+
+def compress(wanted: Compression) -> None:
+    """``soco compress``: from a dense model to a folder with the compressed one."""
+    begin = time.perf_counter()
+    find_model(wanted.model)
+    check_output(wanted.output, replace=True)
+    method = METHODS[wanted.method](**wanted.training)
+    options = _compress_options(wanted, method)
+    device = find_device(wanted.device)
+    tell = _say_nothing if wanted.quiet else say
+    with quiet_libraries(bars=_shows_bars(wanted.quiet)):
+        tell(f"loading {wanted.model}")
+        model = open_dense(wanted.model, wanted.dtype, device)
+        needs_tokenizer = options.get("calibration", "self") != "self"
+        tokenizer = _tokenizer(wanted.model, needed=needs_tokenizer)
+        compared = wanted.model == DEMO and isinstance(method, SoCo)
+        dense = copy.deepcopy(model) if compared else None
+        tell(f"compressing by {method.name} on {device}")
+        try:
+            compress_model(model, wanted.ratio, method=method, tokenizer=tokenizer, **options)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the memory of {device} is full: try a smaller --batch-size or --length, "
+                f"--micro-batch 1, --checkpointing, --dtype bfloat16 or --device cpu"
+            ) from error
+        save(model, wanted.output, tokenizer)
+        seconds = time.perf_counter() - begin
+        out = _console()
+        out.print(f"{wanted.model}, compressed and written in {seconds:.0f} s", style="bold")
+        out.print(report_of(model).summary(), markup=False)
+        if dense is not None:
+            rows = demo.compare(dense, model, tokenizer, wanted.ratio, options, tell)
+            demo.show(rows, options["length"], out)
+    _tell_files(wanted, options, out)
+
+
+def _compress_options(wanted: Compression, method: Method) -> dict[str, Any]:
+    """The arguments for ``soco.compress``: those that were given, and what the demo has instead."""
+    names = ("calibration", "samples", "length", "include", "exclude", "ranks")
+    options = {name: value for name in names if (value := getattr(wanted, name))}
+    if wanted.model == DEMO:
+        options = {**demo.OPTIONS, **options}
+    text = options.get("calibration")
+    if text is None and (method.needs or isinstance(method, TrainedMethod)):
+        raise ValueError(
+            f"method {method.name} learns from text: give --calibration FILE, or --calibration "
+            f"self for text that the model writes itself"
+        )
+    if text not in (None, "self"):
+        options["calibration"] = find_text(text)
+    progress = False if wanted.quiet else None  # None: where stderr is a terminal
+    return {
+        **options,
+        "seed": wanted.seed,
+        "batch_size": wanted.batch_size,
+        "progress": progress,
+    }
+
+
+def _tokenizer(model: str, *, needed: bool) -> Any:
+    """The tokenizer, or None where there is none and it can be done without."""
+    try:
+        return open_tokenizer(model)
+    except ValueError as error:
+        if needed:
+            raise
+        warnings.warn(f"no tokenizer is written beside the model: {error}", stacklevel=2)
+        return None
+
+
+def _tell_files(wanted: Compression, options: Mapping[str, Any], out: Console) -> None:
+    """Where the result is, and what to do with it."""
+    files = sorted(path for path in wanted.output.iterdir() if path.is_file())
+    weights = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
+    names = ", ".join(path.name for path in files)
+    folder = shlex.quote(str(wanted.output))
+    text = "demo" if wanted.model == DEMO else "FILE"
+    length = f" --length {options['length']}" if "length" in options else ""
+    dense = shlex.quote(wanted.model)
+    loading = f"AutoModelForCausalLM.from_pretrained({str(wanted.output)!r})"
+    out.print(f"\nFiles in {wanted.output} ({format_bytes(weights)} of weights)", style="bold")
+    out.print(f"  {names}", markup=False)
+    out.print("\nWhat to do next", style="bold")
+    for line in (
+        f"soco report {folder}",
+        f"soco evaluate {folder} --text {text}{length} --dense {dense}",
+        f"soco export {folder} --dense --output {shlex.quote(f'{wanted.output}-dense')}",
+    ):
+        out.print(f"  {line}", markup=False)
+    out.print(f"and in Python, as any model of transformers:\n  model = {loading}", markup=False)
+
+
+def evaluate(
+    model: str,
+    text: str,
+    dense: str | None,
+    *,
+    length: int | None,
+    windows: int | None,
+    batch_size: int | None,
+    dtype: str,
+    device: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """``soco evaluate``: perplexity on a text, and the distance to the dense model."""
+    file = find_text(text)
+    for name in (model, dense):
+        if name is not None:
+            find_model(name)
+    place = find_device(device)
+    with quiet_libraries(bars=_shows_bars(quiet)):
+        found = evaluate_model(
+            open_model(model, dtype, place),
+            file,
+            tokenizer=open_tokenizer(model),
+            dense=None if dense is None else open_model(dense, dtype, place),
+            length=length,
+            windows=windows,
+            batch_size=batch_size,
+            progress=not quiet,
+        )
+    if as_json:
+        values = {"model": model, "text": text, "dense": dense, **found.to_dict()}
+        print(json.dumps({k: None if v == math.inf else v for k, v in values.items()}, indent=1))
+    else:
+        _console().print(_lines(found), markup=False)
+
+
+def _lines(found: Evaluation) -> str:
+    """What was measured, one thing a line."""
+    rows = [
+        ("perplexity", None if found.perplexity is None else f"{found.perplexity:.4f}"),
+        ("KL to dense", None if found.kl is None else f"{found.kl:.4f} nats per token"),
+        ("same choice", None if found.top1 is None else f"{found.top1:.2%} of first choices"),
+        ("distance", None if found.distance is None else f"{found.distance:.4g} of the variance"),
+        ("measured on", f"{found.tokens:,} tokens, {found.windows:,} windows of {found.length:,}"),
+        ("in", f"{found.dtype}, {found.seconds:.1f} s"),
+    ]
+    return "\n".join(f"{title:<12} {value}" for title, value in rows if value is not None)
+
+
+def info(*, as_json: bool) -> None:
+    """``soco info``: what is installed, and what is missing."""
+    found = diagnose()
+    print(json.dumps(asdict(found), indent=1) if as_json else found.render())
+
+
+def report(folder: Path, plot: Path | None, *, as_json: bool) -> None:
+    """``soco report``: what was done to a model, from its folder alone."""
+    _check_compressed(folder)
+    data = read_json(folder / CONFIG)["quantization_config"].get("report")
+    if not isinstance(data, dict):
+        raise ValueError(f"{folder} holds no report of how it was compressed")
+    found = Report.from_dict(data)
+    if plot is not None:
+        found.plot(plot)
+    print(found.to_json() if as_json else found)
+
+
+def export(folder: Path, output: Path) -> None:
+    """``soco export --dense``: the stock model again, of the original size."""
+    _check_compressed(folder)
+    check_output(output, replace=False)
+    with quiet_libraries(bars=False):
+        export_dense(folder, output)
+    weights = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    print(f"{output} holds the dense model ({format_bytes(weights)} of weights)")
+
+
+def _check_compressed(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {str(folder)!r}")
+    if not is_compressed(folder):
+        raise ValueError(f"{folder} is not the folder of a model compressed by soco")
+
+
+def _console() -> Console:
+    """Where results go: as they are, without guesses at what to highlight or where to break."""
+    return Console(highlight=False, soft_wrap=True, emoji=False)
+
+
+def _shows_bars(quiet: bool) -> bool:
+    return not quiet and sys.stderr.isatty()
+
+
+def _say_nothing(text: str) -> None:
+    pass

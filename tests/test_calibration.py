@@ -1,0 +1,487 @@
+"""soco.calibration against Gram matrices by hand and the probabilities of whole sequences."""
+
+import itertools
+import math
+import weakref
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from soco.calibration import collect, sample_from_model, uncalled
+from soco.surgery import find_linears
+from tiny_models import CONFIGS, tiny_model
+
+WINDOWS = torch.randint(3, 96, (5, 12), generator=torch.Generator().manual_seed(1))
+
+
+def grams_by_hand(model, layers, windows, batch_size=2):
+    """For each name the sum of x^T x in float64, and the tokens, from copies of all inputs."""
+    inputs = {name: [] for name in layers}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, args, name=name: inputs[name].append(args[0].detach().clone())
+        )
+        for name, module in layers.items()
+    ]
+    with torch.no_grad():
+        for batch in windows.split(batch_size):
+            more = {"decoder_input_ids": batch} if model.__class__.__name__[:2] == "T5" else {}
+            model(input_ids=batch, **more)
+    for hook in hooks:
+        hook.remove()
+    result = {}
+    for name, seen in inputs.items():
+        rows = [x.double().flatten(0, -2) for x in seen]
+        result[name] = torch.cat(rows).T @ torch.cat(rows) if rows else None, sum(map(len, rows))
+    return result
+
+
+def assert_by_hand(stats, model, layers, windows, batch_size=2):
+    assert list(stats) == list(layers)
+    for name, (gram, tokens) in grams_by_hand(model, layers, windows, batch_size).items():
+        assert stats[name].tokens == tokens, name
+        assert stats[name].gram.dtype == torch.float64
+        if gram is None:
+            assert not stats[name].gram.any(), name
+        else:
+            scale = gram.diagonal().mean().item()
+            torch.testing.assert_close(
+                stats[name].gram, gram, rtol=1e-5, atol=1e-6 * scale, msg=lambda m, n=name: n + m
+            )
+
+
+# ---- statistics of real models -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("llama", torch.bfloat16),
+        ("gpt2", torch.float32),
+        ("bert", torch.float32),
+        ("albert", torch.float32),  # one block, called twice
+        ("t5", torch.float32),
+        ("qwen2_moe", torch.float32),
+    ],
+    ids=str,
+)
+def test_gram_is_the_sum_over_all_inputs(name, dtype):
+    model = tiny_model(name, dtype)
+    layers = find_linears(model)
+    stats = collect(model, layers, WINDOWS, batch_size=2)
+    assert_by_hand(stats, model, layers, WINDOWS)
+
+
+def test_layers_with_the_same_input_share_a_matrix():
+    model = tiny_model("llama")
+    stats = collect(model, find_linears(model), WINDOWS)
+    block = "model.layers.1."
+    q, k, v, o = (stats[f"{block}self_attn.{kind}_proj"].gram for kind in "qkvo")
+    gate, up, down = (stats[f"{block}mlp.{kind}_proj"].gram for kind in ("gate", "up", "down"))
+    assert q is k is v
+    assert gate is up
+    assert len({id(gram) for gram in (q, o, gate, down)}) == 4
+    assert q is not stats["model.layers.0.self_attn.q_proj"].gram
+    assert down.shape == (48, 48)
+
+
+def test_batch_size_does_not_matter():
+    model = tiny_model("llama")
+    layers = find_linears(model)
+    one = collect(model, layers, WINDOWS, batch_size=1)
+    for size in (2, 5, 100):
+        other = collect(model, layers, WINDOWS, batch_size=size)
+        for name in layers:
+            assert other[name].tokens == one[name].tokens == 60
+            torch.testing.assert_close(other[name].gram, one[name].gram, rtol=1e-5, atol=1e-5)
+
+
+def test_on_any_device(device):
+    model = tiny_model("llama")
+    wanted = collect(model, find_linears(model), WINDOWS)
+    stats = collect(model.to(device), find_linears(model), WINDOWS)
+    for name in wanted:
+        assert stats[name].gram.device.type == device
+        torch.testing.assert_close(stats[name].gram.cpu(), wanted[name].gram, rtol=1e-4, atol=1e-4)
+
+
+def test_progress_is_told():
+    done = []
+    model = tiny_model("llama")
+    collect(model, find_linears(model), WINDOWS, batch_size=2, on_batch=done.append)
+    assert done == [2, 4, 5]
+
+
+def test_only_the_body_runs_where_the_head_is_not_asked_for():
+    model = tiny_model("llama")
+    calls = []
+    model.lm_head.register_forward_hook(lambda *args: calls.append(1))
+    collect(model, find_linears(model), WINDOWS)
+    assert not calls
+    layers = find_linears(model, include=["lm_head", "*.q_proj"])
+    assert_by_hand(collect(model, layers, WINDOWS, batch_size=2), model, layers, WINDOWS)
+    assert calls
+
+
+def test_a_classifier_without_a_padding_token():
+    """Its head refuses more than one sequence at a time."""
+    config = transformers.LlamaConfig(**(CONFIGS["llama"] | {"pad_token_id": None}))
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    with pytest.raises(ValueError, match="no padding token"):
+        model(WINDOWS)
+    layers = find_linears(model)
+    stats = collect(model, layers, WINDOWS, batch_size=2)
+    assert_by_hand(stats, model.model, layers, WINDOWS)
+
+
+# ---- toys ----------------------------------------------------------------------------------------
+
+
+class Toy(nn.Module):
+    """Three layers and a rule: ``rule(toy, x, first)``, ``first`` the first token of the batch."""
+
+    def __init__(self, rule):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(96, 4)
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 6)
+        self.rule = rule
+
+    @property
+    def layers(self):
+        return {"a": self.a, "b": self.b, "c": self.c}
+
+    def forward(self, input_ids):
+        self.rule(self, self.embed(input_ids), int(input_ids[0, 0]))
+
+
+def first_tokens(*tokens):
+    windows = WINDOWS[: len(tokens)].clone()
+    windows[:, 0] = torch.tensor(tokens)
+    return windows
+
+
+def both(toy, x):
+    toy.a(x)
+    toy.b(x)
+
+
+# What happens at the batch that begins with token 2; before and after, b sees what a sees.
+ODD = {
+    "b sees another tensor": lambda toy, x: (toy.a(x), toy.b(x + 1)),
+    "b sees an equal tensor": lambda toy, x: (toy.a(x), toy.b(x.clone())),
+    "a sees another tensor": lambda toy, x: (toy.a(x - 1), toy.b(x)),
+    "b is not called": lambda toy, x: toy.a(x),
+    "a is not called": lambda toy, x: toy.b(x),
+    "neither is called": lambda toy, x: toy.c(x),
+    "b is called again": lambda toy, x: (both(toy, x), toy.b(x)),
+    "a is called again": lambda toy, x: (both(toy, x), toy.a(x)),
+    "a is called first for both": lambda toy, x: (toy.a(x), toy.a(x + 1), toy.b(x), toy.b(x + 1)),
+    "the second call differs": lambda toy, x: (both(toy, x), toy.a(x + 1), toy.b(x + 2)),
+    "the calls are crossed": lambda toy, x: (toy.a(x), toy.a(y := x + 1), toy.b(y), toy.b(x)),
+    "b is called before a": lambda toy, x: (toy.b(x), toy.a(x)),
+    "c takes the place of b": lambda toy, x: (toy.a(x), toy.c(x), toy.b(x * 2)),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("tokens", [(1, 1, 2, 1), (2, 1, 1), (1, 2), (2,), (1, 2, 1, 2, 1)])
+def test_layers_that_share_their_input_only_sometimes(odd, tokens):
+    def rule(toy, x, first):
+        ODD[odd](toy, x) if first == 2 else both(toy, x)
+
+    toy, windows = Toy(rule), first_tokens(*tokens)
+    stats = collect(toy, toy.layers, windows, batch_size=1)
+    assert_by_hand(stats, toy, toy.layers, windows, batch_size=1)
+
+
+def test_three_that_part_one_after_the_other():
+    def rule(toy, x, first):
+        toy.a(x)
+        toy.b(x + 1 if first >= 2 else x)
+        toy.c(x - 1 if first == 3 else x)
+
+    toy, windows = Toy(rule), first_tokens(1, 2, 2, 3, 1)
+    done = []
+    stats = collect(toy, toy.layers, windows, batch_size=1, on_batch=done.append)
+    assert_by_hand(stats, toy, toy.layers, windows, batch_size=1)
+    assert done == [1, 1, 2, 3, 1, 2, 3, 4, 5]  # started again twice
+
+
+def test_a_layer_called_twice_sees_both():
+    toy = Toy(lambda toy, x, first: both(toy, toy.a(x)))
+    stats = collect(toy, toy.layers, WINDOWS, batch_size=2)
+    assert_by_hand(stats, toy, toy.layers, WINDOWS)
+    assert (stats["a"].tokens, stats["b"].tokens, stats["c"].tokens) == (120, 60, 0)
+
+
+def test_two_layers_called_twice_together_share():
+    toy = Toy(lambda toy, x, first: (both(toy, x), both(toy, x + 1)))
+    stats = collect(toy, toy.layers, WINDOWS, batch_size=2)
+    assert_by_hand(stats, toy, toy.layers, WINDOWS)
+    assert stats["a"].gram is stats["b"].gram
+
+
+def test_a_layer_that_saw_nothing():
+    toy = Toy(lambda toy, x, first: both(toy, x))
+    stats = collect(toy, toy.layers, WINDOWS)
+    assert stats["c"].tokens == 0
+    assert torch.equal(stats["c"].gram, torch.zeros(4, 4, dtype=torch.float64))
+    conv = tiny_model("gpt2").transformer.h[0].attn.c_attn
+    gram = collect(toy, {"conv": conv}, WINDOWS)["conv"].gram
+    assert torch.equal(gram, torch.zeros(32, 32, dtype=torch.float64))
+
+
+def test_a_layer_that_was_given_no_token():
+    toy = Toy(lambda toy, x, first: (toy.a(x), toy.b(x[:0]), toy.c(x[0, :0])))
+    stats = collect(toy, toy.layers, WINDOWS, batch_size=2)
+    assert_by_hand(stats, toy, toy.layers, WINDOWS)
+    assert (stats["b"].tokens, stats["c"].tokens) == (0, 0)
+
+
+def test_more_tokens_than_are_multiplied_at_once():
+    toy = Toy(lambda toy, x, first: both(toy, x * 1e6))
+    windows = torch.randint(96, (3, 3000), generator=torch.Generator().manual_seed(2))
+    stats = collect(toy, toy.layers, windows, batch_size=2)
+    assert_by_hand(stats, toy, toy.layers, windows)
+    assert stats["a"].tokens == 9000
+
+
+def test_inputs_are_not_kept():
+    """Of many blocks that would be most of the memory."""
+    alive = []
+
+    def rule(toy, x, first):
+        inputs = weakref.ref(x)
+        x = toy.a(x)
+        alive.append(inputs() is not None)
+        toy.b(x)
+
+    toy = Toy(rule)
+    collect(toy, toy.layers, WINDOWS, batch_size=2)
+    assert alive == [False] * 3
+
+
+def test_the_model_can_be_trained_afterwards():
+    """What a model computes once and keeps must not be an inference tensor."""
+
+    class Caching(Toy):
+        cached: torch.Tensor | None = None
+
+        def forward(self, input_ids):
+            if self.cached is None:
+                self.cached = torch.arange(4.0) * 2
+            return self.a(self.embed(input_ids) * self.cached).sum()
+
+    toy = Caching(None)
+    stats = collect(toy, toy.layers, WINDOWS)
+    toy(WINDOWS).backward()
+    assert toy.a.weight.grad is not None
+    assert not stats["a"].gram.requires_grad
+    stats["a"].gram.add_(1)  # an ordinary tensor, too
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_inputs_that_are_not_finite_are_named(bad):
+    toy = Toy(lambda toy, x, first: (toy.a(x), toy.b(x + (bad if first == 2 else 0)), toy.c(x)))
+    windows = first_tokens(1, 2, 1)
+    with pytest.raises(ValueError, match="the inputs of b hold NaN or Inf on the calibration text"):
+        collect(toy, toy.layers, windows, batch_size=1)
+    assert not any(module._forward_pre_hooks for module in toy.modules())
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = bad
+    with pytest.raises(ValueError, match=r"inputs of model\.layers\.1\.mlp\.down_proj hold NaN"):
+        collect(model, find_linears(model), WINDOWS)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_hooks_are_gone_after_an_error(error):
+    def rule(toy, x, first):
+        both(toy, x)
+        if first == 2:
+            raise error
+
+    toy = Toy(rule)
+    for windows in (first_tokens(1, 1), first_tokens(1, 2)):
+        if 2 in windows[:, 0]:
+            with pytest.raises(error):
+                collect(toy, toy.layers, windows, batch_size=1)
+        else:
+            collect(toy, toy.layers, windows, batch_size=1)
+        assert not any(module._forward_pre_hooks for module in toy.modules())
+
+
+# ---- layers that are never called ----------------------------------------------------------------
+
+
+def test_a_weight_that_its_model_reads_itself():
+    model = tiny_model("mamba")
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    found = uncalled(model, find_linears(model), ids)
+    assert found == [f"backbone.layers.{block}.mixer.dt_proj" for block in range(2)]
+    for name in ("llama", "gpt2", "bert", "t5", "albert", "qwen2_moe"):
+        model = tiny_model(name)
+        assert uncalled(model, find_linears(model), ids) == []
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_layer_whose_module_does_not_run_is_not_meant():
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x @ self.up.weight + self.down(x)
+
+    toy = Toy(lambda toy, x, first: toy.experts[0](x))
+    toy.experts = nn.ModuleList([Expert(), Expert()])
+    toy.lists = nn.ModuleDict({"of": nn.ModuleList([nn.Linear(4, 4)])})
+    layers = {name: module for name, module in toy.named_modules() if isinstance(module, nn.Linear)}
+    found = uncalled(toy, layers, WINDOWS)
+    assert found == ["a", "b", "c", "experts.0.up", "lists.of.0"]
+
+
+# ---- text from the model -------------------------------------------------------------------------
+
+
+def tiny_writer(**changes):
+    """A Llama of five tokens with strong opinions."""
+    model = tiny_model("llama", vocab_size=5, seed=4, **changes)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(10)
+        model.lm_head.weight.mul_(10)
+    return model
+
+
+@torch.no_grad()
+def chances_of_all(model, start, length):
+    """Every sequence (5 ** length, length), and its probability after ``start``."""
+    every = torch.tensor(list(itertools.product(range(5), repeat=length)))
+    ids = torch.cat([torch.full((len(every), 1), start), every], dim=1)
+    logs = model(ids).logits[:, :-1].double().log_softmax(-1).gather(-1, every[..., None])
+    return every, logs.sum((1, 2)).exp()
+
+
+def surprise_of_counts(text, every, chances):
+    """Pearson's chi squared in standard deviations from its mean, and the degrees of freedom."""
+    place = {tuple(row): index for index, row in enumerate(every.tolist())}
+    counts = torch.zeros(len(every), dtype=torch.float64)
+    for row in text.tolist():
+        counts[place[tuple(row)]] += 1
+    expected = chances * len(text)
+    common = expected >= 5  # the others together as one class
+    expected = torch.cat([expected[common], expected[~common].sum()[None]]).clamp_min(1e-3)
+    counts = torch.cat([counts[common], counts[~common].sum()[None]])
+    freedom = len(counts) - 1
+    return ((counts - expected).square() / expected).sum().sub(freedom).item() / math.sqrt(
+        2 * freedom
+    ), freedom
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        {},
+        {"repetition_penalty": 3.0},
+        {"temperature": 0.3, "top_p": 0.5, "top_k": 2, "do_sample": True},
+        {"eos_token_id": 2, "forced_eos_token_id": 2, "min_p": 0.3},
+        {"suppress_tokens": [0, 1], "no_repeat_ngram_size": 1},
+        {"num_beams": 3, "max_length": 5},
+    ],
+    ids=lambda preset: "-".join(preset) or "plain",
+)
+def test_sequences_come_as_often_as_the_model_says(preset):
+    """Whatever its generation config prefers, and the end token is a token like others."""
+    model = tiny_writer(eos_token_id=2)
+    for name, value in preset.items():
+        setattr(model.generation_config, name, value)
+    own = model.generation_config
+    every, chances = chances_of_all(model, 1, 3)
+    assert chances.sum().item() == pytest.approx(1)
+    text = sample_from_model(model, 3000, 3, start=1, batch_size=1000)
+    deviations, freedom = surprise_of_counts(text, every, chances)
+    assert freedom > 60
+    assert abs(deviations) < 5
+    assert (text[:, 0] == 2).any()
+    assert model.generation_config is own
+    wrong = torch.full_like(chances, 1 / len(chances))
+    assert surprise_of_counts(text, every, wrong)[0] > 50  # the test sees a difference
+
+
+def test_shape_and_dtype():
+    model = tiny_model("llama")
+    for samples, length, batch_size in ((5, 7, 2), (1, 1, 32), (4, 63, 4)):
+        text = sample_from_model(model, samples, length, start=1, batch_size=batch_size)
+        assert text.shape == (samples, length)
+        assert text.dtype == torch.int64
+        assert text.device.type == "cpu"
+        assert 0 <= text.min() <= text.max() < 96
+    gpt2 = tiny_model("gpt2")
+    assert sample_from_model(gpt2, 2, 5).shape == (2, 5)
+    t5 = tiny_model("t5")
+    assert sample_from_model(t5, 2, 5).shape == (2, 5)
+
+
+def test_the_same_seed_gives_the_same_text(device):
+    model = tiny_model("llama").to(device)
+    text = sample_from_model(model, 4, 9, seed=5)
+    assert torch.equal(sample_from_model(model, 4, 9, seed=5), text)
+    assert not torch.equal(sample_from_model(model, 4, 9, seed=6), text)
+    torch.manual_seed(123)
+    assert torch.equal(sample_from_model(model, 4, 9, seed=5), text)
+
+
+def test_random_state_is_left_alone(device):
+    model = tiny_model("llama").to(device)
+    before = torch.random.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    sample_from_model(model, 2, 3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    after = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    assert all(torch.equal(one, other) for one, other in zip(cuda, after, strict=True))
+
+
+def test_what_sequences_begin_with(monkeypatch):
+    model = tiny_model("llama", vocab_size=8, eos_token_id=[2, 5])  # 0 pads, 1 begins
+    firsts = []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda x, **more: firsts.append(x) or generate(x, **more)
+    )
+    sample_from_model(model, 200, 1)
+    random = torch.cat(firsts).flatten().tolist()
+    assert set(random) == {3, 4, 6, 7}
+    firsts.clear()
+    text = sample_from_model(model, 200, 2, start=5)
+    assert torch.cat(firsts).eq(5).all()
+    assert not text[:, 0].eq(5).all()  # it is not part of the text
+
+
+def test_progress_of_sampling():
+    done = []
+    sample_from_model(tiny_model("llama"), 5, 2, batch_size=2, on_batch=done.append)
+    assert done == [2, 4, 5]
+
+
+def test_models_that_write_nothing():
+    for model in (tiny_model("llama").model, tiny_model("albert"), nn.Linear(2, 2)):
+        name = type(model).__name__
+        with pytest.raises(ValueError, match=rf'"self" takes a model .* and {name} cannot: give a'):
+            sample_from_model(model, 2, 2)
+
+
+def test_an_error_leaves_the_generation_config_alone():
+    model = tiny_model("llama")
+    own = model.generation_config
+
+    def stop(sequences):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample_from_model(model, 2, 2, on_batch=stop)
+    assert model.generation_config is own

@@ -1,0 +1,571 @@
+"""soco.cli: what a user types, and what comes back: stdout, stderr, files and the exit code."""
+
+import gzip
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
+
+import soco
+from soco.cli import commands, demo, main, sources
+from soco.cli.app import Basis, Dtype, MethodName
+from soco.cli.messages import sentence
+from soco.methods import METHODS, SoCo
+from tiny_models import tiny_model
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz .,"
+SENTENCE = "the cat sat on the mat, and the dog saw it. "
+SMALL = ["--samples", "8", "--length", "16"]
+QUICK = [*SMALL, "--steps", "4"]
+
+
+@pytest.fixture
+def run(capsys):
+    """``run(*words)``: exit code, stdout and stderr of ``soco words...``."""
+
+    def call(*words):
+        capsys.readouterr()  # what came before is not of this call
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def fails(run):
+    """``fails(*words)``: the one line on stderr of a command that fails, without what leads it."""
+
+    def call(*words):
+        code, out, err = run(*words)
+        lines = [line for line in err.splitlines() if line.startswith("soco: error: ")]
+        assert (code, out, len(lines)) == (2, "", 1), err
+        return lines[0].removeprefix("soco: error: ")
+
+    return call
+
+
+def write_tokenizer(folder):
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: i for i, c in enumerate(ALPHABET, start=3)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A dense model with its tokenizer, the same compressed, a text, and a text of three words."""
+    place = tmp_path_factory.mktemp("originals")
+    tiny_model("llama").save_pretrained(place / "dense")
+    write_tokenizer(place / "dense")
+    (place / "text.txt").write_text(SENTENCE * 60)
+    (place / "short.txt").write_text("three words only")
+    words = ["compress", place / "dense", "-o", place / "small", "-c", place / "text.txt", *QUICK]
+    assert main([str(word) for word in [*words, "-q"]]) == 0
+    return place
+
+
+@pytest.fixture
+def place(originals, tmp_path, monkeypatch):
+    """A copy of them to break, and the working directory."""
+    shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def state(folder):
+    """Every file below a folder with its bytes."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_weights(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+# ---- what works
+
+
+def test_version(run):
+    assert run("--version") == (0, f"soco-llm {soco.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", [None, "compress", "evaluate", "report", "export", "info"])
+def test_help(run, command):
+    code, out, err = run(*([command] if command else []), "--help")
+    assert (code, err) == (0, "")
+    assert "Usage: soco" in out
+    if command is None:
+        assert run()[1] == out
+        for each in ("compress", "evaluate", "report", "export", "info"):
+            assert f" {each} " in out
+
+
+def test_names_and_defaults_in_help_are_those_of_the_library(run):
+    assert {name.value for name in MethodName} == set(METHODS)
+    assert all(SoCo(basis=basis.value) for basis in Basis)
+    assert all(hasattr(torch, dtype.value) for dtype in Dtype if dtype is not Dtype.auto)
+    out = " ".join(run("compress", "--help")[1].split())
+    for value in (SoCo().steps, SoCo().learning_rate, f"all {SoCo().batch_size}", SoCo().basis):
+        assert f"[default: ({value})]" in out
+
+
+def test_compress_writes_a_model_that_transformers_loads(run, place):
+    code, out, err = run(
+        "compress", "dense", "--ratio", "0.4", "--output", "new/out", "-c", "text.txt", *QUICK
+    )
+    assert code == 0
+    assert err.splitlines() == [
+        "soco: loading dense",
+        f"soco: compressing by soco on {commands.find_device(None)}",
+    ]
+    model = AutoModelForCausalLM.from_pretrained(place / "new" / "out")
+    report = soco.report(model)
+    assert report.method == "soco"
+    assert report.ratio == 0.4
+    assert report.removed >= 0.4
+    assert report.settings["steps"] == 4
+    assert report.calibration == {"source": "text.txt", "sequences": 8, "length": 16, "seed": 0}
+    assert set(report.summary().splitlines()[:4]) <= set(out.splitlines())
+    assert "soco evaluate new/out --text FILE --length 16 --dense dense" in out
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(place / "new" / "out")
+    assert tokenizer("cat")["input_ids"] == [5, 3, 22]
+    assert not list(place.rglob(".*"))
+
+
+def test_commands_it_proposes_work(run, place):
+    words = ["compress", "dense", "-o", "an out", "-c", "self", "--method", "svd-llm", *SMALL]
+    lines = run(*words, "-q")[1].splitlines()
+    proposed = [line for line in lines if line.startswith("  soco ")]
+    assert len(proposed) == 3
+    for line in proposed:
+        assert run(*shlex.split(line.replace("FILE", "text.txt"))[1:])[0] == 0
+
+
+def test_the_same_seed_gives_the_same_files(run, place):
+    for out in ("one", "two"):
+        assert run("compress", "dense", "-o", out, "-c", "self", "--seed", "3", *QUICK)[0] == 0
+    weights = [(place / out / "model.safetensors").read_bytes() for out in ("one", "two")]
+    assert weights[0] == weights[1]
+
+
+def test_closed_forms(run, place):
+    shared = ["-c", "text.txt", *SMALL, "--ranks", "energy", "--exclude", "*mlp*"]
+    assert run("compress", "dense", "-o", "out", "--method", "svd-llm", *shared)[0] == 0
+    report = soco.report(soco.load("out"))
+    assert report.method == "svd-llm"
+    assert report.settings == {"ranks": "energy"}
+    assert not [layer for layer in report.layers if "mlp" in layer.name]
+
+
+def test_output_of_soco_is_replaced_as_a_whole(run, place):
+    (place / "small" / "notes.txt").write_text("mine")
+    assert run("compress", "dense", "-o", "small", "--method", "svd", "-r", "0.3")[0] == 0
+    assert soco.report(soco.load("small")).method == "svd"
+    assert (place / "small" / "notes.txt").read_text() == "mine"
+
+
+def test_quiet_says_nothing_on_stderr(run, place):
+    code, out, err = run("compress", "dense", "-o", "out", "--method", "svd", "-q")
+    assert (code, err) == (0, "")
+    assert "their parameters" in out
+
+
+def test_warnings_take_one_line(run, place):
+    words = ["-c", "text.txt", "--samples", "10000", "--length", "16", "--method", "svd-llm"]
+    code, _, err = run("compress", "dense", "-o", "out", *words)
+    told = [line for line in err.splitlines() if line.startswith("soco: warning: ")]
+    assert code == 0
+    assert len(told) == 1
+    assert "fewer than the 10000 asked for" in told[0]
+
+
+def test_a_model_without_tokenizer(run, fails, place):
+    for file in (place / "dense").glob("tokenizer*"):
+        file.unlink()
+    code, _, err = run("compress", "dense", "-o", "out", "-c", "self", *QUICK)
+    assert code == 0
+    assert "soco: warning: no tokenizer is written beside the model: dense has no tokenizer" in err
+    assert "has no tokenizer" in fails("compress", "dense", "-o", "new", "-c", "text.txt")
+    assert "has no tokenizer" in fails("evaluate", "dense", "--text", "text.txt")
+
+
+def test_encoders_are_loaded_as_what_they_are(run, place):
+    tiny_model("bert").save_pretrained(place / "bert")
+    write_tokenizer(place / "bert")
+    assert run("compress", "bert", "-o", "out", "-c", "text.txt", *QUICK)[0] == 0
+    assert type(AutoModelForMaskedLM.from_pretrained("out")).__name__ == "BertForMaskedLM"
+    code, out, _ = run(
+        "evaluate", "out", "--text", "text.txt", "--dense", "bert", "--length", "16", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["perplexity"] is None
+    assert json.loads(out)["kl"] > 0
+
+
+def test_evaluate(run, place):
+    with gzip.open("text.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": SENTENCE * 20}) + "\n")
+    words = ["evaluate", "small", "--text", "text.jsonl.gz", "--dense", "dense", "--length", "16"]
+    code, out, err = run(*words, "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained("dense")
+    dense = AutoModelForCausalLM.from_pretrained("dense")
+    found = soco.evaluate(
+        soco.load("small"), "text.jsonl.gz", tokenizer=tokenizer, dense=dense, length=16
+    )
+    expected = {"model": "small", "text": "text.jsonl.gz", "dense": "dense", **found.to_dict()}
+    assert {**told, "seconds": 0} == {**expected, "seconds": 0}
+    lines = run(*words)[1].splitlines()
+    assert lines[0] == f"perplexity   {found.perplexity:.4f}"
+    assert lines[1] == f"KL to dense  {found.kl:.4f} nats per token"
+
+
+def test_evaluate_by_dtype(run, place):
+    words = ["evaluate", "dense", "-t", "text.txt", "--length", "16", "--windows", "2", "--json"]
+    told = json.loads(run(*words, "--dtype", "bfloat16")[1])
+    assert (told["dtype"], told["windows"], told["tokens"]) == ("bfloat16", 2, 30)
+
+
+def test_report(run, place):
+    expected = soco.report(soco.load("small"))
+    assert run("report", "small") == (0, f"{expected}\n", "")
+    code, out, _ = run("report", "small", "--json", "--plot", "picture.png")
+    assert code == 0
+    assert soco.Report.from_dict(json.loads(out)) == expected
+    assert (place / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_export(run, place):
+    assert run("export", "small", "--dense", "-o", "out") == (
+        0,
+        f"out holds the dense model ({commands.format_bytes(weights_size('out'))} of weights)\n",
+        "",
+    )
+    assert "quantization_config" not in json.loads(Path("out/config.json").read_text())
+    assert Path("out/tokenizer.json").is_file()
+    words = ["evaluate", "out", "-t", "text.txt", "--dense", "small", "--length", "16", "--json"]
+    assert json.loads(run(*words)[1])["kl"] < 1e-6
+
+
+def weights_size(folder):
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def test_info(run):
+    code, out, _ = run("info")
+    assert code == 0
+    assert "Versions" in out
+    assert "low_rank_linear" in json.loads(run("info", "--json")[1])["ops"]
+
+
+def test_demo(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "RIVALS", demo.RIVALS[1:3])
+    (tmp_path / "story.txt").write_text(sources.DEMO_TEXT.read_text()[:8000])
+    monkeypatch.setattr(demo, "DEMO_TEXT", tmp_path / "story.txt")
+    words = ["--steps", "6", "--samples", "8", "--length", "64"]
+    code, out, err = run("compress", "demo", "--ratio", "0.5", "--output", "out", *words)
+    assert code == 0
+    assert "which the model has never seen" in err
+    rows = [line.rsplit(maxsplit=4) for line in out.splitlines() if "%" in line.split(" ")[-1]]
+    table = {row[0]: row[1:] for row in rows if len(row) == 5}
+    assert list(table) == ["dense", "SoCo", "SVD-LLM, uniform ranks", "SVD, ranks by energy"]
+    assert table["dense"][0] == "737,280"
+    assert table["dense"][2:] == ["0.0000", "100.0%"]
+    assert float(table["SoCo"][2]) < float(table["SVD-LLM, uniform ranks"][2])
+    assert all(int(row[0].replace(",", "")) <= 368_640 for row in list(table.values())[1:])
+    proposed = next(line for line in out.splitlines() if line.startswith("  soco evaluate"))
+    assert proposed == "  soco evaluate out --text demo --length 64 --dense demo"
+    assert soco.report(soco.load("out")).calibration["source"] == "self"
+    assert weights_size("out") < 0.65 * weights_size(sources.DEMO_MODEL)
+
+
+# ---- what does not
+
+
+OUT = ["--output", "out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "Missing argument 'MODEL'. `soco compress --help` lists the options."),
+        (["dense"], "Missing option '--output'"),
+        (["dense", *OUT, "--ratio", "0"], "0 is not above 0 and below 1 (the fraction of"),
+        (["dense", *OUT, "--ratio", "1"], "1 is not above 0 and below 1"),
+        (["dense", *OUT, "--ratio", "-1"], "-1 is not above 0 and below 1"),
+        (["dense", *OUT, "--ratio", "nan"], "nan is not above 0 and below 1"),
+        (["dense", *OUT, "--ratio", "abc"], "Invalid value for '--ratio'"),
+        (["dense", *OUT, "--ratio", "0.999", "-c", "self"], "the largest ratio that can be met is"),
+        (["dense", *OUT, "--method", "magic"], "'magic' is not one of 'soco', 'svd-llm', 'svd'"),
+        (["dense", *OUT, "--magic"], "No such option: --magic"),
+        (["dense", *OUT, "--samples", "0", "-c", "self"], "Invalid value for '--samples'"),
+        (["dense", *OUT, "--steps", "x", "-c", "self"], "Invalid value for '--steps'"),
+        (["dense", *OUT], "method soco learns from text: give --calibration FILE, or"),
+        (["dense", *OUT, "-c", "absent.txt"], "there is no file 'absent.txt'"),
+        (["dense", *OUT, "-c", "short.txt"], "the calibration data has 16 tokens, fewer than one"),
+        (["dense", *OUT, "-c", "self", "--length", "65"], "length 65 is too much for the model's"),
+        (["dense", *OUT, "-c", "self", "--ranks", "energy"], "--ranks is for closed forms"),
+        (["dense", *OUT, "--method", "svd", "--steps", "3"], "--steps is for method soco"),
+        (["dense", *OUT, "--method", "svd", "--include", "*x*"], "matches no linear layer"),
+        (["dense", *OUT, "--method", "svd", "--device", "none"], "device 'none' cannot be used"),
+        (["dense", *OUT, "--method", "svd", "--dtype", "int8"], "Invalid value for '--dtype'"),
+        (["dense", "--output", "text.txt", "-c", "self"], "text.txt is a file"),
+        (["dense", "--output", "text.txt/x", "-c", "self"], "text.txt is not a folder to write in"),
+        (["dense", "--output", "dense", "-c", "self"], "dense exists and is not the folder of a"),
+        (["./absent", *OUT], "there is no folder './absent'"),
+        (["a/b/c", *OUT], "there is no folder 'a/b/c'"),
+        (["", *OUT], "there is no folder ''"),
+        (["text.txt", *OUT], "text.txt is a file: give the folder of a model"),
+        ([".", *OUT], ". is no model: it has no config.json"),
+        (["small", *OUT, "-c", "self"], "small is quantized or compressed already (soco)"),
+    ],
+)
+def test_what_compress_refuses(fails, place, words, expected):
+    before = state(place)
+    assert expected in fails("compress", *words)
+    assert state(place) == before
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["magic"], "No such command 'magic'. `soco --help` lists the options."),
+        (["evaluate", "small"], "Missing option '--text'"),
+        (["evaluate", "small", "--text", "absent.txt"], "there is no file 'absent.txt'"),
+        (["evaluate", "./absent", "--text", "text.txt"], "there is no folder './absent'"),
+        (["evaluate", "small", "-t", "text.txt", "--dense", "./absent"], "no folder './absent'"),
+        (["evaluate", "small", "-t", "text.txt", "--length", "65"], "above the model's context"),
+        (["evaluate", "small", "-t", "dense"], "there is no file 'dense'"),
+        (["report", "absent"], "there is no folder 'absent'"),
+        (["report", "dense"], "dense is not the folder of a model compressed by soco"),
+        (["report", "small", "--plot", "x.abc"], "abc"),
+        (["report", "small", "--plot", "absent/x.png"], "absent/x.png: no such file or directory"),
+        (["export", "small", *OUT], "--dense is the one there is"),
+        (["export", "small", "--dense", "--output", "dense"], "dense exists and is not empty"),
+        (["export", "dense", "--dense", *OUT], "dense is not the folder of a model compressed by"),
+    ],
+)
+def test_what_the_others_refuse(fails, place, words, expected):
+    before = state(place)
+    assert expected in fails(*words)
+    assert state(place) == before
+    assert not (place / "out").exists()
+
+
+def truncated(folder):
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(9000)
+
+
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def nan_weight(folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(folder, lambda tensors: tensors[name][2, 3:4].fill_(torch.nan))
+
+
+def missing_weight(folder):
+    edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def wrong_shape(folder):
+    edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
+
+
+def not_json(folder):
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+def unknown_type(folder):
+    edit_config(folder, model_type="magic")
+
+
+def wrong_kind(folder):
+    edit_config(folder, hidden_size="x")
+
+
+def broken_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (truncated, "dense cannot be loaded: "),
+        (without_weights, "dense cannot be loaded: "),
+        (nan_weight, "dense is broken: model.layers.1.mlp.up_proj.weight (48, 32) holds NaN"),
+        (missing_weight, "dense lacks model.layers.1.mlp.up_proj.weight"),
+        (wrong_shape, "dense has another shape for model.norm.weight"),
+        (not_json, "dense cannot be loaded: "),
+        (unknown_type, "dense cannot be loaded: "),
+        (wrong_kind, "dense cannot be loaded: "),
+        (broken_tokenizer, "dense has no tokenizer that loads: "),
+    ],
+)
+def test_broken_dense_folders(fails, place, damage, expected):
+    damage(place / "dense")
+    told = fails("compress", "dense", *OUT, "-c", "text.txt", *QUICK)
+    assert told.startswith(expected)
+    assert len(told) > len(expected)
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (truncated, "small/model.safetensors is truncated"),
+        (without_weights, "holds neither model.safetensors nor"),
+        (not_json, "small/config.json is not JSON"),
+    ],
+)
+def test_broken_compressed_folders(fails, place, damage, expected):
+    damage(place / "small")
+    assert expected in fails("evaluate", "small", "--text", "text.txt", "--length", "16")
+    assert expected in fails("export", "small", "--dense", *OUT)
+
+
+def test_a_report_that_is_missing_or_broken(fails, place):
+    config = json.loads((place / "small" / "config.json").read_text())["quantization_config"]
+    edit_config(place / "small", quantization_config=config | {"report": None})
+    assert fails("report", "small") == "small holds no report of how it was compressed"
+    edit_config(place / "small", quantization_config=config | {"report": {"method": "soco"}})
+    assert "the report is damaged" in fails("report", "small")
+
+
+def test_ctrl_c(run, place, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    before = state(place)
+    monkeypatch.setattr(commands, "compress_model", interrupt)
+    code, out, err = run("compress", "dense", "-o", "small", "-c", "self", "-q")
+    assert (code, out, err) == (130, "", "soco: interrupted\n")
+    assert state(place) == before
+
+
+def test_a_full_gpu_names_the_options_that_help(fails, place, monkeypatch):
+    def overflow(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(commands, "compress_model", overflow)
+    assert "try a smaller --batch-size or --length" in fails("compress", "demo", *OUT)
+
+
+def test_our_own_mistakes_keep_their_traceback(place, monkeypatch):
+    def mistake(*_, **__):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(commands, "compress_model", mistake)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(["compress", "dense", "-o", "out", "-c", "self", "-q"])
+    assert not (place / "out").exists()
+
+
+def test_debug_shows_tracebacks(place):
+    with pytest.raises(ValueError, match="is a file"):
+        main(["--debug", "compress", "text.txt", "-o", "out"])
+
+
+def test_sentence_of_a_foreign_error():
+    assert sentence(ValueError("no such thing\n\nTry another one.")) == "no such thing"
+    assert sentence(ValueError("")) == "ValueError"
+    assert sentence(FileNotFoundError(2, "No such file", "a.txt")) == "a.txt: no such file"
+
+
+def test_libraries_are_as_loud_as_before_afterwards(run, place):
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub = are_progress_bars_disabled()
+    filters = list(warnings.filters)
+    assert run("compress", "dense", "-o", "out", "--method", "svd")[0] == 0
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert are_progress_bars_disabled() == hub
+    assert list(warnings.filters) == filters
+
+
+# ---- as a program of its own
+
+
+def soco_program(*words, **options):
+    # Ctrl-C is ignored by what was started in the background of a shell, as tests may be.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from soco.cli import main; sys.exit(main())"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from soco.cli import main; main(['--help']); main(['compress', 'x']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_hub_id_offline(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    words = ["compress", "some/model", "-o", tmp_path / "out", "-c", "self"]
+    with soco_program(*words, env=environment) as program:
+        out, err = program.communicate(timeout=120)
+    assert (program.returncode, out) == (2, "")
+    lines = err.splitlines()
+    assert lines[0] == "soco: loading some/model"
+    assert lines[1].startswith(
+        "soco: error: some/model is no folder here, and from the hub it cannot be loaded: "
+    )
+    assert len(lines) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_in_the_middle_of_it(tmp_path):
+    words = ["compress", "demo", "-o", tmp_path / "out", "--samples", "2000"]
+    with soco_program(*words) as program:
+        assert program.stderr is not None
+        assert program.stderr.readline() == "soco: loading demo\n"
+        assert program.stderr.readline().startswith("soco: compressing by soco on ")
+        time.sleep(0.5)
+        program.send_signal(signal.SIGINT)
+        try:
+            out, err = program.communicate(timeout=60)
+        finally:
+            program.kill()
+    assert (program.returncode, out, err) == (130, "", "soco: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
