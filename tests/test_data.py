@@ -265,7 +265,7 @@ def test_bad_paths(tmp_path, words):
         ([3, -1], "the calibration data holds the token id -1, which is below 0"),
         ([3, 10], "holds the token id 10, outside of the vocabulary of 10"),
         ([[1], "a"], "an item that is not a list of ids: 'a'"),
-        ([2.5j], "an item that is not a list of ids: 2.5j"),
+        ([slice(2)], "an item that is not a list of ids: slice"),
         ([{"label": 1}], "row 0 of the calibration data has no 'text' string and no 'input_ids'"),
         ({"train": 1, "test": 2}, "data is a mapping: choose one of 'train', 'test'"),
     ],

@@ -86,9 +86,11 @@ def unlike(model):
 
 
 def low_rank(layer):
+    """Always with a bias: a trained deviation makes one where there was none."""
     up, sigma, down = whitened_svd(weight_of(layer).detach(), None, 2)
-    dtype = weight_of(layer).dtype
-    return LowRankLinear.from_factors(((up * sigma).to(dtype), down.to(dtype)), bias_of(layer))
+    bias = bias_of(layer)
+    bias = torch.zeros(len(up)) if bias is None else bias
+    return LowRankLinear.from_factors((up * sigma, down), bias)
 
 
 def compress_by_hand(model, targets, until):
@@ -192,7 +194,10 @@ def test_flags_after_success(name, include):
         key: (layer.training, weight_of(layer).requires_grad, bias_of(layer))
         for key, layer in targets.items()
     }
-    trained = {key: None if bias is None else bias.requires_grad for key, (*_, bias) in old.items()}
+    trained = {
+        key: of_weight if bias is None else bias.requires_grad
+        for key, (_, of_weight, bias) in old.items()
+    }
     others = {
         key: (module, module.training)
         for key, module in model.named_modules()
@@ -224,6 +229,34 @@ def test_a_model_without_a_config():
     with pytest.raises(ValueError, match="stop"):
         fail(model, targets, "training", ValueError("stop"))
     assert everything(model) == before
+
+
+def test_a_config_that_no_module_holds():
+    class Text:
+        tie_word_embeddings = True
+
+        def __init__(self):
+            self.layers = 4
+
+    class Config:
+        def __init__(self):
+            self.text = Text()
+
+        def get_text_config(self, decoder):
+            return self.text
+
+    model = Tower()
+    model.config = Config()
+    written = dict(layers=3, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match="stop"):
+        fail(
+            model,
+            find_linears(model),
+            "training",
+            ValueError("stop"),
+            lambda model: vars(model.config.text).update(written),
+        )
+    assert vars(model.config.text) == {"layers": 4}
 
 
 @pytest.mark.parametrize("moment", ["collect", "objective_for", "train_scores", "mark_compressed"])
