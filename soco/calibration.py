@@ -209,7 +209,7 @@ def sample_from_model(
     *,
     start: int | None = None,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 64,
     on_batch: Callable[[int], None] = lambda sequences: None,
 ) -> Tensor:
     """Calibration text written by the model itself, for when there is none.

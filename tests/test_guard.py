@@ -245,8 +245,9 @@ def test_a_config_that_no_module_holds():
         def get_text_config(self, decoder):
             return self.text
 
+    config = Config()
     model = Tower()
-    model.config = Config()
+    vars(model)["config"] = config
     written = dict(layers=3, tie_word_embeddings=False)
     with pytest.raises(ValueError, match="stop"):
         fail(
@@ -254,9 +255,9 @@ def test_a_config_that_no_module_holds():
             find_linears(model),
             "training",
             ValueError("stop"),
-            lambda model: vars(model.config.text).update(written),
+            lambda model: vars(config.text).update(written),
         )
-    assert vars(model.config.text) == {"layers": 4}
+    assert vars(config.text) == {"layers": 4}
 
 
 @pytest.mark.parametrize("moment", ["collect", "objective_for", "train_scores", "mark_compressed"])

@@ -177,7 +177,12 @@ def compress(
     method: Annotated[MethodName, typer.Option(help="How to compress.")] = MethodName.soco,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Sequences of calibration text.", show_default="256"),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Sequences of calibration text.",
+            show_default="128 for demo, else 256",
+        ),
     ] = None,
     length: Annotated[
         int | None,

@@ -18,7 +18,7 @@ from soco.pipeline import compress
 from soco.reporting import report
 
 # What the demo takes where nothing else is asked for: two minutes on two cores.
-OPTIONS: Mapping[str, Any] = {"calibration": "self", "samples": 256, "length": 256}
+OPTIONS: Mapping[str, Any] = {"calibration": "self", "samples": 128, "length": 256}
 
 RIVALS = (  # title, method, ranks
     ("SVD-LLM, ranks by energy", "svd-llm", "energy"),
