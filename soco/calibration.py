@@ -160,7 +160,7 @@ class _Collector:
     def _find_leader(self, name: str, x: Tensor) -> str:
         if name not in self.alone:
             for other in self.fresh:
-                if len(self.seen[other]) == 1 and self.seen[other][0]() is x:
+                if self.seen[other][0]() is x:
                     return other
         self.fresh.append(name)
         return name

@@ -181,6 +181,7 @@ ODD = {
     "a is called again": lambda toy, x: (both(toy, x), toy.a(x)),
     "a is called first for both": lambda toy, x: (toy.a(x), toy.a(x + 1), toy.b(x), toy.b(x + 1)),
     "the second call differs": lambda toy, x: (both(toy, x), toy.a(x + 1), toy.b(x + 2)),
+    "b sees the first one twice": lambda toy, x: (toy.a(x), toy.a(x + 1), toy.b(x), toy.b(x)),
     "the calls are crossed": lambda toy, x: (toy.a(x), toy.a(y := x + 1), toy.b(y), toy.b(x)),
     "b is called before a": lambda toy, x: (toy.b(x), toy.a(x)),
     "c takes the place of b": lambda toy, x: (toy.a(x), toy.c(x), toy.b(x * 2)),
@@ -446,6 +447,11 @@ def test_random_state_is_left_alone(device):
     assert all(torch.equal(one, other) for one, other in zip(cuda, after, strict=True))
 
 
+def test_no_token_is_too_rare_to_be_drawn():
+    text = sample_from_model(tiny_model("llama"), 100, 40, start=1)
+    assert text.unique().numel() == 96
+
+
 def test_what_sequences_begin_with(monkeypatch):
     model = tiny_model("llama", vocab_size=8, eos_token_id=[2, 5])  # 0 pads, 1 begins
     firsts = []
@@ -456,6 +462,8 @@ def test_what_sequences_begin_with(monkeypatch):
     sample_from_model(model, 200, 1)
     random = torch.cat(firsts).flatten().tolist()
     assert set(random) == {3, 4, 6, 7}
+    sample_from_model(model, 200, 1, seed=1)
+    assert torch.cat(firsts)[200:].flatten().tolist() != random
     firsts.clear()
     text = sample_from_model(model, 200, 2, start=5)
     assert torch.cat(firsts).eq(5).all()
