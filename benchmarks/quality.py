@@ -9,20 +9,18 @@ parameters were really kept. Rows that the output file has already are not run a
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import soco
+from soco.diagnosis import describe_machine
 from soco.methods import SVD, SVDLLM, SoCo
 from soco.training import STAGES, Stage
 
@@ -72,25 +70,6 @@ TRIALS = {
 }
 
 
-def machine(device: str) -> dict[str, str | int]:
-    """What the numbers were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    found: dict[str, str | int] = {
-        "cpu": cpu,
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "soco-llm")},
-    }
-    if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
 def commit() -> str:
     """The commit this runs from, marked when files were changed since."""
     described = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
@@ -121,7 +100,7 @@ def measure(arguments: argparse.Namespace, name: str, methods: dict, done: dict)
     dense = load()
     reference = score(dense, None)
     for ratio in arguments.ratios or ratios:
-        for label, (method, ranks) in methods.items():
+        for label, (method, rule) in methods.items():
             key = (name, ratio, label)
             if key in done:
                 continue
@@ -131,7 +110,7 @@ def measure(arguments: argparse.Namespace, name: str, methods: dict, done: dict)
                 model,
                 ratio,
                 method=method,
-                ranks=ranks,
+                allocator=rule,
                 tokenizer=tokenizer,
                 calibration=arguments.data / train,
                 samples=SAMPLES,
@@ -172,7 +151,7 @@ def measure(arguments: argparse.Namespace, name: str, methods: dict, done: dict)
 def write(arguments: argparse.Namespace, done: dict) -> None:
     """Write all rows so far."""
     result = {
-        "machine": machine(arguments.device),
+        "machine": describe_machine(arguments.device),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "command": arguments.command,
@@ -198,9 +177,9 @@ def main() -> None:
     arguments.command = command.replace(str(arguments.data), "DIR").replace(
         str(arguments.output), output
     )
-    methods = {**CLOSED, "soco": (SoCo(), "uniform")}
+    methods = {**CLOSED, "soco": (SoCo(), None)}
     if arguments.trials:
-        methods = {label: (method, "uniform") for label, method in TRIALS.items()}
+        methods = {label: (method, None) for label, method in TRIALS.items()}
     done = {}
     if arguments.output.exists():
         rows = json.loads(arguments.output.read_text())["rows"]

@@ -1,22 +1,58 @@
 """What methods want to know of a model's layers on real inputs, collected in one pass."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from soco.objectives import run_model
+from soco.objectives import Objective, objective_for, run_model
+
+# What can be collected. All but the last two are of the inputs; those take a backward pass.
+KINDS = frozenset({"gram", "abs_mean", "stacked_gram", "root", "fisher", "grad_gram"})
+OF_GRADIENTS = frozenset({"fisher", "grad_gram"})
+
+# Rows of a chunk: of a product in float32 that is summed in float64, and of one step of the QR.
+_CHUNK = 2048
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one linear layer saw."""
+    """What one linear layer saw: sums over the calibration; None where nobody asked."""
 
     gram: Tensor  # (in, in), float64: sum of x^T x over all tokens
     tokens: int
+    sequences: int = 0
+    abs_mean: Tensor | None = None  # (in,), float64: sum of |x|
+    stacked_gram: Tensor | None = None  # (in, in), float64: like gram, of means over each batch
+    root: Tensor | None = None  # (in, in), float64: upper triangular R, R^T R = gram, by QR
+    fisher: Tensor | None = None  # (out, in), float64: squared gradients of sequences, summed
+    grad_gram: Tensor | None = None  # (out, out), float64: sum of g^T g, g the gradient of outputs
+
+    def means(self, tokens: int) -> dict[str, Tensor]:
+        """The statistics as methods read them, by name, those that are there.
+
+        Args:
+            tokens: of the whole calibration. What the inputs are is counted per token of it, so
+                that a layer that sees few of them (an expert) matters less; ``abs_mean`` and
+                ``grad_gram`` are per token that the layer saw, ``fisher`` per sequence.
+        """
+        here, seen = max(1, tokens), max(1, self.tokens)
+        sums = {
+            "gram": (self.gram, here),
+            "abs_mean": (self.abs_mean, seen),
+            "stacked_gram": (self.stacked_gram, here),
+            "root": (self.root, here**0.5),
+            "fisher": (self.fisher, max(1, self.sequences)),
+            "grad_gram": (self.grad_gram, seen),
+        }
+        return {name: value / count for name, (value, count) in sums.items() if value is not None}
+
+    def parts(self) -> dict[str, Tensor]:
+        """The sums that are there, by name."""
+        return {kind: value for kind in sorted(KINDS) if (value := getattr(self, kind)) is not None}
 
 
 def collect(
@@ -25,57 +61,91 @@ def collect(
     windows: Tensor,
     batch_size: int = 8,
     on_batch: Callable[[int], None] = lambda sequences: None,
+    *,
+    kinds: Collection[str] = ("gram",),
+    objective: Objective | None = None,
+    seed: int = 0,
 ) -> dict[str, Statistics]:
-    """Run ``model`` over the windows and collect statistics of the inputs of ``layers``.
+    """Run ``model`` over the windows and collect statistics of ``layers``, all in one pass.
 
-    Layers that are given the same tensor (query, key and value; gate and up) share one Gram matrix.
-    Products are taken in float32, at most 2048 tokens at a time, and summed in float64; inputs are
-    not kept: memory depends on the layers' sizes, not on the number of tokens.
+    Layers that are given the same tensor (query, key and value; gate and up) share one Gram matrix,
+    and whatever else is of the inputs. Products are taken in float32, at most 2048 tokens at a
+    time, and summed in float64; inputs are not kept: memory depends on the layers' sizes, not on
+    the number of tokens.
+
+    Gradients are those of the negative log likelihood of labels drawn from the model itself
+    (``Objective.surprise``), so that their squares are the Fisher information: the curvature of the
+    divergence from this model.
 
     Layers that shared their inputs at first, and then did not, make it start again from the first
     window, without that mistake.
 
     Args:
-        model: left as it was. Only its ``base_model`` runs where that holds all the layers: logits
-            of a large vocabulary cost more memory than anything else.
+        model: left as it was. Only its ``base_model`` runs where that holds all the layers and no
+            gradient is asked for: logits of a large vocabulary cost more memory than anything else.
         layers: name to module in ``model``; called with x (..., in).
         windows: token ids (sequences, length), on the CPU.
         batch_size: sequences at a time.
         on_batch: called with the number of sequences done, after each batch.
+        kinds: what to collect, of ``KINDS``; the Gram matrix always is.
+        objective: what gradients are of; None: by what the model returns.
+        seed: of the drawn labels.
 
     Returns:
-        name to statistics. A layer that saw nothing (an expert no token was sent to) has a zero
-        Gram matrix and 0 tokens.
+        name to statistics. A layer that saw nothing (an expert no token was sent to) has zeros and
+        0 tokens.
 
     Raises:
-        ValueError: the inputs of a layer hold NaN or Inf; the layer is named.
+        ValueError: the inputs or gradients of a layer hold NaN or Inf; the layer is named. A kind
+            is unknown.
+
+    Source: Fisher information of drawn labels: Kunstner, Balles and Hennig, arXiv:1905.12558.
     """
-    base = getattr(model, "base_model", model)
-    inside = set(base.modules())
-    body = base if all(module in inside for module in layers.values()) else model
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"there is no statistic {kind!r}: choose from {sorted(KINDS)}")
+    wanted = frozenset(kinds) | {"gram"}
     device = next(model.parameters()).device
+    if wanted & OF_GRADIENTS and objective is None:
+        objective = objective_for(model, windows[:1].to(device))
     alone: set[str] = set()
     while True:
-        collector = _Collector(alone)
+        collector = _Collector(alone, wanted)
         hooks = [
             module.register_forward_pre_hook(collector.hook(name))
             for name, module in layers.items()
         ]
+        gradients = _Gradients(wanted) if wanted & OF_GRADIENTS else None
+        if gradients is not None:
+            hooks += [m.register_forward_hook(gradients.hook(n)) for n, m in layers.items()]
+        generator = torch.Generator().manual_seed(seed)
         try:
-            # Not inference_mode: tensors that the model caches have to serve in training later.
-            with torch.no_grad():
-                for done, batch in enumerate(windows.split(batch_size), start=1):
-                    run_model(body, batch.to(device))
-                    collector.end_forward()
-                    if collector.parted:
-                        break
-                    on_batch(min(done * batch_size, len(windows)))
+            for done, batch in enumerate(windows.split(batch_size), start=1):
+                ids = batch.to(device)
+                if gradients is None:
+                    # Not inference_mode: what the model caches has to serve in training later.
+                    with torch.no_grad():
+                        run_model(_body(model, layers), ids)
+                else:
+                    gradients.run(model, cast(Objective, objective), ids, generator)
+                collector.end_forward()
+                if collector.parted:
+                    break
+                on_batch(min(done * batch_size, len(windows)))
         finally:
             for hook in hooks:
                 hook.remove()
         if not collector.parted:
-            return {name: collector.result(name, module) for name, module in layers.items()}
+            break
         alone |= collector.parted
+    return {name: collector.result(name, module, gradients) for name, module in layers.items()}
+
+
+def _body(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """The model without its head, if all the layers are in that."""
+    base = getattr(model, "base_model", model)
+    inside = set(base.modules())
+    return base if all(module in inside for module in layers.values()) else model
 
 
 @torch.no_grad()
@@ -118,19 +188,21 @@ def _caller(model: nn.Module, name: str) -> nn.Module:
 
 
 class _Collector:
-    """Sums of the Gram matrices; layers with the same input tensors point to the same sum.
+    """Sums over inputs; layers with the same input tensors point to the same sums.
 
     A layer follows another from its first call on, if both were given the same tensor for the first
     time, and has to be given the same ones ever after.
 
     Args:
         alone: layers that follow no other.
+        kinds: of statistics.
     """
 
-    def __init__(self, alone: set[str]) -> None:
+    def __init__(self, alone: set[str], kinds: Collection[str]) -> None:
         self.alone = alone
+        self.kinds = kinds
         self.parted: set[str] = set()  # layers that went another way than the one they followed
-        self.grams: dict[str, Tensor] = {}
+        self.sums: dict[str, dict[str, Tensor]] = {}  # by leader, then by kind
         self.tokens: dict[str, int] = {}
         self.leader: dict[str, str] = {}  # layer to the layer that sums for it
         self.fresh: list[str] = []  # leaders whose first forward this is
@@ -148,7 +220,7 @@ class _Collector:
             leader = self.leader[name]
             if leader == name:
                 self.seen.setdefault(name, []).append(weakref.ref(x))
-                self._add(name, x)
+                self._add(name, x.detach())
                 return
             before = self.seen.get(leader, [])
             call = self.calls[name]
@@ -175,31 +247,144 @@ class _Collector:
         self.fresh.clear()
 
     def _add(self, name: str, x: Tensor) -> None:
-        rows = x.detach().reshape(-1, x.shape[-1])
-        gram = self.grams.get(name)
-        if gram is None:
-            gram = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-            self.grams[name] = gram
-        for chunk in rows.split(2048):
+        rows = x.reshape(-1, x.shape[-1])
+        sums = self.sums.get(name)
+        if sums is None:
+            sums = self.sums[name] = _zeros(self.kinds, x.shape[-1], x.device)
+        for chunk in rows.split(_CHUNK):
             wide = chunk.float()
-            gram.add_((wide.T @ wide).double())
+            sums["gram"].add_((wide.T @ wide).double())
+            if "abs_mean" in sums:
+                sums["abs_mean"].add_(wide.abs().sum(0).double())
+            if "root" in sums:
+                stack = torch.cat([sums["root"], chunk.double()])
+                sums["root"] = torch.linalg.qr(stack, mode="r").R[: x.shape[-1]]
+        if "stacked_gram" in sums:
+            mean = (x.flatten(1, -2).mean(0) if x.dim() > 2 else x).float()  # (length, in)
+            sums["stacked_gram"].add_((mean.T @ mean).double())
         self.tokens[name] = self.tokens.get(name, 0) + len(rows)
 
-    def result(self, name: str, module: nn.Module) -> Statistics:
+    def result(self, name: str, module: nn.Module, gradients: "_Gradients | None") -> Statistics:
         """The sums of the layer ``name``."""
         leader = self.leader.get(name)
-        if leader is None or leader not in self.grams:
-            weight = next(module.parameters())
-            size = getattr(module, "in_features", None) or getattr(module, "nx")  # noqa: B009
-            empty = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
-            return Statistics(empty, 0)
-        gram = self.grams[leader]
-        if not bool(torch.isfinite(gram).all()):
-            raise ValueError(
-                f"the inputs of {name} hold NaN or Inf on the calibration text: the model "
-                f"overflows in its dtype, or its weights are broken"
-            )
-        return Statistics(gram, self.tokens[leader])
+        outputs, inputs = _shape(module)
+        device = next(module.parameters()).device
+        if leader is None or leader not in self.sums:
+            sums, tokens = _zeros(self.kinds, inputs, device), 0
+        else:
+            sums, tokens = self.sums[leader], self.tokens[leader]
+            if not bool(torch.isfinite(sums["gram"]).all()):
+                raise ValueError(
+                    f"the inputs of {name} hold NaN or Inf on the calibration text: the model "
+                    f"overflows in its dtype, or its weights are broken"
+                )
+        if gradients is None:
+            return Statistics(tokens=tokens, **cast(dict[str, Any], sums))
+        own = gradients.result(name, outputs, inputs, device)
+        parts = cast(dict[str, Any], {**sums, **own})
+        return Statistics(tokens=tokens, sequences=gradients.sequences, **parts)
+
+
+def _zeros(kinds: Collection[str], inputs: int, device: torch.device) -> dict[str, Tensor]:
+    """The statistics of inputs that nobody has seen."""
+    sizes = {
+        "gram": (inputs, inputs),
+        "abs_mean": (inputs,),
+        "stacked_gram": (inputs, inputs),
+        "root": (inputs, inputs),
+    }
+    return {
+        kind: torch.zeros(size, dtype=torch.float64, device=device)
+        for kind, size in sizes.items()
+        if kind in kinds
+    }
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of an ``nn.Linear`` or ``Conv1D``."""
+    inputs = getattr(module, "in_features", None) or getattr(module, "nx")  # noqa: B009
+    outputs = getattr(module, "out_features", None) or getattr(module, "nf")  # noqa: B009
+    return cast(int, outputs), cast(int, inputs)
+
+
+class _Gradients:
+    """Sums over the gradients of outputs, by layer.
+
+    Nothing in the model requires a gradient; a zero that does is added to every layer's outputs.
+
+    Args:
+        kinds: of statistics.
+    """
+
+    def __init__(self, kinds: Collection[str]) -> None:
+        self.kinds = frozenset(kinds) & OF_GRADIENTS
+        self.sequences = 0
+        self.sums: dict[str, dict[str, Tensor]] = {}
+        self.calls: dict[str, int] = {}  # of a layer, in this forward
+        self.pending: dict[str, Tensor] = {}  # gradients (sequences, out, in) of several calls
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        """The forward hook of the layer ``name``."""
+
+        def observe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            x = inputs[0].detach()
+            self.calls[name] = self.calls.get(name, 0) + 1
+            zero = torch.zeros(1, dtype=output.dtype, device=output.device, requires_grad=True)
+            output = output + zero
+            output.register_hook(lambda gradient: self._add(name, x, gradient))
+            return output
+
+        return observe
+
+    def run(
+        self, model: nn.Module, objective: Objective, ids: Tensor, generator: torch.Generator
+    ) -> None:
+        """One batch (sequences, length), forward and backward."""
+        self.calls.clear()
+        with torch.enable_grad():
+            outputs = objective.outputs(model, ids)
+            objective.surprise(outputs.detach(), outputs, generator).backward()
+        for name, weight in self.pending.items():
+            self.sums[name]["fisher"].add_(weight.double().square().sum(0))
+        self.pending.clear()
+        self.sequences += len(ids)
+
+    @torch.no_grad()
+    def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        sequences = len(x) if x.dim() > 2 else 1  # an expert sees tokens of all of them
+        x = x.reshape(sequences, -1, x.shape[-1]).float()
+        g = gradient.reshape(sequences, -1, gradient.shape[-1]).float()
+        sums = self.sums.setdefault(name, {})
+        if "grad_gram" in self.kinds:
+            total = sums.get("grad_gram", torch.zeros((), dtype=torch.float64, device=g.device))
+            for chunk in g.flatten(0, 1).split(_CHUNK):
+                total = total + (chunk.T @ chunk).double()
+            sums["grad_gram"] = total
+        if "fisher" in self.kinds:
+            shape = (g.shape[-1], x.shape[-1])
+            sums.setdefault("fisher", torch.zeros(shape, dtype=torch.float64, device=g.device))
+            if self.calls[name] > 1:  # the gradient of a sequence is the sum over all calls
+                self.pending[name] = self.pending.get(name, 0) + g.mT @ x
+                return
+            for one, other in zip(g, x, strict=True):
+                sums["fisher"].add_((one.T @ other).double().square())
+
+    def result(self, name: str, outputs: int, inputs: int, device: Any) -> dict[str, Tensor]:
+        """The sums of the layer ``name``."""
+        sizes = {"fisher": (outputs, inputs), "grad_gram": (outputs, outputs)}
+        found = self.sums.get(name, {})
+        for kind, total in found.items():
+            if not bool(torch.isfinite(total).all()):
+                raise ValueError(
+                    f"the gradients at {name} hold NaN or Inf on the calibration text: the model "
+                    f"overflows in its dtype, or its weights are broken ({kind})"
+                )
+        return {
+            kind: found.get(kind, torch.zeros(sizes[kind], dtype=torch.float64, device=device))
+            for kind in self.kinds
+        }
 
 
 def sample_from_model(

@@ -5,6 +5,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -85,6 +86,29 @@ def diagnose() -> Diagnosis:
         ops={op: core.kernels[op] for op in ops.__all__},
         problems=tuple(_problems(build, devices)),
     )
+
+
+def describe_machine(device: str = "cpu") -> dict[str, str | int]:
+    """What measurements were made on: processors, threads and versions, as plain JSON data.
+
+    Args:
+        device: "cpu", or "cuda", whose name is told, too.
+    """
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+    found: dict[str, str | int] = {
+        "cpu": cpu,
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "transformers", "soco-llm")},
+    }
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
 def kernels_for(capability: tuple[int, int], architectures: str) -> str | None:

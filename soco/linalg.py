@@ -53,9 +53,9 @@ class Spectrum(NamedTuple):
     At full rank, min(out, in), it is the weight itself; the first r components are the best rank r.
     """
 
-    up: Tensor  # (out, rank), orthonormal columns
+    up: Tensor  # (out, rank); orthonormal columns only where outputs are not weighted
     sigma: Tensor  # (rank,), descending
-    down: Tensor  # (rank, in); orthonormal rows only when nothing was whitened
+    down: Tensor  # (rank, in); orthonormal rows only where inputs are not weighted
 
     def truncate(self, rank: int) -> Factors:
         """Keep the first ``rank`` components, with ``sqrt(sigma)`` on either side.
@@ -212,17 +212,44 @@ def _whitened(weight: Tensor, gram: Tensor, rank: int, name: str) -> Spectrum:
             f"the Gram matrix of {name} is not positive semidefinite: one direction of the outputs "
             f"has an energy of {values[-1]:.3g}, next to {values[0]:.3g} in the largest"
         )
+    sigma = values.clamp(min=noise).sqrt()
     seen = int((values > noise).sum())
+    spectrum = order_components(core, vectors, sigma, seen, rank, basis, name=name)
+    root = gram_scale.sqrt()
+    return Spectrum(spectrum.up, spectrum.sigma * weight_scale * root, spectrum.down / root)
+
+
+def order_components(
+    core: Tensor,
+    vectors: Tensor,
+    sigma: Tensor,
+    seen: int,
+    rank: int,
+    basis: Tensor | None = None,
+    *,
+    name: str = "weight",
+) -> Spectrum:
+    """A weight by given directions of its outputs: ``down = diag(1 / sigma) vectors^T core``.
+
+    Directions that no input moves (all but the first ``seen``) are turned to those of the plain SVD
+    of what remains, so that the full spectrum is the weight itself.
+
+    Args:
+        core: (side, in), float64: the weight, or what is right of ``basis`` in it.
+        vectors: (side, side), orthonormal columns.
+        sigma: (side,), descending, positive.
+        seen: how many of the directions have a ``sigma`` that is more than rounding.
+        rank: components to keep.
+        basis: (out, side), orthonormal columns: the weight is ``basis @ core``; None is identity.
+        name: what to call the weight in an error.
+    """
     if seen < rank:
         unseen = vectors[:, seen:]  # (side, side - seen)
-        turn = truncated_svd(unseen.mT @ core, side - seen, name=name).U
+        turn = truncated_svd(unseen.mT @ core, vectors.shape[1] - seen, name=name).U
         vectors = torch.cat([vectors[:, :seen], unseen @ turn], dim=1)
-    up = vectors[:, :rank]
-    sigma = values[:rank].clamp(min=noise).sqrt()
-    down = up.mT @ core / sigma[:, None]
-    up, down = _fix_signs(up if basis is None else basis @ up, down)
-    root = gram_scale.sqrt()
-    return Spectrum(up, sigma * weight_scale * root, down / root)
+    up, sigma = vectors[:, :rank], sigma[:rank]
+    up, down = _fix_signs(up if basis is None else basis @ up, up.mT @ core / sigma[:, None])
+    return Spectrum(up, sigma, down)
 
 
 def _exact(weight: Tensor, rank: int, name: str) -> SVD:

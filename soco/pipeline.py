@@ -2,43 +2,40 @@
 
 import dataclasses
 import inspect
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from soco.calibration import Statistics, collect, sample_from_model, uncalled
+from soco.allocators import ALLOCATORS, Allocator
 from soco.checkpoint import mark_compressed
-from soco.data import token_windows
+from soco.factorization import choose_ranks, groups_of, make_factors
 from soco.guard import Clock, unchanged_on_error
 from soco.linalg import Factors, Spectrum
-from soco.methods import METHODS, Method, TrainedMethod
-from soco.modules import LowRankLinear
-from soco.objectives import objective_for
-from soco.ranks import (
-    allocate,
-    is_dense,
-    layer_params,
-    parameter_budget,
-    relative_energy,
-    uniform_ranks,
+from soco.methods import (
+    METHODS,
+    FittedMethod,
+    Method,
+    RankLearner,
+    SequentialMethod,
+    SharingMethod,
+    SoCo,
+    TrainedMethod,
 )
+from soco.modules import LowRankLinear
+from soco.preparation import check_model, noted, prepare, steps_bar, warn_of_rare
+from soco.ranks import layer_params, parameter_budget
 from soco.reporting import LayerReport, Report
 from soco.spectral import SpectralLinear
 from soco.surgery import (
     bias_of,
-    context_length,
-    find_linears,
     fused_experts,
+    is_linear,
     output_head,
     replace_module,
     set_weight,
@@ -48,13 +45,12 @@ from soco.surgery import (
     weight_of,
 )
 from soco.training import Step, checkpointed, train_scores
+from soco.workbench import Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
-
-DEFAULT_LENGTH = 2048  # of a calibration sequence, where the model allows as much
 
 
 def compress(
@@ -67,10 +63,13 @@ def compress(
     samples: int = 256,
     length: int | None = None,
     seed: int = 0,
-    ranks: Literal["uniform", "energy"] = "uniform",
+    allocator: str | Allocator | None = None,
+    pivoted: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     batch_size: int = 8,
+    stats: str | PathLike[str] | None = None,
+    shared: Workbench | None = None,
     progress: bool | None = None,
 ) -> ModelType:
     """Replace the linear layers of a transformers model by low-rank ones, in place.
@@ -84,20 +83,28 @@ def compress(
         model: a transformers model on any device, float32, bfloat16 or float16; not quantized.
         ratio: fraction of the targets' parameters to *remove*, above 0 and below 1. It is met to
             within one rank of one layer, and never missed by removing less.
-        method: "soco", "svd-llm" or "svd", or an instance such as ``SoCo(steps=400)``.
+        method: a name in ``soco.methods.METHODS``, or an instance such as ``SoCo(steps=400)``.
         tokenizer: needed where the calibration is text.
         calibration: a path to text or JSON lines (also ``.gz``), a list of strings, token ids (a
             tensor or an iterable of lists), a ``datasets`` dataset, or "self": sequences that the
             model writes itself. Not needed by "svd".
         samples: calibration sequences.
         length: tokens of each; None: what the model allows, at most 2048.
-        seed: of the choice of sequences, of "self", and of the training; the same seed gives the
-            same result on the same machine.
-        ranks: how closed-form methods share the budget: "uniform", the same kept fraction in every
-            layer, or "energy", greedily by relative energy. Methods that train find their own.
+        seed: of the choice of sequences, of "self", of drawn labels, and of the training; the same
+            seed gives the same result on the same machine.
+        allocator: how the budget is shared among the layers: a name in
+            ``soco.allocators.ALLOCATORS``, or an instance; None: the method's own. Methods that
+            train find their own ranks.
+        pivoted: store a layer as pivot rows and what combines them (``soco.pivots``): the same
+            layer in ``rank^2`` fewer parameters, so that more rank fits into the budget.
         include: glob patterns of the layers to compress, anywhere in the model.
         exclude: glob patterns of layers to leave alone.
         batch_size: sequences at a time in the calibration pass.
+        stats: a folder in which calibration statistics are stored, and looked for: by model, data
+            and seed.
+        shared: a workbench made by ``prepare`` for this model or one with the same weights, whose
+            statistics and decompositions are used; calibration, samples, length, include, exclude,
+            batch_size and stats are then its own.
         progress: whether to show progress bars, on stderr; None: if that is a terminal.
 
     Returns:
@@ -115,48 +122,71 @@ def compress(
     Source: SoCo, arXiv:2502.15092; for the other methods see their classes.
     """
     chosen = _method(method, seed)
+    rule = _allocator(allocator, chosen)
+    if pivoted and isinstance(chosen, SharingMethod):
+        raise ValueError(f"method {chosen.name} shares its bases, which cannot be pivoted")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-    _check_model(model)
-    if ranks not in ("uniform", "energy"):
-        raise ValueError(f'ranks must be "uniform" or "energy", got {ranks!r}')
-    notes: list[str] = []
-    with _noted(notes):
-        targets = _targets(model, include, exclude)
-    shapes = {name: shape_of(module) for name, module in targets.items()}
-    budget = parameter_budget(shapes, ratio)
-    trained = isinstance(chosen, TrainedMethod)
-    if calibration is None and (chosen.needs or trained):
+    check_model(model)
+    needs = chosen.needs | rule.needs
+    reads = reads_text(chosen, rule)
+    if reads and (calibration is None if shared is None else shared.windows is None):
         raise ValueError(
             f"method {chosen.name} learns from text: give calibration=, a path or token ids, or "
             f'"self" for text that the model writes itself'
         )
+    notes: list[str] = []
     clock = Clock(next(model.parameters()).device)
     before = _size(model)
-    windows, stats = None, {}
-    with unchanged_on_error(model, targets):
-        if chosen.needs or trained:
-            with clock("calibration text"), _noted(notes):
-                windows = _windows(model, calibration, tokenizer, samples, length, seed, progress)
-        if windows is not None and chosen.needs:
-            with clock("statistics"), _bar(len(windows), "statistics", progress) as bar:
-                stats = collect(model, targets, windows, batch_size, bar)
-            with _noted(notes):
-                _warn_of_rare(stats)
-        with clock("decomposition"), _bar(len(targets), "decomposition", progress) as bar:
-            spectra = _spectra(chosen, targets, stats, bar)
-        if trained:
-            with clock("training"), _noted(notes):
+    if shared is None:
+        with clock("calibration text"), noted(notes):
+            shared = prepare(
+                model,
+                tokenizer=tokenizer,
+                calibration=calibration if reads else None,
+                samples=samples,
+                length=length,
+                seed=seed,
+                include=include,
+                exclude=exclude,
+                batch_size=batch_size,
+                stats=stats,
+                progress=progress,
+                keep=_keeps(chosen, rule),
+            )
+    targets = _counterparts(model, shared)
+    budget = parameter_budget(shared.shapes, ratio)
+    with unchanged_on_error(shared.model, shared.targets), unchanged_on_error(model, targets):
+        groups = groups_of(chosen, shared)
+        if needs:
+            with clock("statistics"), noted(notes):
+                warn_of_rare(shared.statistics(needs))
+        spectra: dict[str, Spectrum] = {}
+        if not isinstance(chosen, RankLearner):
+            with clock("decomposition"):
+                spectra = shared.spectra(chosen.components, groups)
+        history: list[Step] = []
+        scores: dict[str, tuple[float, float]] = {}
+        if isinstance(chosen, TrainedMethod):
+            with clock("training"), noted(notes):
                 result, scores, history = _train(
-                    model, cast(TrainedMethod, chosen), targets, spectra, windows, budget, progress
+                    model, chosen, targets, spectra, shared, budget, pivoted, progress
                 )
         else:
-            with clock("factors"):
-                result = _truncate(targets, spectra, shapes, budget, ranks)
-            scores, history = {}, []
+            with clock("ranks"), noted(notes):
+                ranks = choose_ranks(
+                    shared, chosen, rule, groups, spectra, budget, pivoted,
+                    lambda: _learn(shared, spectra, budget, pivoted, progress),
+                )  # fmt: skip
+            with clock("factors"), noted(notes):
+                factors = make_factors(
+                    shared, chosen, groups, spectra, ranks, ratio=ratio, pivoted=pivoted
+                )
+            result = _result(targets, factors)
         _install(model, targets, result)
         layers = tuple(
-            _layer_report(name, shapes[name], result[name][0], scores.get(name)) for name in targets
+            _layer_report(name, shared.shapes[name], result[name][0], scores.get(name))
+            for name in targets
         )
         after, peak = _size(model), clock.peak()
         outcome = Report(
@@ -170,8 +200,8 @@ def compress(
             seconds=clock.seconds,
             peak_bytes=peak[0],
             peak_of=peak[1],
-            calibration=_describe(calibration, windows, seed),
-            settings=_settings(chosen, ranks),
+            calibration=shared.source if reads else {},
+            settings=_settings(chosen, rule, pivoted),
             left_dense=tuple(fused_experts(model)),
             warnings=tuple(notes),
             history=_columns(history),
@@ -193,155 +223,71 @@ def _method(method: str | Method, seed: int) -> Method:
         if method not in METHODS:
             known = ", ".join(sorted(METHODS))
             raise ValueError(f"there is no method {method!r}: choose one of {known}")
-        chosen = METHODS[method]
-        return chosen(seed=seed) if method == "soco" else chosen()  # type: ignore[call-arg]
+        seeds = "seed" in inspect.signature(METHODS[method]).parameters
+        return METHODS[method](**({"seed": seed} if seeds else {}))
     if not isinstance(method, Method):
         raise ValueError(f"method must be a name or an instance of a method, got {method!r}")
     return method
 
 
-def _check_model(model: nn.Module) -> None:
-    if getattr(model, "is_quantized", False):
-        raise ValueError(
-            f"this {type(model).__name__} is quantized or compressed already "
-            f"({getattr(model, 'quantization_method', 'unknown')}): start from the dense model"
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+def _allocator(allocator: str | Allocator | None, method: Method) -> Allocator:
+    """The rule that was asked for, or the method's own."""
+    if isinstance(method, TrainedMethod | RankLearner):
+        if getattr(allocator, "name", allocator) not in (None, method.allocator):
             raise ValueError(
-                f"{name} is not in memory (device meta): load the model without offload"
+                f"method {method.name} finds its ranks by training and takes no allocator"
             )
-
-
-def _targets(
-    model: nn.Module, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
-) -> dict[str, nn.Module]:
-    """The layers to compress, without those that cannot be replaced."""
-    targets = find_linears(model, include, exclude)
-    if "input_ids" not in inspect.signature(model.forward).parameters:
-        return targets
-    few = torch.zeros(1, min(8, context_length(model) or 8), dtype=torch.long)
-    left = uncalled(model, targets, few)
-    if left:
-        warnings.warn(
-            f"{len(left)} layers are never called, because {type(model).__name__} reads their "
-            f"weights itself: they stay dense and do not count ({left[0]} is the first)",
-            stacklevel=2,
+        return ALLOCATORS[method.allocator]()
+    name = method.allocator if allocator is None else allocator
+    if isinstance(name, str):
+        if name not in ALLOCATORS:
+            known = ", ".join(sorted(ALLOCATORS))
+            raise ValueError(f"there is no allocator {name!r}: choose one of {known}")
+        return ALLOCATORS[name]()
+    if not isinstance(name, Allocator):
+        raise ValueError(
+            f"allocator must be a name or an instance of an allocator, got {allocator!r}"
         )
-    targets = {name: module for name, module in targets.items() if name not in left}
-    if not targets:
-        raise ValueError(f"{type(model).__name__} calls none of the layers that were chosen")
-    return targets
+    return name
 
 
-@contextmanager
-def _noted(notes: list[str]) -> Iterator[None]:
-    """Pass warnings on when the block is done, and note what they said."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        notes.append(str(warning.message))
-        warnings.warn(str(warning.message), warning.category, stacklevel=4)
+def needs_of(
+    method: str | Method, allocator: str | Allocator | None = None, **_: object
+) -> frozenset[str]:
+    """The calibration statistics that ``compress`` reads for these of its arguments."""
+    chosen = _method(method, 0)
+    return chosen.needs | _allocator(allocator, chosen).needs
 
 
-def _windows(
-    model: nn.Module,
-    calibration: Any,
-    tokenizer: Any,
-    samples: int,
-    length: int | None,
-    seed: int,
-    progress: bool | None,
-) -> Tensor:
-    """Calibration token ids (samples, length)."""
-    context = context_length(model) or sys.maxsize
-    own = isinstance(calibration, str) and calibration == "self"
-    if length is None:
-        length = min(context - own, DEFAULT_LENGTH)
-        if isinstance(calibration, Tensor) and calibration.dim() == 2:
-            length = calibration.shape[1]
-    if isinstance(length, int) and length > context - own:
-        extra = ", one of them for the token it starts with" if own else ""
-        raise ValueError(f"length {length} is too much for the model's {context} positions{extra}")
-    if not own:
-        vocabulary = getattr(model.config, "vocab_size", None)
-        return token_windows(
-            calibration,
-            tokenizer,
-            samples=samples,
-            length=length,
-            seed=seed,
-            vocab_size=vocabulary if isinstance(vocabulary, int) else None,
-        )
-    for name, value in (("samples", samples), ("length", length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-    start = getattr(tokenizer, "bos_token_id", None)
-    if start is None:
-        start = getattr(model.config, "bos_token_id", None)
-    with _bar(samples, "sampling from the model", progress) as bar:
-        return sample_from_model(model, samples, length, start=start, seed=seed, on_batch=bar)
+def reads_text(method: str | Method, allocator: str | Allocator | None = None) -> bool:
+    """Whether ``compress`` takes calibration text for these of its arguments."""
+    chosen = _method(method, 0)
+    rule = _allocator(allocator, chosen)
+    trains = isinstance(chosen, TrainedMethod | RankLearner | SequentialMethod)
+    probes = rule.name in ("learned", "sensitivity", "lems")
+    return bool(chosen.needs | rule.needs) or trains or probes
 
 
-def _warn_of_rare(stats: Mapping[str, Statistics]) -> None:
-    """Say which layers saw too few tokens for their Gram matrix to have full rank."""
-    unseen = [name for name, each in stats.items() if each.tokens == 0]
-    few = {n: s.tokens for n, s in stats.items() if 0 < s.tokens < len(s.gram)}
-    if unseen:
-        warnings.warn(
-            f"{len(unseen)} layers saw no calibration token, the first {unseen[0]}: they are "
-            f"decomposed without whitening",
-            stacklevel=3,
-        )
-    if few:
-        name = min(few, key=lambda name: few[name] / len(stats[name].gram))
-        warnings.warn(
-            f"{len(few)} layers saw fewer calibration tokens than they have inputs, {name} "
-            f"{few[name]} of {len(stats[name].gram)}: give more or longer samples",
-            stacklevel=3,
-        )
+def _keeps(method: Method, rule: Allocator) -> bool:
+    """Whether statistics are read again after the decomposition."""
+    return isinstance(method, FittedMethod) or bool(rule.needs)
 
 
-def _spectra(
-    method: Method,
-    targets: Mapping[str, nn.Module],
-    stats: dict[str, Statistics],
-    on_layer: Callable[[int], None],
-) -> dict[str, Spectrum]:
-    """Take all weights apart; a layer's statistics are dropped as soon as it is done."""
-    spectra = {}
-    for done, (name, module) in enumerate(targets.items(), start=1):
-        weight = weight_of(module).detach()
-        seen = stats.pop(name, None)
-        known = {} if seen is None else {"gram": seen.gram.to(weight.device)}
-        spectra[name] = method.spectrum(weight, known, name=f"{name}.weight")
-        on_layer(done)
-    return spectra
-
-
-def _truncate(
-    targets: Mapping[str, nn.Module],
-    spectra: Mapping[str, Spectrum],
-    shapes: Mapping[str, tuple[int, int]],
-    budget: int,
-    ranks: str,
-) -> Result:
-    """Closed forms: choose ranks and cut."""
-    if ranks == "uniform":
-        chosen = uniform_ranks(shapes, budget)
-    else:
-        energy = relative_energy({name: spectrum.sigma for name, spectrum in spectra.items()})
-        chosen = allocate(energy, shapes, budget)
-    result: Result = {}
-    for name, module in targets.items():
-        weight = weight_of(module).detach()
-        if is_dense(shapes[name], chosen[name]):
-            result[name] = _UNCHANGED, bias_of(module)
-        else:
-            factors = spectra[name].truncate(chosen[name]).to(weight.dtype)
-            result[name] = factors, bias_of(module)
-    return result
+def _counterparts(model: nn.Module, shared: Workbench) -> dict[str, nn.Module]:
+    """The layers of ``model`` by the names that the workbench knows."""
+    if model is shared.model:
+        return dict(shared.targets)
+    found = {}
+    modules = dict(model.named_modules())
+    for name, module in shared.targets.items():
+        other = modules.get(name)
+        if other is None or not is_linear(other) or shape_of(other) != shape_of(module):
+            raise ValueError(
+                f"the workbench was prepared for another model: this {type(model).__name__} has no "
+                f"layer {name} of the same kind and shape"
+            )
+        found[name] = other
+    return found
 
 
 def _train(
@@ -349,12 +295,13 @@ def _train(
     method: TrainedMethod,
     targets: Mapping[str, nn.Module],
     spectra: dict[str, Spectrum],
-    windows: Tensor | None,
+    shared: Workbench,
     budget: int,
+    pivoted: bool,
     progress: bool | None,
 ) -> tuple[Result, dict[str, tuple[float, float]], list[Step]]:
     """Put the trainable layers in, train their scores, and fold them."""
-    windows = cast(Tensor, windows)
+    windows = cast(Tensor, shared.windows)
     settings = method.settings()
     if len(windows) < settings.batch_size:
         warnings.warn(
@@ -364,6 +311,7 @@ def _train(
         )
         micro = settings.micro_batch and min(settings.micro_batch, len(windows))
         settings = dataclasses.replace(settings, batch_size=len(windows), micro_batch=micro)
+    objective = shared.objective
     layers = {}
     for name, module in targets.items():
         layers[name] = SpectralLinear(
@@ -374,23 +322,49 @@ def _train(
             deviation=method.deviation,
         )
         replace_module(model, name, layers[name])
-    objective = objective_for(model, windows[:1].to(next(model.parameters()).device))
     blocks = transformer_blocks(model) if settings.checkpointing else []
-    with tqdm(total=settings.steps, unit="step", disable=_hidden(progress), leave=False) as bar:
-
-        def show(step: Step) -> None:
-            bar.set_description(step.stage, refresh=False)
-            bar.set_postfix(loss=f"{step.loss:.4f}", kept=f"{step.kept:.1%}", refresh=False)
-            bar.update()
-
-        with checkpointed(blocks):
-            history = train_scores(model, layers, windows, budget, objective, settings, show)
+    with steps_bar(settings.steps, progress) as show, checkpointed(blocks):
+        history = train_scores(
+            model, layers, windows, budget, objective, settings, show, pivoted=pivoted
+        )
     result, scores = {}, {}
     for name, layer in layers.items():
         result[name] = layer.fold()
         alive = layer.scores().detach()[layer.mask]
         scores[name] = float(alive.min()), float(alive.max())
     return result, scores, history
+
+
+def _learn(
+    shared: Workbench,
+    spectra: Mapping[str, Spectrum],
+    budget: int,
+    pivoted: bool,
+    progress: bool | None,
+) -> dict[str, int]:
+    """The ranks that SoCo's training finds for given components."""
+    shapes = {name: (len(s.up), s.down.shape[1]) for name, s in spectra.items()}
+    if shapes != shared.shapes:
+        raise ValueError('the allocator "learned" takes a method without shared bases')
+    method = SoCo(seed=shared.seed)
+    model, targets = shared.model, shared.targets
+    result, _, _ = _train(model, method, targets, dict(spectra), shared, budget, pivoted, progress)
+    for name, module in targets.items():
+        replace_module(model, name, module)
+    return {
+        name: found.up.shape[1] if isinstance(found, Factors) else min(shapes[name])
+        for name, (found, _) in result.items()
+    }
+
+
+def _result(targets: Mapping[str, nn.Module], factors: Mapping[str, Factors | None]) -> Result:
+    """Factors in the dtype of their layers, with the layers' biases."""
+    result: Result = {}
+    for name, module in targets.items():
+        found = factors[name]
+        weight = _UNCHANGED if found is None else found.to(weight_of(module).dtype)
+        result[name] = weight, bias_of(module)
+    return result
 
 
 def _install(model: nn.Module, targets: Mapping[str, nn.Module], result: Result) -> None:
@@ -430,19 +404,13 @@ def _size(model: nn.Module) -> tuple[int, int]:
     )
 
 
-def _settings(method: Method, ranks: str) -> dict[str, Any]:
+def _settings(method: Method, rule: Allocator, pivoted: bool) -> dict[str, Any]:
+    """What the result depends on, as plain JSON data."""
     own = dataclasses.asdict(cast(Any, method)) if dataclasses.is_dataclass(method) else {}
-    return own if isinstance(method, TrainedMethod) else {**own, "ranks": ranks}
-
-
-def _describe(calibration: Any, windows: Tensor | None, seed: int) -> dict[str, Any]:
-    if windows is None:
-        return {}
-    source = type(calibration).__name__
-    if isinstance(calibration, str | PathLike):
-        source = "self" if calibration == "self" else Path(calibration).name
-    sequences, length = windows.shape
-    return {"source": source, "sequences": sequences, "length": length, "seed": seed}
+    if not isinstance(method, TrainedMethod | RankLearner):
+        fields = dataclasses.asdict(cast(Any, rule)) if dataclasses.is_dataclass(rule) else {}
+        own = {**own, "allocator": rule.name, **{f"{rule.name}.{k}": v for k, v in fields.items()}}
+    return {**own, **({"pivoted": True} if pivoted else {})}
 
 
 def _columns(history: list[Step]) -> dict[str, list]:
@@ -454,19 +422,3 @@ def _columns(history: list[Step]) -> dict[str, list]:
         "divergence": [round(step.divergence, 6) for step in history],
         "kept": [round(step.kept, 4) for step in history],
     }
-
-
-def _hidden(progress: bool | None) -> bool | None:
-    """What tqdm calls it: True never shows, None shows on a terminal."""
-    return None if progress is None else not progress
-
-
-@contextmanager
-def _bar(total: int, title: str, progress: bool | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar that shows after two seconds; call it with how many are done."""
-    with tqdm(total=total, desc=title, disable=_hidden(progress), delay=2, leave=False) as bar:
-
-        def show(done: int) -> None:
-            bar.update(done - bar.n)
-
-        yield show

@@ -37,9 +37,9 @@ class SpectralLinear(nn.Module):
     of the score function and of the deviation is our choice; the paper's is not published.
     """
 
-    up: Tensor  # (out, rank), the weight's dtype
+    up: Tensor  # (out, rank), the weight's dtype, columns of unit norm
     down: Tensor  # (rank, in), the weight's dtype, rows of unit norm
-    gain: Tensor  # (rank,), float32: sigma, times the norm that the rows of down had
+    gain: Tensor  # (rank,), float32: sigma, times the norms that up's columns and down's rows had
     mask: Tensor  # (rank,), bool: the components that are alive
 
     def __init__(
@@ -70,11 +70,13 @@ class SpectralLinear(nn.Module):
         self._recorded: Tensor | None = None  # (sequences, rank), float32
         self._shift = -math.log(largest_score - 1)
         self.weight, self.bias = weight, bias
-        down = spectrum.down.double()  # rows that the inputs hardly see are huge
-        norm = down.norm(dim=1).clamp_min(torch.finfo(down.dtype).tiny)
-        self.register_buffer("up", spectrum.up.to(weight.dtype), persistent=False)
-        self.register_buffer("down", (down / norm[:, None]).to(weight.dtype), persistent=False)
-        self.register_buffer("gain", (spectrum.sigma * norm).float(), persistent=False)
+        # Rows of down that the inputs hardly see are huge; columns of up that the loss hardly sees.
+        up, down = spectrum.up.double(), spectrum.down.double()
+        tiny = torch.finfo(down.dtype).tiny
+        left, right = up.norm(dim=0).clamp_min(tiny), down.norm(dim=1).clamp_min(tiny)
+        self.register_buffer("up", (up / left).to(weight.dtype), persistent=False)
+        self.register_buffer("down", (down / right[:, None]).to(weight.dtype), persistent=False)
+        self.register_buffer("gain", (spectrum.sigma * left * right).float(), persistent=False)
         mask = torch.ones(rank, dtype=torch.bool, device=weight.device)
         self.register_buffer("mask", mask, persistent=False)
         self.logit = nn.Parameter(torch.zeros(rank, device=weight.device))

@@ -147,6 +147,7 @@ class _Run:
     objective: Objective
     settings: TrainingSettings
     generator: torch.Generator
+    pivoted: bool = False
     fisher: dict[str, Tensor] = field(default_factory=dict)
     fisher_updates: int = 0
 
@@ -159,6 +160,8 @@ def train_scores(
     objective: Objective,
     settings: TrainingSettings,
     on_step: Callable[[Step], None] = lambda step: None,
+    *,
+    pivoted: bool = False,
 ) -> list[Step]:
     """Learn the scores of all layers together, and who of the components stays.
 
@@ -179,6 +182,7 @@ def train_scores(
         objective: what the compressed model should keep.
         settings: everything else.
         on_step: called after each optimizer step.
+        pivoted: whether the factors will be pivoted, which hold less (``ranks.layer_params``).
 
     Returns:
         All steps, in order.
@@ -194,7 +198,7 @@ def train_scores(
             f"a batch takes {settings.batch_size} sequences, the calibration has {len(windows)}"
         )
     generator = torch.Generator().manual_seed(settings.seed)
-    run = _Run(model, layers, objective, settings, generator)
+    run = _Run(model, layers, objective, settings, generator, pivoted)
     batches = _batches(windows, settings.batch_size, generator)
     total = sum(layer.weight.numel() for layer in layers.values())
     for layer in layers.values():
@@ -215,12 +219,12 @@ def train_scores(
     history: list[Step] = []
     for stage in settings.stages:
         for loss, divergence in _run_stage(run, stage, batches, budget, total, optimizer):
-            kept = kept_params(layers) / total
+            kept = kept_params(layers, pivoted) / total
             done = len(history) + 1
             history.append(Step(stage.name, done, settings.steps, loss, divergence, kept))
             on_step(history[-1])
-    if kept_params(layers) > budget:
-        choose_components(layers, _fisher(run), budget)
+    if kept_params(layers, pivoted) > budget:
+        choose_components(layers, _fisher(run), budget, pivoted)
     return history
 
 
@@ -240,7 +244,7 @@ def _run_stage(
         choosing = step == 0 or step < stage.choose_until * steps
         if stage.hard and choosing and step % stage.period in (0, stage.recover):
             excess = int((total - budget) * stage.excess(step, steps))
-            choose_components(run.layers, _fisher(run), budget + excess)
+            choose_components(run.layers, _fisher(run), budget + excess, run.pivoted)
         for group in optimizer.param_groups:
             rate = settings.learning_rate * group["multiple"]
             group["lr"] = rate * stage.rate(step, steps)
@@ -256,17 +260,20 @@ def _run_stage(
             return
 
 
-def kept_params(layers: Mapping[str, SpectralLinear]) -> int:
+def kept_params(layers: Mapping[str, SpectralLinear], pivoted: bool = False) -> int:
     """Parameters of the layers as they would be stored now: factors, or dense where it is less."""
     return sum(
-        layer_params((layer.out_features, layer.in_features), int(layer.mask.sum()))
+        layer_params((layer.out_features, layer.in_features), int(layer.mask.sum()), pivoted)
         for layer in layers.values()
     )
 
 
 @torch.no_grad()
 def choose_components(
-    layers: Mapping[str, SpectralLinear], fisher: Mapping[str, Tensor], budget: int
+    layers: Mapping[str, SpectralLinear],
+    fisher: Mapping[str, Tensor],
+    budget: int,
+    pivoted: bool = False,
 ) -> None:
     """Mask all but the components worth most within ``budget`` parameters.
 
@@ -275,13 +282,14 @@ def choose_components(
         fisher: name to Fisher information of the scores, (rank,): a component is worth
             ``score^2 fisher / 2``. Empty: it is worth its score.
         budget: parameters that may live, counted as they are stored.
+        pivoted: whether that is as pivoted factors.
     """
     values = {
         name: layer.scores().square() * fisher[name] / 2 if fisher else layer.scores()
         for name, layer in layers.items()
     }
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    for name, rank in allocate(values, shapes, budget).items():
+    for name, rank in allocate(values, shapes, budget, pivoted=pivoted).items():
         alive = values[name].argsort(descending=True, stable=True)[:rank]
         layers[name].mask.fill_(False).index_fill_(0, alive, True)
 

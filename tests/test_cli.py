@@ -172,11 +172,11 @@ def test_the_same_seed_gives_the_same_files(run, place):
 
 
 def test_closed_forms(run, place):
-    shared = ["-c", "text.txt", *SMALL, "--ranks", "energy", "--exclude", "*mlp*"]
+    shared = ["-c", "text.txt", *SMALL, "--allocator", "energy", "--exclude", "*mlp*"]
     assert run("compress", "dense", "-o", "out", "--method", "svd-llm", *shared)[0] == 0
     report = soco.report(soco.load("out"))
     assert report.method == "svd-llm"
-    assert report.settings == {"ranks": "energy"}
+    assert report.settings == {"allocator": "energy", "energy.relative": None}
     assert not [layer for layer in report.layers if "mlp" in layer.name]
 
 
@@ -329,7 +329,10 @@ OUT = ["--output", "out"]
         (["dense", *OUT, "-c", "absent.txt"], "there is no file 'absent.txt'"),
         (["dense", *OUT, "-c", "short.txt"], "the calibration data has 16 tokens, fewer than one"),
         (["dense", *OUT, "-c", "self", "--length", "65"], "length 65 is too much for the model's"),
-        (["dense", *OUT, "-c", "self", "--ranks", "energy"], "--ranks is for closed forms"),
+        (
+            ["dense", *OUT, "-c", "self", "--allocator", "energy"],
+            "--allocator is for other methods",
+        ),
         (["dense", *OUT, "--method", "svd", "--steps", "3"], "--steps is for method soco"),
         (["dense", *OUT, "--method", "svd", "--include", "*x*"], "matches no linear layer"),
         (["dense", *OUT, "--method", "svd", "--device", "none"], "device 'none' cannot be used"),

@@ -98,14 +98,14 @@ def test_learned_beats_closed_forms_on_a_trained_model(model_dir, shared_data):
     windows = windows[: len(windows) // 128 * 128].view(-1, 128)[:64]
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found, sizes = {}, {}
-    for label, method, ranks in (
+    for label, method, rule in (
         ("svd", SVD(), "uniform"),
         ("svd-llm", SVDLLM(), "uniform"),
         ("svd-llm energy", SVDLLM(), "energy"),
-        ("soco", SoCo(steps=60), "uniform"),
+        ("soco", SoCo(steps=60), None),
     ):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        options: dict = {"tokenizer": tokenizer, "calibration": train, "ranks": ranks}
+        options: dict = {"tokenizer": tokenizer, "calibration": train, "allocator": rule}
         compress(model, 0.4, method=method, samples=128, length=128, **options)
         found[label] = divergence(dense, model, windows)
         sizes[label] = report(model).params_after
@@ -318,9 +318,18 @@ def test_broken_activations_are_named():
         ({"ratio": -1}, "must be above 0 and below 1, got -1"),
         ({"ratio": "abc"}, "must be above 0 and below 1, got 'abc'"),
         ({"ratio": 0.99}, "the largest ratio that can be met is"),
-        ({"method": "magic"}, "there is no method 'magic': choose one of soco, svd, svd-llm"),
+        ({"method": "magic"}, "there is no method 'magic': choose one of aa-svd, adasvd, asvd"),
         ({"method": 3}, "method must be a name or an instance"),
-        ({"ranks": "best"}, 'ranks must be "uniform" or "energy"'),
+        (
+            {"allocator": "uniform"},
+            "method soco finds its ranks by training and takes no allocator",
+        ),
+        (
+            {"method": "svd", "allocator": "best"},
+            "there is no allocator 'best': choose one of adacr, effective-rank",
+        ),
+        ({"method": "svd", "allocator": 7}, "allocator must be a name or an instance"),
+        ({"method": "basis-sharing", "pivoted": True}, "cannot be pivoted"),
         ({"include": "*nothing*"}, "matches no linear layer"),
         ({"calibration": None}, "method soco learns from text"),
         ({"calibration": ["three words only"]}, "tokenizer"),

@@ -42,15 +42,30 @@ class MethodName(str, Enum):
     """The names in ``soco.methods.METHODS``."""
 
     soco = "soco"
+    kfac_svd = "kfac-svd"
     svd_llm = "svd-llm"
+    svd_llm_v2 = "svd-llm-v2"
+    aa_svd = "aa-svd"
+    saes = "saes"
+    basis_sharing = "basis-sharing"
+    adasvd = "adasvd"
+    asvd = "asvd"
+    fwsvd = "fwsvd"
+    tfwsvd = "tfwsvd"
     svd = "svd"
 
 
-class Ranks(str, Enum):
-    """How a closed form shares the budget."""
+class AllocatorName(str, Enum):
+    """The names in ``soco.allocators.ALLOCATORS``."""
 
     uniform = "uniform"
     energy = "energy"
+    adacr = "adacr"
+    v2 = "v2"
+    effective_rank = "effective-rank"
+    sensitivity = "sensitivity"
+    lems = "lems"
+    learned = "learned"
 
 
 class Basis(str, Enum):
@@ -78,7 +93,7 @@ def _between_0_and_1(value: float) -> float:
 
 
 _TRAINING = "Training (--method soco)"
-_CLOSED = "Closed forms (--method svd-llm, svd)"
+_CLOSED = "Methods without training (--method kfac-svd, svd-llm, ...)"
 _RUNNING = "Running"
 
 _DtypeOption = Annotated[
@@ -254,12 +269,28 @@ def compress(
             rich_help_panel=_TRAINING,
         ),
     ] = False,
-    ranks: Annotated[
-        Ranks | None,
+    allocator: Annotated[
+        AllocatorName | None,
         typer.Option(
-            help="The same kept fraction everywhere, or by relative energy.",
-            show_default="uniform",
+            help="How the layers share the budget.",
+            show_default="the method's own",
             rich_help_panel=_CLOSED,
+        ),
+    ] = None,
+    pivoted: Annotated[
+        bool,
+        typer.Option(
+            "--pivoted",
+            help="Store pivot rows and what combines them: the same layer in fewer parameters.",
+        ),
+    ] = False,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder in which calibration statistics are stored, and looked for.",
+            show_default=False,
+            rich_help_panel=_RUNNING,
         ),
     ] = None,
     batch_size: Annotated[
@@ -285,8 +316,8 @@ def compress(
         "checkpointing": checkpointing or None,
     }
     training = {name: value for name, value in training.items() if value is not None}
-    if method is MethodName.soco and ranks is not None:
-        raise ValueError("--ranks is for closed forms: method soco finds its ranks itself")
+    if method is MethodName.soco and allocator is not None:
+        raise ValueError("--allocator is for other methods: method soco finds its ranks itself")
     if method is not MethodName.soco and training:
         option = next(iter(training)).replace("_", "-")
         raise ValueError(f"--{option} is for method soco: method {method.value} has no training")
@@ -306,7 +337,9 @@ def compress(
             seed=seed,
             include=include,
             exclude=exclude,
-            ranks=None if ranks is None else ranks.value,
+            allocator=None if allocator is None else allocator.value,
+            pivoted=pivoted,
+            stats=stats,
             batch_size=batch_size,
             dtype=dtype.value,
             device=device,

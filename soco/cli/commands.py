@@ -33,8 +33,9 @@ from soco.diagnosis import diagnose
 from soco.evaluation import Evaluation
 from soco.evaluation import evaluate as evaluate_model
 from soco.headers import read_json
-from soco.methods import METHODS, Method, SoCo, TrainedMethod
+from soco.methods import METHODS, Method, SoCo
 from soco.pipeline import compress as compress_model
+from soco.pipeline import reads_text
 from soco.reporting import Report, format_bytes
 from soco.reporting import report as report_of
 
@@ -53,7 +54,9 @@ class Compression:
     seed: int
     include: list[str] | None
     exclude: list[str] | None
-    ranks: str | None
+    allocator: str | None
+    pivoted: bool
+    stats: Path | None
     batch_size: int
     dtype: str
     device: str | None
@@ -98,12 +101,14 @@ def compress(wanted: Compression) -> None:
 
 def _compress_options(wanted: Compression, method: Method) -> dict[str, Any]:
     """The arguments for ``soco.compress``: those that were given, and what the demo has instead."""
-    names = ("calibration", "samples", "length", "include", "exclude", "ranks")
+    names = (
+        "calibration", "samples", "length", "include", "exclude", "allocator", "pivoted", "stats",
+    )  # fmt: skip
     options = {name: value for name in names if (value := getattr(wanted, name))}
     if wanted.model == DEMO:
         options = {**demo.OPTIONS, **options}
     text = options.get("calibration")
-    if text is None and (method.needs or isinstance(method, TrainedMethod)):
+    if text is None and reads_text(method, options.get("allocator")):
         raise ValueError(
             f"method {method.name} learns from text: give --calibration FILE, or --calibration "
             f"self for text that the model writes itself"

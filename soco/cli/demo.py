@@ -20,7 +20,7 @@ from soco.reporting import report
 # What the demo takes where nothing else is asked for: two minutes on two cores.
 OPTIONS: Mapping[str, Any] = {"calibration": "self", "samples": 128, "length": 256}
 
-RIVALS = (  # title, method, ranks
+RIVALS = (  # title, method, allocator
     ("SVD-LLM, ranks by energy", "svd-llm", "energy"),
     ("SVD-LLM, uniform ranks", "svd-llm", "uniform"),
     ("SVD, ranks by energy", "svd", "energy"),
@@ -82,9 +82,9 @@ def compare(
         warnings.simplefilter("ignore", UserWarning)  # all of it was said of SoCo's run
         windows = _windows(dense, tokenizer, options)
         options = {**options, "calibration": windows, "samples": len(windows)}
-        for title, method, ranks in RIVALS:
+        for title, method, rule in RIVALS:
             model = copy.deepcopy(dense)
-            given = {**options, "method": method, "ranks": ranks}
+            given = {**options, "method": method, "allocator": rule}
             compress(model, ratio, **given)
             rows.append(measured(title, report(model).params_after, model))
     return rows

@@ -2,10 +2,63 @@
 
 from collections.abc import Callable, Mapping
 
-from soco.methods.protocol import Method, TrainedMethod
+from soco.methods.bases import FisherWeighted, Plain, Scaled, TwoSided, Whitened
+from soco.methods.basis_sharing import BasisSharing
+from soco.methods.fitted import AASVD, SAESSVD, TFWSVD, AdaSVD
+from soco.methods.protocol import (
+    Basis,
+    FittedMethod,
+    Method,
+    RankLearner,
+    SequentialMethod,
+    SharingMethod,
+    TrainedMethod,
+)
 from soco.methods.soco import SoCo
-from soco.methods.weighted import SVD, SVDLLM
+from soco.methods.weighted import ASVD, FWSVD, KFACSVD, SVD, SVDLLM, SVDLLMV2
 
-METHODS: Mapping[str, Callable[..., Method]] = {"svd": SVD, "svd-llm": SVDLLM, "soco": SoCo}
+METHODS: Mapping[str, Callable[..., Method]] = {
+    cls.name: cls
+    for cls in (
+        SVD,
+        FWSVD,
+        TFWSVD,
+        ASVD,
+        SVDLLM,
+        SVDLLMV2,
+        AdaSVD,
+        BasisSharing,
+        KFACSVD,
+        AASVD,
+        SAESSVD,
+        SoCo,
+    )
+}
 
-__all__ = ["METHODS", "SVD", "SVDLLM", "Method", "SoCo", "TrainedMethod"]
+__all__ = [
+    "AASVD",
+    "ASVD",
+    "FWSVD",
+    "KFACSVD",
+    "METHODS",
+    "SAESSVD",
+    "SVD",
+    "SVDLLM",
+    "SVDLLMV2",
+    "TFWSVD",
+    "AdaSVD",
+    "Basis",
+    "BasisSharing",
+    "FisherWeighted",
+    "FittedMethod",
+    "Method",
+    "Plain",
+    "RankLearner",
+    "Scaled",
+    "SequentialMethod",
+    "SharingMethod",
+    "SoCo",
+    "TrainedMethod",
+    "TwoSided",
+    "Whitened",
+]

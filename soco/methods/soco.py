@@ -1,17 +1,15 @@
 """SoCo: the singular spectrum is learned, and components go by their learned scores."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from soco.linalg import Spectrum, whitened_svd
+from soco.methods.bases import Plain, Whitened
+from soco.methods.protocol import ClosedForm
 from soco.training import SOFT_STAGES, TrainingSettings
 
 
 @dataclass(frozen=True)
-class SoCo(TrainingSettings):
+class SoCo(TrainingSettings, ClosedForm):
     """Learned spectrum optimization (SoCo): ``W' = U (Sigma * S) V^T`` with a trained diagonal S.
 
     All layers are trained together against the dense model, in three stages; who stays is decided
@@ -24,6 +22,7 @@ class SoCo(TrainingSettings):
     """
 
     name: ClassVar[str] = "soco"
+    allocator: ClassVar[str] = "learned"
 
     basis: Literal["whitened", "plain"] = "whitened"  # whose components: SVD-LLM's, or the weight's
     largest_score: float = 2.0  # bound of the scores; they start at 1
@@ -54,15 +53,11 @@ class SoCo(TrainingSettings):
             raise ValueError(f"largest_score must be above 1, got {self.largest_score}")
 
     @property
-    def needs(self) -> frozenset[str]:
-        """The inputs' Gram matrix, if the basis is whitened."""
-        return frozenset({"gram"}) if self.basis == "whitened" else frozenset()
+    def components(self) -> Whitened | Plain:
+        """The basis in which weights are trained."""
+        return Whitened() if self.basis == "whitened" else Plain()
 
     def settings(self) -> TrainingSettings:
         """How the scores are trained."""
         own = {f.name: getattr(self, f.name) for f in fields(TrainingSettings)}
         return TrainingSettings(**own)
-
-    def spectrum(self, weight: Tensor, stats: Mapping[str, Tensor], *, name: str) -> Spectrum:
-        """The basis in which ``weight`` (out, in) is trained."""
-        return whitened_svd(weight, stats["gram"] if self.needs else None, name=name)

@@ -1,0 +1,173 @@
+"""From spectra to factors: ranks by an allocator, and what a method does at a given rank."""
+
+import warnings
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from soco.allocators import Allocator, Problem
+from soco.linalg import Factors, Spectrum
+from soco.methods import FittedMethod, Method, SequentialMethod, SharingMethod
+from soco.modules import LowRankLinear
+from soco.ranks import is_dense
+from soco.sequential import collect_behind, stages
+from soco.surgery import bias_of, replace_module, weight_of
+from soco.workbench import Groups, Workbench
+
+Result = dict[str, Factors | None]  # layer to its factors; None: it stays dense
+
+
+def groups_of(method: Method, bench: Workbench) -> Groups:
+    """The units that a method takes apart as one: layers, or groups that share a basis."""
+    if isinstance(method, SharingMethod):
+        return method.groups(bench.shapes, {name: kind_of(name) for name in bench.targets})
+    return [(name,) for name in bench.targets]
+
+
+def kind_of(name: str) -> str:
+    """A layer's name without numbers: layers of one kind in different blocks have the same.
+
+    >>> kind_of("model.layers.3.mlp.experts.0.up_proj")
+    'model.layers.*.mlp.experts.*.up_proj'
+    """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def stacked_shapes(bench: Workbench, groups: Groups) -> dict[str, tuple[int, int]]:
+    """Unit to (out, in), the outputs of all its layers together."""
+    shapes = bench.shapes
+    return {
+        group[0]: (sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in groups
+    }
+
+
+def choose_ranks(
+    bench: Workbench,
+    method: Method,
+    allocator: Allocator,
+    groups: Groups,
+    spectra: Mapping[str, Spectrum],
+    budget: int,
+    pivoted: bool,
+    learn: Callable[[], Mapping[str, int]],
+) -> dict[str, int]:
+    """Unit to rank.
+
+    Raises:
+        ValueError: the allocator gave ranks that do not meet the budget, which is a mistake of it.
+    """
+    components = method.components
+    places = {
+        name: i for i, (_, names) in enumerate(stages(bench.model, bench.targets)) for name in names
+    }
+    by_unit = {group[0]: group for group in groups}
+    problem = Problem(
+        shapes=stacked_shapes(bench, groups),
+        sigma={unit: spectrum.sigma for unit, spectrum in spectra.items()},
+        budget=budget,
+        in_loss=components.in_loss,
+        pivoted=pivoted,
+        kinds={unit: kind_of(unit) for unit in by_unit},
+        blocks={unit: places[unit] for unit in by_unit},
+        tokens=max(1, bench.tokens),
+        similarity=lambda: bench.similarity(groups),
+        probe=lambda unit, rank: bench.probe(components, by_unit[unit], rank),
+        learn=learn,
+    )
+    ranks = allocator.ranks(problem)
+    spent = sum(problem.cost(unit, rank) for unit, rank in ranks.items())
+    if ranks.keys() != by_unit.keys() or spent > budget or min(ranks.values()) < 1:
+        raise ValueError(
+            f"allocator {allocator.name} gave {spent:,} parameters to {len(ranks)} units, and must "
+            f"give at most {budget:,} to {len(by_unit)}"
+        )
+    return ranks
+
+
+def make_factors(
+    bench: Workbench,
+    method: Method,
+    groups: Groups,
+    spectra: Mapping[str, Spectrum],
+    ranks: Mapping[str, int],
+    *,
+    ratio: float,
+    pivoted: bool,
+) -> Result:
+    """The factors of every layer, each at the rank of its unit.
+
+    Args:
+        bench: with the dense model.
+        method: a closed form.
+        groups: its units.
+        spectra: of the units.
+        ranks: unit to rank.
+        ratio: removed fraction, of which it depends whether a method goes block by block.
+        pivoted: of which it depends from what rank on a unit is dense.
+
+    Returns:
+        Layer to factors, in the layer's order in the model; in float32 or float64.
+    """
+    shapes = stacked_shapes(bench, groups)
+    result: Result = dict.fromkeys(bench.targets)
+    for group in groups:
+        unit = group[0]
+        if is_dense(shapes[unit], ranks[unit], pivoted):
+            continue
+        if isinstance(method, FittedMethod):
+            weight = bench.weight(group)
+            factors = method.factor(weight, spectra[unit], ranks[unit], bench.means(unit))
+        else:
+            factors = spectra[unit].truncate(ranks[unit])
+        result.update(bench.split(group, factors))
+    if isinstance(method, SequentialMethod) and method.is_sequential(ratio):
+        _fit_behind(bench, method, result)
+    return result
+
+
+def _fit_behind(bench: Workbench, method: SequentialMethod, result: Result) -> None:
+    """Fit the factors block by block to the inputs behind compressed blocks; the model is back."""
+    model, windows = bench.model, bench.windows
+    if windows is None:
+        raise ValueError(f"method {method.name} takes calibration text, and there is none")
+    unaligned: list[str] = []
+    before = {name: model.get_submodule(name) for name in bench.targets}
+    parts = stages(model, bench.targets)
+    try:
+        with bench._bar(len(parts), "block by block") as bar:
+            for done, (block, names) in enumerate(parts, start=1):
+                behind = collect_behind(
+                    model, bench.targets, block, names, windows, bench.batch_size
+                )
+                for name in names:
+                    factors, seen = result[name], behind[name]
+                    if factors is None:
+                        continue
+                    if seen.tokens and not seen.aligned:
+                        unaligned.append(name)
+                    weight = weight_of(bench.targets[name]).detach()
+                    if seen.tokens:
+                        factors = method.refit(
+                            weight, factors, seen.gram, seen.cross, name=f"{name}.weight"
+                        )
+                    result[name] = factors
+                    layer = LowRankLinear.from_factors(
+                        factors.to(weight.dtype), bias_of(bench.targets[name])
+                    )
+                    replace_module(model, name, layer)
+                bar(done)
+    finally:
+        _put_back(model, before)
+    if unaligned:
+        warnings.warn(
+            f"{len(unaligned)} layers see other tokens in the compressed model than in the dense "
+            f"one, as experts do: they are fitted to their own inputs only ({unaligned[0]} is the "
+            f"first)",
+            stacklevel=4,
+        )
+
+
+def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if model.get_submodule(name) is not module:
+            replace_module(model, name, module)

@@ -1,0 +1,233 @@
+"""What happens before any compression: a model's layers, its calibration text, a workbench."""
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from soco.calibration import Statistics, sample_from_model, uncalled
+from soco.data import token_windows
+from soco.guard import unchanged_on_error
+from soco.surgery import context_length, find_linears
+from soco.training import Step
+from soco.workbench import Workbench
+
+DEFAULT_LENGTH = 2048  # of a calibration sequence, where the model allows as much
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    samples: int = 256,
+    length: int | None = None,
+    seed: int = 0,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    batch_size: int = 8,
+    stats: str | PathLike[str] | None = None,
+    progress: bool | None = None,
+    keep: bool = True,
+) -> Workbench:
+    """Find a model's layers and read the calibration text: what several compressions can share.
+
+    The workbench collects statistics and takes weights apart when it is first asked to, once. Pass
+    it to ``soco.compress(copy, ratio, method=..., shared=bench)`` with copies of the model.
+
+    Args:
+        model: a dense transformers model; it has to stay as it is.
+        tokenizer: needed where the calibration is text.
+        calibration: as in ``soco.compress``; None: no text, which is enough for "svd".
+        samples: calibration sequences.
+        length: tokens of each; None: what the model allows, at most 2048.
+        seed: of the choice of sequences, of "self", and of drawn labels.
+        include: glob patterns of the layers to compress, anywhere in the model.
+        exclude: glob patterns of layers to leave alone.
+        batch_size: sequences at a time in the calibration pass.
+        stats: a folder in which statistics are stored, and looked for.
+        progress: whether to show progress bars, on stderr; None: if that is a terminal.
+        keep: whether decompositions are kept for the next compression, and statistics after them.
+
+    Returns:
+        The workbench.
+
+    Raises:
+        ValueError: the model is quantized, offloaded or has no layers to compress; the text cannot
+            be read or is too short.
+
+    Warns:
+        UserWarning: the calibration has less than was asked for, or layers cannot be replaced.
+    """
+    check_model(model)
+    targets = _targets(model, include, exclude)
+    windows = None
+    if calibration is not None:
+        with unchanged_on_error(model, targets):  # in evaluation mode, if it is to write text
+            windows = _windows(model, calibration, tokenizer, samples, length, seed, progress)
+    return Workbench(
+        model,
+        targets,
+        windows,
+        batch_size=batch_size,
+        seed=seed,
+        directory=stats,
+        progress=lambda total, title: progress_bar(total, title, progress),
+        keep=keep,
+        source=_describe(calibration, windows, seed),
+    )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be compressed.
+
+    Raises:
+        ValueError: it is quantized, compressed, or not in memory.
+    """
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"this {type(model).__name__} is quantized or compressed already "
+            f"({getattr(model, 'quantization_method', 'unknown')}): start from the dense model"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is not in memory (device meta): load the model without offload"
+            )
+
+
+def _targets(
+    model: nn.Module, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+) -> dict[str, nn.Module]:
+    """The layers to compress, without those that cannot be replaced."""
+    targets = find_linears(model, include, exclude)
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        return targets
+    few = torch.zeros(1, min(8, context_length(model) or 8), dtype=torch.long)
+    left = uncalled(model, targets, few)
+    if left:
+        warnings.warn(
+            f"{len(left)} layers are never called, because {type(model).__name__} reads their "
+            f"weights itself: they stay dense and do not count ({left[0]} is the first)",
+            stacklevel=2,
+        )
+    targets = {name: module for name, module in targets.items() if name not in left}
+    if not targets:
+        raise ValueError(f"{type(model).__name__} calls none of the layers that were chosen")
+    return targets
+
+
+@contextmanager
+def noted(notes: list[str]) -> Iterator[None]:
+    """Pass warnings on when the block is done, and note what they said."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        notes.append(str(warning.message))
+        warnings.warn(str(warning.message), warning.category, stacklevel=4)
+
+
+def _windows(
+    model: nn.Module,
+    calibration: Any,
+    tokenizer: Any,
+    samples: int,
+    length: int | None,
+    seed: int,
+    progress: bool | None,
+) -> Tensor:
+    """Calibration token ids (samples, length)."""
+    context = context_length(model) or sys.maxsize
+    own = isinstance(calibration, str) and calibration == "self"
+    if length is None:
+        length = min(context - own, DEFAULT_LENGTH)
+        if isinstance(calibration, Tensor) and calibration.dim() == 2:
+            length = calibration.shape[1]
+    if isinstance(length, int) and length > context - own:
+        extra = ", one of them for the token it starts with" if own else ""
+        raise ValueError(f"length {length} is too much for the model's {context} positions{extra}")
+    if not own:
+        vocabulary = getattr(model.config, "vocab_size", None)
+        return token_windows(
+            calibration,
+            tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            vocab_size=vocabulary if isinstance(vocabulary, int) else None,
+        )
+    for name, value in (("samples", samples), ("length", length)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    start = getattr(tokenizer, "bos_token_id", None)
+    if start is None:
+        start = getattr(model.config, "bos_token_id", None)
+    with progress_bar(samples, "sampling from the model", progress) as bar:
+        return sample_from_model(model, samples, length, start=start, seed=seed, on_batch=bar)
+
+
+def warn_of_rare(stats: Mapping[str, Statistics]) -> None:
+    """Say which layers saw too few tokens for their Gram matrix to have full rank."""
+    unseen = [name for name, each in stats.items() if each.tokens == 0]
+    few = {n: s.tokens for n, s in stats.items() if 0 < s.tokens < len(s.gram)}
+    if unseen:
+        warnings.warn(
+            f"{len(unseen)} layers saw no calibration token, the first {unseen[0]}: they are "
+            f"decomposed without whitening",
+            stacklevel=3,
+        )
+    if few:
+        name = min(few, key=lambda name: few[name] / len(stats[name].gram))
+        warnings.warn(
+            f"{len(few)} layers saw fewer calibration tokens than they have inputs, {name} "
+            f"{few[name]} of {len(stats[name].gram)}: give more or longer samples",
+            stacklevel=3,
+        )
+
+
+def _describe(calibration: Any, windows: Tensor | None, seed: int) -> dict[str, Any]:
+    if windows is None:
+        return {}
+    source = type(calibration).__name__
+    if isinstance(calibration, str | PathLike):
+        source = "self" if calibration == "self" else Path(calibration).name
+    sequences, length = windows.shape
+    return {"source": source, "sequences": sequences, "length": length, "seed": seed}
+
+
+def hidden(progress: bool | None) -> bool | None:
+    """What tqdm calls it: True never shows, None shows on a terminal."""
+    return None if progress is None else not progress
+
+
+@contextmanager
+def progress_bar(total: int, title: str, progress: bool | None) -> Iterator[Callable[[int], None]]:
+    """A progress bar that shows after two seconds; call it with how many are done."""
+    with tqdm(total=total, desc=title, disable=hidden(progress), delay=2, leave=False) as bar:
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
+
+        yield show
+
+
+@contextmanager
+def steps_bar(steps: int, progress: bool | None) -> Iterator[Callable[[Step], None]]:
+    """A progress bar of a training; call it with every step."""
+    with tqdm(total=steps, unit="step", disable=hidden(progress), leave=False) as bar:
+
+        def show(step: Step) -> None:
+            bar.set_description(step.stage, refresh=False)
+            bar.set_postfix(loss=f"{step.loss:.4f}", kept=f"{step.kept:.1%}", refresh=False)
+            bar.update()
+
+        yield show

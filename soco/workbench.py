@@ -1,0 +1,243 @@
+"""What compressions of one model have in common: statistics, decompositions, sensitivities."""
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from soco.archive import fetch, key_of, store
+from soco.calibration import Statistics, collect
+from soco.linalg import Factors, Spectrum
+from soco.methods import Basis
+from soco.modules import LowRankLinear
+from soco.objectives import Objective, objective_for
+from soco.sequential import standing
+from soco.surgery import bias_of, shape_of, weight_of
+
+Groups = Sequence[tuple[str, ...]]  # layers that share a basis, each under its first name
+Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
+
+# A probe measures on at most so many windows, and so many entries of logits (1 GB in float32).
+PROBE_WINDOWS = 8
+_PROBE_ENTRIES = 2**28
+
+
+@dataclass
+class Workbench:
+    """Statistics, spectra and sensitivities of a dense model, each computed once.
+
+    The model has to stay as it is while the workbench is used for it; compressions work on copies,
+    or ask for everything they need before they begin.
+    """
+
+    model: nn.Module
+    targets: Mapping[str, nn.Module]  # name to dense layer
+    windows: Tensor | None  # calibration token ids (sequences, length), on the CPU
+    batch_size: int = 8  # sequences at a time
+    seed: int = 0  # of drawn labels
+    directory: str | PathLike[str] | None = None  # where statistics are stored and looked for
+    progress: Progress | None = None  # makes a progress bar of a total and a title
+    keep: bool = True  # False: statistics go as soon as a decomposition has used them
+    source: dict[str, Any] = field(default_factory=dict)  # of the calibration, for reports
+    seconds: dict[tuple, float] = field(
+        default_factory=dict
+    )  # (basis, groups) to its decomposition
+    last_used: set[tuple] = field(default_factory=set)  # of these, since it was last emptied
+    _statistics: dict[str, Statistics] = field(default_factory=dict)
+    _spectra: dict[tuple, Spectrum] = field(default_factory=dict)
+    _probed: dict[tuple, float] = field(default_factory=dict)
+    _dense: list[Tensor] = field(default_factory=list)  # outputs for the probe's windows
+    _objective: Objective | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Name to (out, in) of every target."""
+        return {name: shape_of(module) for name, module in self.targets.items()}
+
+    @property
+    def tokens(self) -> int:
+        """Of the calibration."""
+        return 0 if self.windows is None else self.windows.numel()
+
+    @property
+    def objective(self) -> Objective:
+        """What a compressed model should keep of this one."""
+        if self._objective is None:
+            self._objective = objective_for(self.model, self._ids()[:1])
+        return self._objective
+
+    def statistics(self, kinds: Collection[str]) -> Mapping[str, Statistics]:
+        """Statistics of all targets; what is missing is collected in one pass, or read."""
+        if self.windows is None:
+            raise ValueError("statistics take calibration text, and there is none")
+        wanted = frozenset(kinds) | {"gram"}
+        if self._has(wanted):
+            return self._statistics
+        key = None
+        if self.directory is not None:
+            key = key_of(self.model, self.windows, self.batch_size, self.seed)
+            stored = fetch(self.directory, key, self.shapes)
+            if stored is not None:
+                self._merge({n: _to(each, self._device()) for n, each in stored.items()})
+            if self._has(wanted):
+                return self._statistics
+        missing = {kind for kind in wanted if not self._has({kind})}
+        with self._bar(len(self.windows), "statistics") as bar:
+            found = collect(
+                self.model,
+                self.targets,
+                self.windows,
+                self.batch_size,
+                bar,
+                kinds=missing,
+                objective=self._objective,
+                seed=self.seed,
+            )
+        self._merge(found)
+        if self.directory is not None and key is not None:
+            store(self.directory, key, self._statistics)
+        return self._statistics
+
+    def means(self, name: str) -> dict[str, Tensor]:
+        """The statistics of a layer that were collected, as methods read them."""
+        if name not in self._statistics:
+            return {}
+        return self._statistics[name].means(self.tokens)
+
+    def spectra(self, components: Basis, groups: Groups) -> dict[str, Spectrum]:
+        """Take every unit apart: name of its first layer to the spectrum of its stacked weights.
+
+        Args:
+            components: a basis.
+            groups: units. In one of several layers the Gram matrix is the sum of theirs.
+        """
+        if components.needs:
+            self.statistics(components.needs)
+        missing = [group for group in groups if (components, group) not in self._spectra]
+        found = {}
+        begin = time.perf_counter()
+        with self._bar(len(missing), "decomposition") as bar:
+            for done, group in enumerate(missing, start=1):
+                weight = self.weight(group)
+                spectrum = components.spectrum(
+                    weight, self._group_means(group), name=f"{group[0]}.weight"
+                )
+                found[group] = spectrum
+                if self.keep:
+                    self._spectra[components, group] = spectrum
+                else:
+                    for name in group:
+                        self._statistics.pop(name, None)
+                bar(done)
+        key = (components, tuple(groups))
+        if missing:
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - begin
+        self.last_used.add(key)
+        return {
+            group[0]: found[group] if group in found else self._spectra[components, group]
+            for group in groups
+        }
+
+    def weight(self, group: tuple[str, ...]) -> Tensor:
+        """The weights (out, in) of a unit, one below the other."""
+        weights = [weight_of(self.targets[name]).detach() for name in group]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def split(self, group: tuple[str, ...], factors: Factors) -> dict[str, Factors]:
+        """The factors of a unit's layers, which have ``down`` in common."""
+        sizes = [shape_of(self.targets[name])[0] for name in group]
+        ups = factors.up.split(sizes)
+        return {n: Factors(up, factors.down) for n, up in zip(group, ups, strict=True)}
+
+    def similarity(self, groups: Groups) -> dict[str, float]:
+        """How alike inputs and outputs of a unit are as kernels on tokens, from 0 to 1."""
+        self.statistics({"gram"})
+        found = {}
+        for group in groups:
+            gram = self._group_means(group)["gram"]
+            weight = self.weight(group).to(gram.dtype)
+            crossed = weight @ gram
+            norms = gram.norm() * (crossed @ weight.mT).norm()
+            found[group[0]] = float(crossed.square().sum() / norms) if norms > 0 else 0.0
+        return found
+
+    @torch.no_grad()
+    def probe(self, components: Basis, group: tuple[str, ...], rank: int) -> float:
+        """The divergence from the dense model when one unit alone is cut to a rank.
+
+        It is measured on the first ``PROBE_WINDOWS`` calibration windows, or fewer where the
+        vocabulary is large.
+        """
+        key = (components, group, rank)
+        if key not in self._probed:
+            spectrum = self.spectra(components, [group])[group[0]]
+            dtype = weight_of(self.targets[group[0]]).dtype
+            factors = self.split(group, spectrum.truncate(rank).to(dtype))
+            cut = {
+                name: LowRankLinear.from_factors(each, bias_of(self.targets[name]))
+                for name, each in factors.items()
+            }
+            current = {name: self.model.get_submodule(name) for name in group}
+            ids = self._probe_ids()
+            if not self._dense:
+                batches = ids.split(self.batch_size)
+                self._dense = [self.objective.outputs(self.model, batch) for batch in batches]
+            total = 0.0
+            with standing(self.model, current, cut):
+                for batch, dense in zip(ids.split(self.batch_size), self._dense, strict=True):
+                    student = self.objective.outputs(self.model, batch)
+                    total += self.objective.divergence(dense, student).item() * len(batch)
+            self._probed[key] = total / len(ids)
+        return self._probed[key]
+
+    def _probe_ids(self) -> Tensor:
+        ids = self._ids()
+        vocabulary = getattr(getattr(self.model, "config", None), "vocab_size", None) or 1
+        most = max(1, _PROBE_ENTRIES // (ids.shape[1] * vocabulary))
+        return ids[: min(PROBE_WINDOWS, most)]
+
+    def _group_means(self, group: tuple[str, ...]) -> dict[str, Tensor]:
+        first = self.means(group[0])
+        if len(group) == 1:
+            return first
+        return {"gram": torch.stack([self.means(name)["gram"] for name in group]).sum(0)}
+
+    def _has(self, kinds: Collection[str]) -> bool:
+        known = [self._statistics.get(name) for name in self.targets]
+        return all(each is not None and frozenset(kinds) <= each.parts().keys() for each in known)
+
+    def _merge(self, found: Mapping[str, Statistics]) -> None:
+        for name, each in found.items():
+            old = self._statistics.get(name)
+            if old is not None:
+                parts = {**old.parts(), **each.parts(), "gram": old.gram}
+                each = replace(each, **parts, sequences=max(old.sequences, each.sequences))
+            self._statistics[name] = each
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _ids(self) -> Tensor:
+        if self.windows is None:
+            raise ValueError("this takes calibration text, and there is none")
+        return self.windows[:PROBE_WINDOWS].to(self._device())
+
+    def _bar(self, total: int, title: str) -> AbstractContextManager[Callable[[int], None]]:
+        return _silent() if self.progress is None else self.progress(total, title)
+
+
+class _silent:
+    def __enter__(self) -> Callable[[int], None]:
+        return lambda done: None
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _to(statistics: Statistics, device: torch.device) -> Statistics:
+    return replace(statistics, **{k: v.to(device) for k, v in statistics.parts().items()})
