@@ -205,7 +205,9 @@ class Workbench:
         first = self.means(group[0])
         if len(group) == 1:
             return first
-        return {"gram": torch.stack([self.means(name)["gram"] for name in group]).sum(0)}
+        parts = [self.means(name) for name in group]  # of the inputs of all of them, one sum
+        common = {"gram", "stacked_gram"}.intersection(*parts)
+        return {kind: torch.stack([part[kind] for part in parts]).sum(0) for kind in common}
 
     def _has(self, kinds: Collection[str]) -> bool:
         known = [self._statistics.get(name) for name in self.targets]

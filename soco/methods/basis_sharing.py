@@ -76,4 +76,5 @@ class BasisSharing(ClosedForm):
         """The coefficients by least squares, for the basis as it is."""
         if not gram.any():
             return factors
-        return Factors(refit_up(weight, factors.down, gram), factors.down)
+        up = refit_up(weight, factors.down, gram)
+        return Factors(up.to(factors.down.dtype), factors.down)  # the very tensor that is shared
