@@ -15,7 +15,7 @@ FLOORS = [
     {"core"},
     {"data", "folders", "headers", "ops"},
     {"diagnosis", "linalg", "modules", "objectives", "ranks"},
-    {"spectral", "surgery"},
+    {"pivots", "spectral", "surgery"},
     {"calibration", "contents", "guard", "training"},
     {"methods", "plugin"},
     {"checkpoint", "evaluation", "reporting"},
