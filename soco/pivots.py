@@ -44,10 +44,11 @@ class Pivoted(NamedTuple):
 
 @torch.no_grad()
 def pivot_factors(factors: Factors, *, name: str) -> Pivoted:
-    """Write the weight ``up @ down`` with ``r (out + in) - r^2`` numbers in place of ``r (out + in)``.
+    """Write the weight ``up @ down`` as r of its rows, and the others as combinations of them.
 
-    Of the rows of a matrix of rank r, some r span all others. Nothing is lost, and it is never more
-    than the ``out in`` numbers of the dense weight, since the difference is ``(out - r) (in - r)``.
+    Of the rows of a matrix of rank r, some r span all others. Nothing is lost, and of the
+    ``r (out + in)`` numbers r^2 are saved. They are never more than the ``out in`` of the dense
+    weight: the difference is ``(out - r) (in - r)``.
 
     Which rows these are depends on the column space of ``up`` alone: on an orthonormal basis Q of
     it, QR with column pivoting of Q^T chooses r rows, and as long as some row takes more than
@@ -95,7 +96,7 @@ def pivot_factors(factors: Factors, *, name: str) -> Pivoted:
 
 def _first_pivots(basis: Tensor) -> Tensor:
     """Rows (r,) of ``basis`` (out, r) that span it, by QR with column pivoting of its transpose."""
-    _, order = scipy.linalg.qr(basis.T.numpy(), mode="r", pivoting=True, check_finite=False)
+    order = scipy.linalg.qr(basis.T.numpy(), mode="r", pivoting=True, check_finite=False)[-1]
     return torch.from_numpy(np.array(order[: basis.shape[1]], dtype=np.int64))
 
 
