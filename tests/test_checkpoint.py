@@ -389,8 +389,8 @@ DEFECTS = {
         BOTH,
     ),
     "newer version": (
-        in_described(lambda described: described.update(format_version=2, inner={})),
-        r"config\.json has format_version 2, and this soco reads up to 1: upgrade soco",
+        in_described(lambda described: described.update(format_version=3, inner={})),
+        r"config\.json has format_version 3, and this soco reads up to 2: upgrade soco",
         BOTH,
     ),
     "wrong version": (

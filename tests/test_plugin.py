@@ -389,7 +389,7 @@ def test_configs_that_mean_nothing():
     bad = {
         "has no format_version": {k: v for k, v in good.items() if k != "format_version"},
         "has no layers": {k: v for k, v in good.items() if k != "layers"},
-        "has format_version 2, and this soco reads up to 1": good | {"format_version": 2},
+        "has format_version 3, and this soco reads up to 2": good | {"format_version": 3},
         "has a format_version that is none: '1'": good | {"format_version": "1"},
         "has a format_version that is none: True": good | {"format_version": True},
         "has a format_version that is none: 0": good | {"format_version": 0},
