@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
@@ -12,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from soco.contents import check_contents, find_entries, is_own_class
+from soco.headers import Entry
 from soco.modules import CompressedLinear, LowRankLinear, PivotedLinear, share_basis
 from soco.surgery import bias_of, is_linear, low_rank_layers, output_head, replace_module, shape_of
 
@@ -104,7 +106,10 @@ class SocoQuantizer(HfQuantizer):
         for name, layer in config.layers.items():
             place = _place(model, name)
             if place is not None:
-                replace_module(model, place, _skeleton(model, place, name, layer))
+                new = _skeleton(model, place, name, layer)
+                if isinstance(new, PivotedLinear):
+                    new.pivots = _stored_pivots(entries or {}, f"{name}.pivots", new.rank)
+                replace_module(model, place, new)
                 layers[place] = dict(layer)
             elif is_own_class(model) or entries is None or f"{name}.up.weight" not in entries:
                 raise ValueError(
@@ -129,7 +134,7 @@ class SocoQuantizer(HfQuantizer):
                 try:
                     layer.check_pivots()
                 except ValueError as error:
-                    raise ValueError(f"{name} is broken in its file: {error}") from error
+                    raise ValueError(f"the files of {name} are broken: {error}") from error
         model.config.quantization_config = self.quantization_config  # transformers 4 has copied it
         return model
 
@@ -294,6 +299,18 @@ def _skeleton(
     # transformers 4 loads no buffers of layers offloaded to disk, and fails if they are on meta.
     new.weight = torch.zeros(1, device="cpu", dtype=dtype)
     return new
+
+
+def _stored_pivots(entries: Mapping[str, Entry], key: str, rank: int) -> torch.Tensor:
+    """The pivots (rank,) in the files, since transformers 4 loads none of layers offloaded to disk.
+
+    What cannot be so, or is there by another name, is -1 until it is loaded: no pivot of any layer.
+    """
+    entry = entries.get(key)
+    if entry is None or entry.shape != (rank,) or entry.dtype != "I64":
+        return torch.full((rank,), -1)
+    with safe_open(entry.file, framework="pt") as file:
+        return file.get_tensor(key)
 
 
 def _share_bases(model: "PreTrainedModel", layers: dict[str, dict[str, Any]]) -> None:
