@@ -86,13 +86,16 @@ def check_contents(
     factors = {key: tensor for key, tensor in state.items() if key.startswith(places)}
     names = _best(_variants(model, factors, prefixes=True), entries)
     held = {key.removesuffix(_UP) for key in entries if key.endswith(_UP)}
-    held = {layer for layer in held if f"{layer}.weight" in entries}
+    sentinels = {
+        key.removesuffix(".weight") for key, entry in entries.items() if entry.shape == (1,)
+    }
+    held &= sentinels
     if names is None or (names.required.keys() - entries and _all_there(held, layers, entries)):
         return  # all layers are there, by other names
     _check_required(names.required, entries)
     for layer in sorted(held - layers.keys()):
-        key = layer + _DOWN
-        if key in entries and key not in names.required:
+        key = layer + (_DOWN if layer + _DOWN in entries else _UP)
+        if key not in names.required:
             raise ValueError(
                 f"{entries[key].file} holds {key}, but config.json names no layer {layer}"
             )
