@@ -86,10 +86,7 @@ def check_contents(
     factors = {key: tensor for key, tensor in state.items() if key.startswith(places)}
     names = _best(_variants(model, factors, prefixes=True), entries)
     held = {key.removesuffix(_UP) for key in entries if key.endswith(_UP)}
-    sentinels = {
-        key.removesuffix(".weight") for key, entry in entries.items() if entry.shape == (1,)
-    }
-    held &= sentinels
+    held &= {key.removesuffix(".weight") for key, entry in entries.items() if entry.shape == (1,)}
     if names is None or (names.required.keys() - entries and _all_there(held, layers, entries)):
         return  # all layers are there, by other names
     _check_required(names.required, entries)

@@ -432,7 +432,9 @@ def test_configs_that_mean_nothing():
 def test_bases_that_mean_nothing():
     layers = {"a": {"rank": 3}, "b": {"rank": 3, "basis": "a"}, "p": {"rank": 3, "pivoted": True}}
     good = {"quant_method": "soco", "format_version": 2, "layers": layers}
-    assert SocoConfig.from_dict(good).to_dict() == good | {"report": None}
+    config = SocoConfig.from_dict(good)
+    assert isinstance(config, SocoConfig)
+    assert config.to_dict() == good | {"report": None}
     bad = {
         "of 'z', which is no compressed layer": {"rank": 3, "basis": "z"},
         "of 3, which is no compressed layer": {"rank": 3, "basis": 3},
@@ -505,6 +507,15 @@ def other_kind(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return model, folder
+
+
+def share(model, *names):
+    """Let compressed layers have one basis, and mark the model anew."""
+    layers = [cast(LowRankLinear, model.get_submodule(name)) for name in names]
+    for layer in layers:
+        layer.down.weight = layers[0].down.weight
+    share_basis(layers)
+    mark(model)
 
 
 def described(model):
@@ -629,11 +640,8 @@ def test_other_kinds_in_tied_blocks(kind, tmp_path):
         compress_pivoted(model, include="*.shared_transf.*")
     else:  # one basis for the three of the attention
         compress(model, include="*.shared_transf.*")
-        attention = model.model.layers[1].shared_transf.self_attn
-        for layer in (attention.k_proj, attention.v_proj):
-            layer.down.weight = attention.q_proj.down.weight
-        share_basis([attention.q_proj, attention.k_proj, attention.v_proj])
-        mark(model)
+        attention = "model.layers.1.shared_transf.self_attn"
+        share(model, *(f"{attention}.{name}_proj" for name in "qkv"))
     model.save_pretrained(tmp_path / "a")
     loaded = reload(model, tmp_path / "a")
     assert torch.equal(logits(loaded), logits(model))
@@ -666,7 +674,8 @@ def test_lora_on_other_kinds(other_kind, tmp_path):
     adapted = peft.get_peft_model(
         reload(model, folder), peft.LoraConfig(r=2, target_modules=["q_proj.down"])
     )
-    first, second = (adapted.base_model.model.get_submodule(name) for name in (Q_PROJ, SECOND))
+    inside = "base_model.model"
+    first, second = (adapted.get_submodule(f"{inside}.{name}") for name in (Q_PROJ, SECOND))
     assert isinstance(second.down, peft.tuners.lora.Linear)
     assert (first.down is second.down) == (not isinstance(second, PivotedLinear))
 
@@ -692,9 +701,7 @@ def test_the_basis_has_to_be_in_the_class(tmp_path):
     """A base model of which only the layers without the basis are there."""
     model = tiny_model("llama")
     compress(model, include=["lm_head", "*.0.mlp.up_proj"])
-    model.model.layers[0].mlp.up_proj.down.weight = model.lm_head.down.weight
-    share_basis([model.lm_head, model.model.layers[0].mlp.up_proj])
-    mark(model)
+    share(model, "lm_head", "model.layers.0.mlp.up_proj")
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(reload(model, tmp_path)), logits(model))
     with pytest.raises(ValueError, match=r"up_proj the basis of lm_head, which LlamaModel does no"):
