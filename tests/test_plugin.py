@@ -26,7 +26,7 @@ from transformers.quantizers import auto
 from soco.checkpoint import mark_compressed
 from soco.headers import read_headers, weight_files
 from soco.modules import LowRankLinear, PivotedLinear, share_basis
-from soco.plugin import SocoConfig, SocoQuantizer, register
+from soco.plugin import SocoConfig, SocoQuantizer, _stored_pivots, register
 from soco.surgery import find_linears, low_rank_layers, output_head, shape_of, untie_head
 from tiny_models import (
     NEEDS_5,
@@ -706,3 +706,14 @@ def test_the_basis_has_to_be_in_the_class(tmp_path):
     assert torch.equal(logits(reload(model, tmp_path)), logits(model))
     with pytest.raises(ValueError, match=r"up_proj the basis of lm_head, which LlamaModel does no"):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_pivots_are_read_before_loading(tmp_path):
+    """What transformers 4 needs for layers that are offloaded."""
+    model = compress_pivoted(tiny_model("llama"))
+    model.save_pretrained(tmp_path)
+    entries, key = read_headers(weight_files(tmp_path)), f"{SECOND}.pivots"
+    assert torch.equal(_stored_pivots(entries, key, 4), model.get_submodule(SECOND).pivots)
+    for wrong in (_stored_pivots(entries, key, 3), _stored_pivots({}, key, 3)):
+        assert wrong.tolist() == [-1, -1, -1]
+    assert _stored_pivots(entries, f"{SECOND}.weight", 1).tolist() == [-1]
