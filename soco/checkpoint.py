@@ -13,6 +13,7 @@ from torch import nn
 
 from soco.folders import carry_over, replaced
 from soco.headers import check_index, read_headers, read_json, weight_files
+from soco.modules import LowRankLinear, PivotedLinear
 from soco.plugin import QUANT_METHOD, SocoConfig, SocoQuantizer, check_ties
 from soco.plugin import register as register
 from soco.surgery import low_rank_layers
@@ -43,29 +44,32 @@ def mark_compressed(
     on the factors, and ``model.dequantize()`` makes the model dense.
 
     Args:
-        model: with its ``LowRankLinear`` layers in place.
+        model: with its compressed layers in place. Which of them are pivoted, and which use the
+            basis of another one, is seen there.
         layers: name to rank of every one of them.
         report: how it was compressed, as plain JSON data; goes into config.json as it is.
         new_biases: names of the layers that have a bias though the stock layer has none.
 
     Raises:
-        ValueError: ``layers`` are not the compressed layers of the model, the report is not JSON,
-            or a compressed head is still tied to the embeddings.
+        ValueError: ``layers`` are not the compressed layers of the model, a layer uses the basis of
+            one that is not in the model, the report is not JSON, or a compressed head is still tied
+            to the embeddings.
     """
-    found = {name: layer.rank for name, layer in low_rank_layers(model).items()}
+    found = _describe(model)
+    ranks = {name: layer["rank"] for name, layer in found.items()}
     for name in found.keys() | layers.keys():
-        if found.get(name) != layers.get(name):
+        if ranks.get(name) != layers.get(name):
             raise ValueError(
                 f"layer {name} has rank {layers.get(name, 'none')} in layers, "
-                f"but {found.get(name, 'is not compressed')} in the model"
+                f"but {ranks.get(name, 'is not compressed')} in the model"
             )
     try:
         report = None if report is None else json.loads(json.dumps(report, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"the report is not plain JSON: {error}") from error
     described = {
-        name: {"rank": rank, "bias": True} if name in new_biases else {"rank": rank}
-        for name, rank in found.items()
+        name: {**layer, "bias": True} if name in new_biases else layer
+        for name, layer in found.items()
     }
     config = SocoConfig(described, report)
     check_ties(model, found)
@@ -220,13 +224,33 @@ def export_dense(
             carry_over(source, folder)
 
 
+def _describe(model: "PreTrainedModel") -> dict[str, dict[str, Any]]:
+    """What config.json says of each compressed layer, but for biases."""
+    layers = low_rank_layers(model)
+    names = {layer: name for name, layer in layers.items()}
+    described: dict[str, dict[str, Any]] = {name: {"rank": m.rank} for name, m in layers.items()}
+    for name, layer in layers.items():
+        if isinstance(layer, PivotedLinear):
+            described[name]["pivoted"] = True
+        if isinstance(layer, LowRankLinear) and layer.basis is not None:
+            if layer.basis not in names:
+                raise ValueError(f"layer {name} uses the basis of a layer that is not in the model")
+            described[name]["basis"] = names[layer.basis]
+    return described
+
+
 def _check_layers(model: "PreTrainedModel", config: SocoConfig) -> None:
     """Refuse to write a model whose layers are not what its config says."""
-    found = low_rank_layers(model)
+    found = _describe(model)
     for name, layer in config.layers.items():
-        if name not in found or found[name].rank != layer["rank"]:
+        if name not in found or found[name]["rank"] != layer["rank"]:
             raise ValueError(f"layer {name} of rank {layer['rank']} is in the config only")
-    for name, layer in found.items():
+        for field, what in (("pivoted", "pivoted"), ("basis", "a layer that shares a basis")):
+            if found[name].get(field) != layer.get(field):
+                raise ValueError(
+                    f"layer {name} is {what} in the model or in the config only: mark_compressed"
+                )
+    for name, layer in low_rank_layers(model).items():
         if name not in config.layers:
             raise ValueError(f"the compressed layer {name} is not in the config: mark_compressed")
         for child, factor in layer.named_children():

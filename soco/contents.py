@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PICKLED = "pytorch_model.bin"
 
-_DOWN = ".down.weight"
+_DOWN, _UP, _PIVOTS = ".down.weight", ".up.weight", ".pivots"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -60,7 +60,9 @@ def find_entries(
 
 
 def check_contents(
-    model: "PreTrainedModel", entries: Mapping[str, Entry], layers: Iterable[str]
+    model: "PreTrainedModel",
+    entries: Mapping[str, Entry],
+    layers: Mapping[str, Collection[str]],
 ) -> None:
     """Refuse files that do not hold what the compressed layers of ``model`` need.
 
@@ -73,34 +75,47 @@ def check_contents(
     Args:
         model: with its compressed layers in place, weights not loaded yet.
         entries: what the files hold.
-        layers: names of the compressed layers in config.json, which may be more than the model has.
+        layers: the compressed layers in config.json, which may be more than the model has, and
+            what it says of each: one with a "basis" has no ``down`` of its own.
 
     Raises:
         ValueError: a tensor is missing, unknown, or of the wrong shape or dtype.
     """
-    layers = set(layers)
     state = model.state_dict()
     places = tuple(f"{name}." for name in low_rank_layers(model))
     factors = {key: tensor for key, tensor in state.items() if key.startswith(places)}
     names = _best(_variants(model, factors, prefixes=True), entries)
-    held = {key.removesuffix(_DOWN) for key in entries if key.endswith(_DOWN)}
-    held = {layer for layer in held if {f"{layer}.up.weight", f"{layer}.weight"} <= entries.keys()}
-    if names is None or (names.required.keys() - entries and len(held) == len(layers)):
+    held = {key.removesuffix(_UP) for key in entries if key.endswith(_UP)}
+    held &= {key.removesuffix(".weight") for key, entry in entries.items() if entry.shape == (1,)}
+    if names is None or (names.required.keys() - entries and _all_there(held, layers, entries)):
         return  # all layers are there, by other names
     _check_required(names.required, entries)
-    for layer in sorted(held - layers):
-        key = layer + _DOWN
+    for layer in sorted(held - layers.keys()):
+        key = layer + (_DOWN if layer + _DOWN in entries else _UP)
         if key not in names.required:
             raise ValueError(
                 f"{entries[key].file} holds {key}, but config.json names no layer {layer}"
             )
-    places = tuple(key.removesuffix(_DOWN) + "." for key in names.required if key.endswith(_DOWN))
+    places = tuple(key.removesuffix(_UP) + "." for key in names.required if key.endswith(_UP))
     _check_allowed({key for key in entries if key.startswith(places)}, names.allowed, entries)
     version = getattr(model.config, "transformers_version", None)
     if is_own_class(model) and version == transformers.__version__:
         names = _best(_variants(model, state, prefixes=False), entries)
         if names is not None:
             _check_dense(model, names, entries)
+
+
+def _all_there(
+    held: Collection[str], layers: Mapping[str, Collection[str]], entries: Mapping[str, Entry]
+) -> bool:
+    """Whether the files hold as many layers of each kind as there should be, by any names."""
+    with_down = sum(layer + _DOWN in entries for layer in held)
+    with_pivots = sum(layer + _PIVOTS in entries for layer in held)
+    return (
+        len(held) == len(layers)
+        and with_down == sum("basis" not in layer for layer in layers.values())
+        and with_pivots == sum("pivoted" in layer for layer in layers.values())
+    )
 
 
 def _check_dense(model: "PreTrainedModel", names: _Names, entries: Mapping[str, Entry]) -> None:
@@ -128,8 +143,10 @@ def _check_required(required: Shapes, entries: Mapping[str, Entry]) -> None:
                 f"{file} holds {key} with shape {list(held)}, but the model and config.json "
                 f"need {list(shape)}"
             )
-        if dtype not in _FLOATS and key.endswith((_DOWN, ".up.weight")):
+        if dtype not in _FLOATS and key.endswith((_DOWN, _UP)):
             raise ValueError(f"{file} holds {key} as {dtype}, which is no floating-point number")
+        if dtype != "I64" and key.endswith(_PIVOTS):
+            raise ValueError(f"{file} holds {key} as {dtype}, where I64 is needed")
 
 
 def _check_allowed(keys: Iterable[str], allowed: Shapes, entries: Mapping[str, Entry]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
@@ -12,16 +13,19 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from soco.contents import check_contents, find_entries, is_own_class
-from soco.modules import LowRankLinear
+from soco.headers import Entry
+from soco.modules import CompressedLinear, LowRankLinear, PivotedLinear, share_basis
 from soco.surgery import bias_of, is_linear, low_rank_layers, output_head, replace_module, shape_of
 
 if TYPE_CHECKING:  # importing it here for good would be a cycle: the plug-in registers before it
     from transformers import PreTrainedModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest; a folder says the oldest that has all it uses
 QUANT_METHOD = "soco"
 
 _FIELDS = ("quant_method", "format_version", "layers", "report")
+_LAYER_FIELDS = ("rank", "bias", "pivoted", "basis")
+_SINCE_2 = ("pivoted", "basis")
 
 
 class SocoConfig(QuantizationConfigMixin):
@@ -29,9 +33,11 @@ class SocoConfig(QuantizationConfigMixin):
 
     Args:
         layers: name of a compressed layer to ``{"rank": rank}``, and ``"bias": true`` where it has
-            a bias that the stock layer has not; the other layers are dense.
+            a bias that the stock layer has not, ``"pivoted": true`` where it is a
+            ``PivotedLinear``, ``"basis": name`` where it uses the ``down`` of the layer of that
+            name; the other layers are dense.
         report: how the model was compressed (``soco.Report`` as plain JSON), or None.
-        format_version: of the folder, ``FORMAT_VERSION``.
+        format_version: of the folder; None: the oldest that has all that is used.
         quant_method: "soco".
 
     Raises:
@@ -42,14 +48,14 @@ class SocoConfig(QuantizationConfigMixin):
         self,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         report: Mapping[str, Any] | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: object,
     ) -> None:
         """Check every field; the class keeps plain dicts."""
         self.quant_method = cast(QuantizationMethod, quant_method)
-        self.format_version = format_version
         self.layers = {} if layers is None else layers
+        self.format_version = _needed(self.layers) if format_version is None else format_version
         self.report = report
         _check_fields({**self.__dict__, **unknown})
         self.layers = {name: dict(layer) for name, layer in self.layers.items()}
@@ -100,16 +106,21 @@ class SocoQuantizer(HfQuantizer):
         for name, layer in config.layers.items():
             place = _place(model, name)
             if place is not None:
-                replace_module(model, place, _skeleton(model, place, name, layer))
-                self._twins.update(_replace_twins(model, place))
-                layers[place] = layer
-            elif is_own_class(model) or entries is None or f"{name}.down.weight" not in entries:
+                new = _skeleton(model, place, name, layer)
+                if isinstance(new, PivotedLinear):
+                    new.pivots = _stored_pivots(entries or {}, f"{name}.pivots", new.rank)
+                replace_module(model, place, new)
+                layers[place] = dict(layer)
+            elif is_own_class(model) or entries is None or f"{name}.up.weight" not in entries:
                 raise ValueError(
                     f"config.json names a compressed layer {name}, "
                     f"which {type(model).__name__} does not have"
                 )  # otherwise a part that this class leaves out, such as the head under AutoModel
+        _share_bases(model, layers)
+        for place in layers:
+            self._twins.update(_replace_twins(model, place))
         if entries is not None:
-            check_contents(model, entries, named)
+            check_contents(model, entries, config.layers)
         config.layers = layers  # by their names in this class, for when it is saved
         return model
 
@@ -118,6 +129,12 @@ class SocoQuantizer(HfQuantizer):
     ) -> "PreTrainedModel":
         for name, place in self._twins.items():
             replace_module(model, name, model.get_submodule(place))  # as when it was compressed
+        for name, layer in low_rank_layers(model).items():
+            if isinstance(layer, PivotedLinear):
+                try:
+                    layer.check_pivots()
+                except ValueError as error:
+                    raise ValueError(f"the files of {name} are broken: {error}") from error
         model.config.quantization_config = self.quantization_config  # transformers 4 has copied it
         return model
 
@@ -197,8 +214,11 @@ def _check_fields(data: Mapping[str, object]) -> None:
     if not isinstance(layers, Mapping):
         raise ValueError(f"{where} must have an object of layers, got {layers!r}")
     for name, layer in layers.items():
-        if not isinstance(layer, Mapping) or layer.keys() not in ({"rank"}, {"rank", "bias"}):
+        if not isinstance(layer, Mapping) or "rank" not in layer:
             raise ValueError(f'{where} must say {{"rank": ...}} of layer {name}, got {layer!r}')
+        for field in layer:
+            if field not in _LAYER_FIELDS:
+                raise ValueError(f"{where} has an unknown field {field!r} of layer {name}")
         if type(layer["rank"]) is not int or layer["rank"] < 1:
             raise ValueError(
                 f"{where} must have a whole number, at least 1, for the rank of layer {name}, "
@@ -206,6 +226,37 @@ def _check_fields(data: Mapping[str, object]) -> None:
             )
         if layer.get("bias", True) is not True:
             raise ValueError(f"{where} can only have true for the bias of layer {name}")
+        if layer.get("pivoted", True) is not True:
+            raise ValueError(f"{where} can only have true for pivoted of layer {name}")
+    for name, layer in layers.items():
+        if "basis" in layer:
+            _check_basis(layers, name, where)
+    if version < _needed(layers):
+        raise ValueError(
+            f"{where} has format_version {version}, which knows no pivoted layers and no shared "
+            f"basis: it must be {_needed(layers)}"
+        )
+
+
+def _needed(layers: object) -> int:
+    """The oldest format that has all that these layers use."""
+    described = layers.values() if isinstance(layers, Mapping) else ()
+    used = {field for layer in described if isinstance(layer, Mapping) for field in layer}
+    return 1 if used.isdisjoint(_SINCE_2) else 2
+
+
+def _check_basis(layers: Mapping[str, Mapping[str, Any]], name: str, where: str) -> None:
+    """Refuse the basis of layer ``name`` if there is no such, in one sentence."""
+    rank, basis = layers[name]["rank"], layers[name]["basis"]
+    what = f"{where} gives layer {name} the basis of"
+    if not isinstance(basis, str) or basis not in layers:
+        raise ValueError(f"{what} {basis!r}, which is no compressed layer")
+    if "basis" in layers[basis]:
+        raise ValueError(f"{what} {basis}, which has one of another layer itself")
+    if "pivoted" in layers[name] or "pivoted" in layers[basis]:
+        raise ValueError(f"{what} {basis}, but a pivoted layer shares none")
+    if layers[basis]["rank"] != rank:
+        raise ValueError(f"{what} {basis}, but their ranks are {rank} and {layers[basis]['rank']}")
 
 
 def _place(model: "PreTrainedModel", name: str) -> str | None:
@@ -221,7 +272,7 @@ def _place(model: "PreTrainedModel", name: str) -> str | None:
 
 def _skeleton(
     model: "PreTrainedModel", place: str, name: str, layer: Mapping[str, Any]
-) -> LowRankLinear:
+) -> CompressedLinear:
     """The layer to load the factors into, in the place of a dense one, without memory."""
     rank = layer["rank"]
     old = model.get_submodule(place)
@@ -236,12 +287,51 @@ def _skeleton(
             f"config.json gives layer {name} the rank {rank}, "
             f"but it is a weight of shape {[out_features, in_features]}"
         )
+    if "pivoted" in layer and rank >= out_features:
+        raise ValueError(
+            f"config.json gives the pivoted layer {name} the rank {rank}, "
+            f"which is not below its {out_features} outputs"
+        )
     dtype = cast(torch.Tensor, old.weight).dtype
     bias = layer.get("bias", bias_of(old) is not None)
-    new = LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=dtype)
+    kind = PivotedLinear if "pivoted" in layer else LowRankLinear
+    new = kind(in_features, out_features, rank, bias, device="meta", dtype=dtype)
     # transformers 4 loads no buffers of layers offloaded to disk, and fails if they are on meta.
     new.weight = torch.zeros(1, device="cpu", dtype=dtype)
     return new
+
+
+def _stored_pivots(entries: Mapping[str, Entry], key: str, rank: int) -> torch.Tensor:
+    """The pivots (rank,) in the files, since transformers 4 loads none of layers offloaded to disk.
+
+    What cannot be so, or is there by another name, is -1 until it is loaded: no pivot of any layer.
+    """
+    entry = entries.get(key)
+    if entry is None or entry.shape != (rank,) or entry.dtype != "I64":
+        return torch.full((rank,), -1)
+    with safe_open(entry.file, framework="pt") as file:
+        return file.get_tensor(key)
+
+
+def _share_bases(model: "PreTrainedModel", layers: dict[str, dict[str, Any]]) -> None:
+    """Let layers that are in place use the ``down`` of others, and call these by their places."""
+    for place, layer in layers.items():
+        if "basis" not in layer:
+            continue
+        basis = _place(model, layer["basis"])
+        if basis not in layers:
+            raise ValueError(
+                f"config.json gives layer {place} the basis of {layer['basis']}, "
+                f"which {type(model).__name__} does not have"
+            )
+        first, second = (cast(LowRankLinear, model.get_submodule(n)) for n in (basis, place))
+        if first.in_features != second.in_features:
+            raise ValueError(
+                f"config.json gives layer {place} the basis of {layer['basis']}, "
+                f"but they have {second.in_features} and {first.in_features} inputs"
+            )
+        share_basis([first, second])
+        layer["basis"] = basis
 
 
 def _replace_twins(model: "PreTrainedModel", place: str) -> dict[str, str]:
@@ -253,13 +343,14 @@ def _replace_twins(model: "PreTrainedModel", place: str) -> dict[str, str]:
     Returns:
         name of such a layer to ``place``.
     """
-    layer = cast(LowRankLinear, model.get_submodule(place))
+    layer = cast(CompressedLinear, model.get_submodule(place))
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     twins = [target for target, source in ties.items() if source == f"{place}.weight"]
     names = [target.removesuffix(".weight") for target in twins]
     for name, target in zip(names, twins, strict=True):
         twin = copy.deepcopy(layer)
-        twin.register_buffer("weight", layer.weight.clone(), persistent=False)  # not in the files
+        for key, buffer in layer.named_buffers(recurse=False):
+            twin.register_buffer(key, buffer.clone(), persistent=False)  # not in the files
         replace_module(model, name, twin)
         del ties[target]
         ties.update({f"{name}.{key}": f"{place}.{key}" for key, _ in layer.named_parameters()})

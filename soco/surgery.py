@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from soco.modules import LowRankLinear
+from soco.modules import CompressedLinear
 
 Patterns = str | Iterable[str] | None
 
@@ -78,9 +78,9 @@ def find_linears(
     return chosen
 
 
-def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+def low_rank_layers(model: nn.Module) -> dict[str, CompressedLinear]:
     """The compressed layers of a model, by their first names, in the tree's order."""
-    return {n: module for n, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
 
 
 def fused_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:

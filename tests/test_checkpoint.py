@@ -13,9 +13,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from soco.checkpoint import export_dense, load, mark_compressed, save
-from soco.modules import LowRankLinear
+from soco.modules import LowRankLinear, PivotedLinear, share_basis
 from soco.surgery import find_linears, low_rank_layers, replace_module, untie_head
-from tiny_models import IS_5, NEEDS_5, compress, logits, tiny_model
+from tiny_models import (
+    IS_5,
+    NEEDS_5,
+    compress,
+    compress_pivoted,
+    compress_shared,
+    logits,
+    tiny_model,
+)
 
 UP_PROJ = "model.layers.1.mlp.up_proj"
 NO_SUCH = "model.layers.9.mlp.up_proj"
@@ -389,8 +397,8 @@ DEFECTS = {
         BOTH,
     ),
     "newer version": (
-        in_described(lambda described: described.update(format_version=2, inner={})),
-        r"config\.json has format_version 2, and this soco reads up to 1: upgrade soco",
+        in_described(lambda described: described.update(format_version=3, inner={})),
+        r"config\.json has format_version 3, and this soco reads up to 2: upgrade soco",
         BOTH,
     ),
     "wrong version": (
@@ -526,3 +534,240 @@ def test_not_a_folder(tmp_path):
         load(tmp_path / "no_such")
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         load(tmp_path)
+
+
+# ---- pivots and shared bases --------------------------------------------------------------------
+
+KINDS = {"pivoted": compress_pivoted, "shared": compress_shared}
+FIRST = "model.layers.0.mlp.up_proj"  # has the basis of UP_PROJ in a model of kind "shared"
+
+
+@pytest.fixture(scope="module")
+def other_kinds(tmp_path_factory):
+    """Kind to a model and a folder that is in order."""
+    made = {}
+    for kind, compressed in KINDS.items():
+        folder = tmp_path_factory.mktemp(kind) / "model"
+        model = compressed(tiny_model("llama-tied"))
+        save(model, folder)
+        made[kind] = model, folder
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_load_and_save(other_kinds, kind, tmp_path):
+    model, folder = other_kinds[kind]
+    loaded = load(folder)
+    assert torch.equal(logits(loaded), logits(model))
+    save(loaded, tmp_path / "again")
+    assert files(tmp_path / "again") == files(folder)
+    save(model, tmp_path / "sharded", max_shard_size="12KB")
+    assert torch.equal(logits(load(tmp_path / "sharded")), logits(model))
+    assert load(folder, dtype=torch.bfloat16, device_map="cpu").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "phi3"])
+def test_export_other_kinds_dense(name, kind, tmp_path):
+    model = KINDS[kind](tiny_model(name))
+    before = logits(model)
+    save(model, tmp_path / "compact")
+    export_dense(model, tmp_path / "one")
+    export_dense(tmp_path / "compact", tmp_path / "two")
+    assert torch.equal(logits(model), before)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    stock, info = type(model).from_pretrained(tmp_path / "one", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(logits(stock), before, rtol=1e-4, atol=1e-5)
+
+
+def test_kinds_are_seen_in_the_model():
+    model = tiny_model("llama")
+    replace_module(model, FIRST, LowRankLinear(32, 48, 3, bias=False))
+    replace_module(model, UP_PROJ, LowRankLinear(32, 48, 3, bias=False))
+    replace_module(model, NO_SUCH.replace("9", "1").replace("up", "gate"), PivotedLinear(32, 48, 3))
+    first, second = model.get_submodule(FIRST), model.get_submodule(UP_PROJ)
+    second.down.weight = first.down.weight
+    ranks = {name: 3 for name in low_rank_layers(model)}
+    gate = next(name for name in ranks if "gate" in name)
+    mark_compressed(model, ranks)
+    layers = model.config.quantization_config.layers
+    assert layers == {FIRST: {"rank": 3}, UP_PROJ: {"rank": 3}, gate: {"rank": 3, "pivoted": True}}
+    share_basis([second, first])
+    mark_compressed(model, ranks, new_biases=[gate, FIRST])
+    config = model.config.quantization_config
+    assert config.format_version == 2
+    assert config.layers == {
+        FIRST: {"rank": 3, "basis": UP_PROJ, "bias": True},
+        UP_PROJ: {"rank": 3},
+        gate: {"rank": 3, "pivoted": True, "bias": True},
+    }
+    replace_module(model, UP_PROJ, nn.Linear(32, 48))
+    del ranks[UP_PROJ]
+    with pytest.raises(ValueError, match=f"layer {FIRST} uses the basis of a layer that is not in"):
+        mark_compressed(model, ranks)
+
+
+def test_a_kind_that_changed_after_the_marks(other_kinds, tmp_path):
+    changed = copy.deepcopy(other_kinds["shared"][0])
+    changed.get_submodule(UP_PROJ).down = nn.Linear(32, 4, bias=False)
+    with pytest.raises(ValueError, match=f"layer {UP_PROJ} is a layer that shares a basis in the"):
+        save(changed, tmp_path / "model")
+    replace_module(changed, UP_PROJ, PivotedLinear(32, 48, 4, bias=False))
+    with pytest.raises(ValueError, match=f"layer {UP_PROJ} is pivoted in the model or in the conf"):
+        save(changed, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def in_layer(change):
+    return in_layers(lambda layers: change(layers[UP_PROJ]))
+
+
+def write_pivots(*values, dtype=torch.int64):
+    return in_tensors(lambda t: t.update({PIVOTS: torch.tensor(values, dtype=dtype)}))
+
+
+PIVOTS = f"{UP_PROJ}.pivots"
+BROKEN = rf"the files of {UP_PROJ} are broken: "
+GIVES = rf"config\.json gives layer {UP_PROJ} the basis of "
+OTHER_DEFECTS = {
+    "pivots missing": (
+        "pivoted",
+        in_tensors(lambda t: t.pop(PIVOTS)),
+        rf"{FILE} lacks {PIVOTS}, which the model needs with shape \[4\]",
+    ),
+    "pivots of a wrong shape": (
+        "pivoted",
+        change_tensor(PIVOTS, lambda t: t[:-1]),
+        rf"{FILE} holds {PIVOTS} with shape \[3\], but .* \[4\]",
+    ),
+    "pivots of a wrong dtype": (
+        "pivoted",
+        write_pivots(0, 1, 2, 3, dtype=torch.int32),
+        rf"{FILE} holds {PIVOTS} as I32, where I64 is needed",
+    ),
+    "pivots out of range": (
+        "pivoted",
+        write_pivots(0, 1, 48, 3),
+        rf"{BROKEN}pivots hold 48, which is no output of 48",
+    ),
+    "negative pivots": (
+        "pivoted",
+        write_pivots(0, 1, -2, 3),
+        rf"{BROKEN}pivots hold -2, which is no output of 48",
+    ),
+    "a pivot twice": ("pivoted", write_pivots(7, 1, 2, 7), rf"{BROKEN}pivots hold 7 twice"),
+    "rank of a dense layer": (
+        "pivoted",
+        in_layers(lambda layers: layers["model.layers.1.self_attn.k_proj"].update(rank=16)),
+        r"gives the pivoted layer .*\.1\.self_attn\.k_proj the rank 16, .* below its 16 outputs",
+    ),
+    "wrong rank": (
+        "pivoted",
+        in_layer(lambda layer: layer.update(rank=5)),
+        rf"{FILE} holds {PIVOTS} with shape \[4\], but .* \[5\]",
+    ),
+    "pivots that config.json does not know": (
+        "pivoted",
+        in_layer(lambda layer: layer.pop("pivoted")),
+        rf"{FILE} holds {UP} with shape \[44, 4\], but .* \[48, 4\]",
+    ),
+    "pivoted, but not in the files": (
+        "shared",
+        in_layers(lambda layers: layers.update({UP_PROJ: {"rank": 4, "pivoted": True}})),
+        rf"{FILE} (lacks {PIVOTS}|lacks {DOWN}|holds {UP} with shape)",
+    ),
+    "pivoted as a number": (
+        "pivoted",
+        in_layer(lambda layer: layer.update(pivoted=1)),
+        rf"config\.json can only have true for pivoted of layer {UP_PROJ}",
+    ),
+    "unknown field": (
+        "pivoted",
+        in_layer(lambda layer: layer.update(bits=4)),
+        rf"config\.json has an unknown field 'bits' of layer {UP_PROJ}",
+    ),
+    "older version": (
+        "pivoted",
+        in_described(lambda described: described.update(format_version=1)),
+        r"config\.json has format_version 1, which knows no pivoted layers and .*: it must be 2",
+    ),
+    "older version with a basis": (
+        "shared",
+        in_described(lambda described: described.update(format_version=1)),
+        r"config\.json has format_version 1, which knows no pivoted layers and .*: it must be 2",
+    ),
+    "basis that is not there": (
+        "shared",
+        in_layer(lambda layer: layer.update(basis=NO_SUCH)),
+        rf"{GIVES}'{NO_SUCH}', which is no compressed layer",
+    ),
+    "basis that is dense": (
+        "shared",
+        in_layer(lambda layer: layer.update(basis="lm_head")),
+        rf"{GIVES}'lm_head', which is no compressed layer",
+    ),
+    "basis that has one itself": (
+        "shared",
+        in_layer(lambda layer: layer.update(basis="model.layers.1.mlp.gate_proj")),
+        rf"{GIVES}model\.layers\.1\.mlp\.gate_proj, which has one of another layer itself",
+    ),
+    "basis of itself": (
+        "shared",
+        in_layer(lambda layer: layer.update(basis=UP_PROJ)),
+        rf"{GIVES}{UP_PROJ}, which has one of another layer itself",
+    ),
+    "basis of another rank": (
+        "shared",
+        in_layer(lambda layer: layer.update(rank=3)),
+        rf"{GIVES}{FIRST}, but their ranks are 3 and 4",
+    ),
+    "basis of other inputs": (
+        "shared",
+        in_layer(lambda layer: layer.update(basis="model.layers.0.mlp.down_proj")),
+        rf"{GIVES}model\.layers\.0\.mlp\.down_proj, but they have 32 and 48 inputs",
+    ),
+    "pivoted with a basis": (
+        "shared",
+        in_layer(lambda layer: layer.update(pivoted=True)),
+        rf"{GIVES}{FIRST}, but a pivoted layer shares none",
+    ),
+    "basis missing": (
+        "shared",
+        in_tensors(lambda t: t.pop(f"{FIRST}.down.weight")),
+        rf"{FILE} lacks {FIRST}\.down\.weight, which the model needs with shape \[4, 32\]",
+    ),
+    "second factor missing": (
+        "shared",
+        in_tensors(lambda t: t.pop(UP)),
+        rf"{FILE} lacks {UP}, which the model needs with shape \[48, 4\]",
+    ),
+    "a basis too much": (
+        "shared",
+        in_tensors(lambda t: t.update({DOWN: torch.ones(4, 32)})),
+        rf"{FILE} holds {DOWN}, which the model has no place for",
+    ),
+    "basis that config.json does not know": (
+        "shared",
+        in_layer(lambda layer: layer.pop("basis")),
+        rf"{FILE} lacks {DOWN}, which the model needs with shape \[4, 32\]",
+    ),
+    "compressed layer called dense": (
+        "shared",
+        in_layers(lambda layers: layers.pop(UP_PROJ)),
+        rf"{FILE} holds {UP}, but config\.json names no layer {UP_PROJ}",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "message"), OTHER_DEFECTS.values(), ids=OTHER_DEFECTS.keys()
+)
+def test_defects_of_other_kinds(other_kinds, tmp_path, kind, make, message):
+    folder = shutil.copytree(other_kinds[kind][1], tmp_path / "model")
+    make(folder)
+    for read in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)

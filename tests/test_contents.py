@@ -12,7 +12,7 @@ from soco.checkpoint import load
 from soco.contents import find_entries
 from soco.headers import read_headers, weight_files
 from soco.surgery import low_rank_layers
-from tiny_models import CONFIGS, NEEDS_5, compress, tiny_model
+from tiny_models import CONFIGS, NEEDS_5, compress, compress_pivoted, compress_shared, tiny_model
 
 UP_PROJ = "model.layers.1.mlp.up_proj"
 
@@ -87,9 +87,7 @@ def test_only_safetensors(tmp_path):
         find_entries(tiny_model("llama"), [str(tmp_path / "pytorch_model.bin")])
 
 
-@NEEDS_5  # 4 writes no architectures for this one
-def test_renamed_tensors_are_found(tmp_path):
-    """Files keep the names that an architecture was first published with."""
+def qwen2_vl():
     config = transformers.Qwen2VLConfig(
         text_config=CONFIGS["llama"]
         | dict(rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]})
@@ -100,7 +98,13 @@ def test_renamed_tensors_are_found(tmp_path):
         vision_start_token_id=92,
         vision_end_token_id=93,
     )
-    model = compress(transformers.Qwen2VLForConditionalGeneration(config))
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+@NEEDS_5  # 4 writes no architectures for this one
+def test_renamed_tensors_are_found(tmp_path):
+    """Files keep the names that an architecture was first published with."""
+    model = compress(qwen2_vl())
     model.save_pretrained(tmp_path)
     layer = next(name for name in low_rank_layers(model) if "language" in name)
     entries = read_headers(weight_files(tmp_path))
@@ -140,3 +144,39 @@ def test_a_layer_missing_and_another_too_much_is_found_by_load(folder):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks model\.norm\.weight"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("compressed", "key"),
+    [
+        (compress_shared, f"{UP_PROJ}.up.weight"),
+        (compress_shared, f"{UP_PROJ.replace('1', '0')}.down.weight"),
+        (compress_pivoted, f"{UP_PROJ}.pivots"),
+    ],
+)
+def test_other_kinds_are_checked_in_every_class_and_version(compressed, key, tmp_path):
+    """Each has tensors that others have not, and all of them count."""
+    compressed(tiny_model("llama")).save_pretrained(tmp_path)
+    written_by(tmp_path, "4.57.0")
+    assert low_rank_layers(AutoModel.from_pretrained(tmp_path))
+    drop(tmp_path, key)
+    for cls in (AutoModel, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=f"lacks {key}, which the model needs"):
+            cls.from_pretrained(tmp_path)
+
+
+@NEEDS_5  # 4 writes no architectures for this one
+@pytest.mark.parametrize("compressed", [compress_pivoted, compress_shared])
+def test_renamed_tensors_of_other_kinds(compressed, tmp_path):
+    model = compressed(qwen2_vl(), include="*language_model*_proj")
+    model.save_pretrained(tmp_path)
+    layer = [name for name in low_rank_layers(model) if name.endswith("up_proj")][1]
+    entries = read_headers(weight_files(tmp_path))
+    assert f"{layer}.up.weight" not in entries
+    loaded = load(tmp_path)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor)
+    last = "pivots" if compressed is compress_pivoted else "up.weight"
+    drop(tmp_path, next(key for key in entries if key.endswith(f"1.mlp.up_proj.{last}")))
+    with pytest.raises(ValueError, match=rf"lacks .*1\.mlp\.up_proj\.{last}"):
+        load(tmp_path)

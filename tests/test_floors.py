@@ -13,14 +13,21 @@ PACKAGE = ROOT / "soco"
 # A folder is one inhabitant of its floor.
 FLOORS = [
     {"core"},
-    {"data", "folders", "headers", "ops"},
-    {"diagnosis", "linalg", "modules", "objectives", "ranks"},
-    {"allocators", "fitting", "spectral", "surgery", "weighting"},
-    {"calibration", "contents", "guard", "sequential", "training"},
+    {"data", "folders", "headers", "ops", "taskdata"},
+    {"diagnosis", "linalg", "modules", "objectives", "ranks", "steps"},
+    {
+        "allocators", "fitting", "pivots", "principal", "spectral", "surgery", "svd_gradient",
+        "weighting",
+    },
+    {
+        "calibration", "contents", "experts", "guard", "refinement", "sampling", "sequential",
+        "surgeon", "training", "truncation",
+    },
     {"archive", "methods", "plugin"},
-    {"checkpoint", "evaluation", "reporting", "workbench"},
+    {"checkpoint", "evaluation", "reporting", "tasks", "workbench"},
     {"factorization", "preparation"},
     {"pipeline"},
+    {"comparison"},
     {"bench", "cli"},
 ]
 OUTSIDE = {"__init__", "_autoload"}  # public names; the standard library only

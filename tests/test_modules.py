@@ -1,15 +1,17 @@
-"""soco.modules: one layer, two ways to compute it, and what others may do to its children."""
+"""soco.modules: each layer, the ways to compute it, and what others may do to its children."""
 
 import copy
+import io
+from typing import cast
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from soco import ops
-from soco.modules import LowRankLinear
+from soco import modules, ops
+from soco.modules import LowRankLinear, PivotedLinear, share_basis
 
 
 def layer(in_features=6, out_features=5, rank=3, bias=True, dtype=torch.float32, device="cpu"):
@@ -235,3 +237,387 @@ def test_to_linear_keeps_the_training_flag():
 
 def test_repr():
     assert "in_features=6, out_features=5, rank=3, bias=True" in repr(layer())
+
+
+# ---- pivots -------------------------------------------------------------------------------------
+
+PIVOTS = [5, 0, 3]  # of 7 outputs, in no order
+
+
+def pivoted(bias=True, dtype=torch.float32, device="cpu", pivots=PIVOTS):
+    rest, rows = inputs(4, 3), inputs(3, 6)
+    shift = inputs(7).to(device) if bias else None
+    factors = rest.to(device, dtype), rows.to(device, dtype), torch.tensor(pivots, device=device)
+    return PivotedLinear.from_factors(factors, shift)
+
+
+def dense(made):
+    """The weight by the definition, row by row."""
+    rest, rows = iter(made.up.weight @ made.down.weight), made.down.weight
+    pivots = made.pivots.tolist()
+    return torch.stack([rows[pivots.index(i)] if i in pivots else next(rest) for i in range(7)])
+
+
+def test_pivots_by_hand():
+    factors = torch.tensor([[0.5], [2.0]]), torch.tensor([[4.0, 2.0]]), torch.tensor([1])
+    made = PivotedLinear.from_factors(factors, torch.tensor([0.0, 100.0, 0.0]))
+    assert made(torch.tensor([[1.0, 1.0]])).tolist() == [[3.0, 106.0, 12.0]]
+    assert (made.in_features, made.out_features, made.rank) == (2, 3, 1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (4, 6), (2, 3, 6)])
+def test_pivoted_is_the_dense_layer(shape, bias, device):
+    made = pivoted(bias, device=device)
+    x = inputs(*shape, device=device)
+    linear = made.to_linear()
+    torch.testing.assert_close(linear.weight, dense(made))
+    torch.testing.assert_close(made(x), linear(x))
+    assert (linear.bias is not None) == bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_pivoted_dtypes(dtype, device):
+    made = pivoted(dtype=dtype, device=device)
+    y = made(inputs(4, 6, dtype=dtype, device=device))
+    assert y.dtype == made.to_linear().weight.dtype == made.weight.dtype == dtype
+    wide = pivoted(device=device)(inputs(4, 6, device=device))
+    torch.testing.assert_close(y.float(), wide, rtol=0.05, atol=0.1)
+
+
+def test_pivoted_trains(device):
+    made, x = pivoted(device=device), inputs(4, 6, device=device).requires_grad_()
+    twin, z = copy.deepcopy(made), inputs(4, 6, device=device).requires_grad_()
+    made(x).square().sum().backward()
+    nn.functional.linear(z, dense(twin), twin.bias).square().sum().backward()
+    torch.testing.assert_close(x.grad, z.grad)
+    for (name, mine), (_, theirs) in zip(
+        made.named_parameters(), twin.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+
+
+@pytest.mark.parametrize("change", ["biased", "forward hook", "wrapped"])
+def test_a_changed_child_of_a_pivoted_layer_is_called(change):
+    made, x = pivoted(), inputs(4, 6)
+    made.up, made.down = nn.Linear(3, 4, bias=False), nn.Linear(6, 3, bias=False)
+    if change == "biased":
+        made.up = nn.Linear(3, 4)
+    elif change == "forward hook":
+        made.down.register_forward_hook(lambda m, args, out: out.mul(2))
+    else:
+        made.up.forward = lambda input: 3 * nn.Linear.forward(made.up, input)
+    y = made(x) - made.bias
+    torch.testing.assert_close(y[:, PIVOTS], made.down(x))
+    torch.testing.assert_close(y[:, [1, 2, 4, 6]], made.up(made.down(x)))
+
+
+def test_pivoted_under_autocast():
+    made, x = pivoted(), inputs(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = made(x), made.to_linear()(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_pivoted_compiles_whole(backend):
+    made, x = pivoted(), inputs(4, 6)
+    compiled = torch.compile(made, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x), made(x))
+    compiled(x).sum().backward()
+    assert made.up.weight.grad is not None
+    made.load_state_dict(pivoted(pivots=[1, 2, 6]).state_dict())  # the graph sees other pivots
+    torch.testing.assert_close(compiled(x), made(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_pivoted_program_needs_no_soco(strict):
+    made, x = pivoted(), inputs(4, 6)
+    program = torch.export.export(made, (x,), strict=strict)
+    assert not [node for node in program.graph.nodes if "soco" in str(node.target)]
+    torch.testing.assert_close(program.module()(x), made(x))
+
+
+def load_in_place(made, other):
+    made.load_state_dict(other.state_dict())
+
+
+def load_by_assigning(made, other):
+    made.load_state_dict(other.state_dict(), assign=True)
+
+
+def set_the_buffer(made, other):
+    made.pivots = other.pivots
+
+
+def set_the_buffer_like_accelerate(made, other):
+    made._buffers["pivots"] = other.pivots
+
+
+def write_into_the_buffer(made, other):
+    made.pivots[:] = other.pivots
+
+
+def materialize(made, other):
+    made.to("meta").to_empty(device="cpu")
+    made.load_state_dict(other.state_dict())
+
+
+WAYS = [
+    load_in_place, load_by_assigning, set_the_buffer, set_the_buffer_like_accelerate,
+    write_into_the_buffer, materialize,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_new_pivots_are_noticed(way):
+    made, other, x = pivoted(), pivoted(pivots=[1, 2, 6]), inputs(4, 6)
+    before = made(x)
+    way(made, other)
+    assert torch.equal(made(x), other(x))
+    assert not torch.equal(made(x), before)
+
+
+def test_the_order_is_computed_once(monkeypatch):
+    made, x, calls = pivoted(), inputs(4, 6), []
+    original = modules._order
+    monkeypatch.setattr(modules, "_order", lambda *args: calls.append(1) or original(*args))
+    for _ in range(3):
+        made(x)
+    assert len(calls) == 1
+    twin = copy.deepcopy(made)
+    assert torch.equal(twin(x), made(x))
+
+
+def test_a_first_call_in_inference_mode_spoils_nothing():
+    made, x = pivoted(), inputs(4, 6)
+    with torch.inference_mode():
+        made(x)
+    made(x).sum().backward()
+    with torch.inference_mode():
+        other = copy.deepcopy(made)
+        other.pivots = made.pivots.clone()
+    assert torch.equal(other(x), made(x))
+
+
+def test_pivoted_state_dict():
+    made = pivoted()
+    state = made.state_dict()
+    assert {key: tuple(value.shape) for key, value in state.items()} == {
+        "bias": (7,),
+        "weight": (1,),
+        "pivots": (3,),
+        "down.weight": (3, 6),
+        "up.weight": (4, 3),
+    }
+    assert sum(p.numel() for p in pivoted(bias=False).parameters()) == 3 * (6 + 7) - 3 * 3
+    empty = PivotedLinear(6, 7, 3, device="meta").to_empty(device="cpu")
+    empty.load_state_dict(state)
+    assert torch.equal(empty(inputs(4, 6)), made(inputs(4, 6)))
+    half = copy.deepcopy(made).to(torch.bfloat16)
+    assert half.pivots.dtype == torch.int64
+    assert torch.equal(PivotedLinear(6, 7, 3).pivots, torch.arange(3))
+    stream = io.BytesIO()
+    torch.save(made, stream)
+    stream.seek(0)
+    assert torch.equal(torch.load(stream, weights_only=False)(inputs(4, 6)), made(inputs(4, 6)))
+
+
+@pytest.mark.parametrize(
+    ("pivots", "message"),
+    [
+        ([0, 3], r"pivots must be int64 of shape \[3\], got torch\.int64 of shape \[2\]"),
+        ([0.0, 3.0, 5.0], r"pivots must be int64 of shape \[3\], got torch\.float32 of shape"),
+        ([0, 3, 7], "pivots hold 7, which is no output of 7"),
+        ([0, -1, 3], "pivots hold -1, which is no output of 7"),
+        ([3, 0, 3], "pivots hold 3 twice"),
+    ],
+)
+def test_pivots_that_are_none(pivots, message):
+    with pytest.raises(ValueError, match=message):
+        pivoted(pivots=pivots)
+    made = pivoted()
+    made.pivots = torch.tensor(pivots)
+    with pytest.raises(ValueError, match=message):
+        made.to_linear()
+
+
+def test_pivoted_shapes_that_do_not_fit():
+    rest, rows, pivots = torch.ones(4, 3), torch.ones(3, 6), torch.arange(3)
+    with pytest.raises(ValueError, match=r"rest must be \(out - rank.*got \(4, 3\) and \(6, 3\)"):
+        PivotedLinear.from_factors((rest, rows.T, pivots))
+    with pytest.raises(ValueError, match=r"bias must be \(out,\) = \(7,\), got \(4,\)"):
+        PivotedLinear.from_factors((rest, rows, pivots), torch.ones(4))
+    with pytest.raises(ValueError, match=r"float32 on cpu and torch\.float64 on cpu"):
+        PivotedLinear.from_factors((rest, rows.double(), pivots))
+    with pytest.raises(ValueError, match="at least 1, got 6, 5 and 0"):
+        PivotedLinear(6, 5, 0)
+    with pytest.raises(ValueError, match="rank below out_features, got 5 and 5: keep it dense"):
+        PivotedLinear(6, 5, 5)
+    with pytest.raises(ValueError, match="the weight of down is offloaded"):
+        PivotedLinear(6, 5, 3, device="meta").to_linear()
+    with pytest.raises(ValueError, match="the pivots are not in memory"):
+        PivotedLinear(6, 5, 3, device="meta").check_pivots()
+
+
+# ---- a shared basis -----------------------------------------------------------------------------
+
+
+class Trio(nn.Module):
+    """Three layers with one input; the first holds the basis of all."""
+
+    def __init__(self, device="cpu", share=True):
+        super().__init__()
+        down = inputs(3, 6).to(device)
+        self.a, self.b, self.c = (
+            LowRankLinear.from_factors((inputs(n, 3).to(device), down), inputs(n).to(device))
+            for n in (5, 7, 5)
+        )
+        if share:
+            share_basis(self.layers())
+
+    def layers(self):
+        return [self.a, self.b, self.c]
+
+    def forward(self, x):
+        return torch.cat((self.a(x), self.b(x), self.c(x)), -1)
+
+
+def test_a_shared_basis_is_one_tensor():
+    trio, apart = Trio(), Trio(share=False)
+    assert trio.a.down is trio.b.down is trio.c.down
+    assert (trio.a.basis, trio.b.basis, trio.c.basis) == (None, trio.a, trio.a)
+    assert [key for key in trio.state_dict() if "down" in key] == ["a.down.weight"]
+    assert trio.get_submodule("b.down") is trio.a.down
+    saved = sum(p.numel() for p in apart.parameters()) - sum(p.numel() for p in trio.parameters())
+    assert saved == 2 * 3 * 6
+    assert "down=another layer's" in repr(trio.b)
+    assert "another" not in repr(trio.a)
+
+
+def test_a_shared_basis_changes_no_output(device, fused):
+    trio, apart = Trio(device), Trio(device, share=False)
+    x = inputs(4, 6, device=device)
+    assert torch.equal(trio(x), apart(x))
+    assert len(fused) == 6
+    for one, other in zip(trio.layers(), apart.layers(), strict=True):
+        assert torch.equal(one.to_linear().weight, other.to_linear().weight)
+
+
+def test_gradients_of_a_shared_basis_add_up(device):
+    trio, apart = Trio(device), Trio(device, share=False)
+    x = inputs(4, 6, device=device)
+    for each in (trio, apart):
+        each(x).square().sum().backward()
+    grads = [cast(Tensor, layer.down.weight.grad) for layer in apart.layers()]
+    torch.testing.assert_close(trio.a.down.weight.grad, sum(grads))
+
+
+def test_what_replaces_the_basis_replaces_it_for_all(fused):
+    trio, x = Trio(), inputs(4, 6)
+    before = trio(x)
+    trio.a.down = Doubled(6, 3, bias=False)
+    trio.a.down.weight = nn.Parameter(inputs(3, 6))
+    assert trio.b.down is trio.a.down
+    biases = torch.cat([cast(Tensor, layer.bias) for layer in trio.layers()])
+    fused.clear()
+    torch.testing.assert_close(trio(x) - biases, 2 * (before - biases))
+    assert not fused
+    with pytest.raises(ValueError, match=r"down is a .*Doubled: merge or remove it first"):
+        trio.c.to_linear()
+
+
+def test_hooks_of_the_basis_see_every_call():
+    trio, seen = Trio(), []
+    trio.a.down.register_forward_hook(lambda m, args, out: seen.append(1))
+    trio(inputs(4, 6))
+    assert len(seen) == 3
+
+
+def test_a_shared_basis_survives():
+    trio, x = Trio(), inputs(4, 6)
+    twin = copy.deepcopy(trio)
+    assert twin.b.down is twin.a.down is not trio.a.down
+    assert torch.equal(twin(x), trio(x))
+    wide = copy.deepcopy(trio).to(torch.float64)
+    assert wide.b.down.weight.dtype == torch.float64
+    wide(x.double())
+    empty = Trio(device="meta").to_empty(device="cpu")
+    empty.load_state_dict(trio.state_dict())
+    assert torch.equal(empty(x), trio(x))
+    stream = io.BytesIO()
+    torch.save(trio, stream)
+    stream.seek(0)
+    again = torch.load(stream, weights_only=False)
+    assert again.c.down is again.a.down
+    assert torch.equal(again(x), trio(x))
+
+
+def test_a_shared_basis_compiles_and_exports():
+    trio, x = Trio(), inputs(4, 6)
+    compiled = torch.compile(trio, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), trio(x))
+    for strict in (True, False):
+        program = torch.export.export(trio, (x,), strict=strict)
+        assert not [node for node in program.graph.nodes if "soco" in str(node.target)]
+        assert [key for key in program.state_dict if "down" in key] == ["a.down.weight"]
+        torch.testing.assert_close(program.module()(x), trio(x))
+
+
+def test_a_shared_basis_under_autocast():
+    trio, x = Trio(), inputs(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = trio(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), trio(x), rtol=0.05, atol=0.2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_basis_on_another_device():
+    trio, x = Trio(), inputs(4, 6)
+    expected = trio.b(x)
+    trio.a.to("cuda")
+    torch.testing.assert_close(trio.b(x), expected)
+    torch.testing.assert_close(trio.b.to_linear()(x), expected)
+
+
+def test_an_offloaded_basis():
+    trio, x = Trio(), inputs(4, 6)
+    expected = trio(x)
+    weights = {"weight": trio.a.down.weight.detach().clone()}
+    hook = AlignDevicesHook("cpu", offload=True, weights_map=weights)
+    add_hook_to_module(trio.a.down, hook)
+    assert trio.b.down.weight.is_meta
+    torch.testing.assert_close(trio(x), expected)
+
+
+def test_groups_that_meet():
+    """A basis that is given away takes those along that used it."""
+    trio, other = Trio(share=False), LowRankLinear.from_factors((inputs(4, 3), inputs(3, 6)))
+    share_basis([trio.a, trio.b])
+    share_basis([other, trio.a])
+    share_basis([trio.b, trio.c])
+    share_basis([trio.a, other])  # nothing left to do
+    assert {layer.basis for layer in trio.layers()} == {other}
+    assert other.basis is None
+    trio.b.down = nn.Linear(6, 3, bias=False)  # a child of its own again
+    assert trio.b.basis is None
+    assert trio.a.basis is other
+
+
+def test_layers_that_share_no_basis():
+    trio = Trio(share=False)
+    with pytest.raises(ValueError, match="two layers or more, got 1"):
+        share_basis([trio.a])
+    with pytest.raises(ValueError, match="only a LowRankLinear shares a basis, got PivotedLinear"):
+        share_basis([trio.a, pivoted()])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"layers 0 and 2 cannot .* \[3, 6\] in .* and \[4, 6\]"):
+        share_basis([trio.a, trio.b, LowRankLinear(6, 5, 4)])
+    with pytest.raises(ValueError, match=r"torch\.float32 and \[3, 6\] in torch\.float64"):
+        share_basis([trio.a, LowRankLinear(6, 5, 3, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="layers 0 and 1 differ in down"):
+        share_basis([trio.a, LowRankLinear(6, 5, 3)])
+    assert trio.b.basis is None  # nothing was shared
+    with pytest.raises(TypeError, match="down must be a module, got Tensor"):
+        Trio().b.down = torch.ones(2)  # type: ignore[assignment]

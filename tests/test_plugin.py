@@ -25,10 +25,19 @@ from transformers.quantizers import auto
 
 from soco.checkpoint import mark_compressed
 from soco.headers import read_headers, weight_files
-from soco.modules import LowRankLinear
-from soco.plugin import SocoConfig, SocoQuantizer, register
+from soco.modules import LowRankLinear, PivotedLinear, share_basis
+from soco.plugin import SocoConfig, SocoQuantizer, _stored_pivots, register
 from soco.surgery import find_linears, low_rank_layers, output_head, shape_of, untie_head
-from tiny_models import NEEDS_5, compress, logits, tiny_model, token_inputs
+from tiny_models import (
+    NEEDS_5,
+    compress,
+    compress_pivoted,
+    compress_shared,
+    logits,
+    mark,
+    tiny_model,
+    token_inputs,
+)
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 OLD_NAMES = transformers.__version__.startswith("5.0.")  # of BERT's norms, written after loading
@@ -389,7 +398,7 @@ def test_configs_that_mean_nothing():
     bad = {
         "has no format_version": {k: v for k, v in good.items() if k != "format_version"},
         "has no layers": {k: v for k, v in good.items() if k != "layers"},
-        "has format_version 2, and this soco reads up to 1": good | {"format_version": 2},
+        "has format_version 3, and this soco reads up to 2": good | {"format_version": 3},
         "has a format_version that is none: '1'": good | {"format_version": "1"},
         "has a format_version that is none: True": good | {"format_version": True},
         "has a format_version that is none: 0": good | {"format_version": 0},
@@ -399,8 +408,14 @@ def test_configs_that_mean_nothing():
         "must have an object of layers, got ['a.b']": good | {"layers": ["a.b"]},
         'must say {"rank": ...} of layer a.b, got 3': good | {"layers": {"a.b": 3}},
         'must say {"rank": ...} of layer a.b, got {}': good | {"layers": {"a.b": {}}},
-        "of layer a.b, got {'rank': 3, 'bits': 4}": good
+        "has an unknown field 'bits' of layer a.b": good
         | {"layers": {"a.b": {"rank": 3, "bits": 4}}},
+        "must say {\"rank\": ...} of layer a.b, got {'pivoted': True}": good
+        | {"layers": {"a.b": {"pivoted": True}}},
+        "can only have true for pivoted of layer a.b": good
+        | {"layers": {"a.b": {"rank": 3, "pivoted": 1}}},
+        "has format_version 1, which knows no pivoted layers and no shared basis": good
+        | {"layers": {"a.b": {"rank": 3, "pivoted": True}}},
         "can only have true for the bias of layer a.b": good
         | {"layers": {"a.b": {"rank": 3, "bias": False}}},
     }
@@ -412,6 +427,37 @@ def test_configs_that_mean_nothing():
         assert where in str(caught.value)
     with pytest.raises(ValueError, match="has an unknown field 'bits'"):
         SocoConfig(layer, bits=4)
+
+
+def test_bases_that_mean_nothing():
+    layers = {"a": {"rank": 3}, "b": {"rank": 3, "basis": "a"}, "p": {"rank": 3, "pivoted": True}}
+    good = {"quant_method": "soco", "format_version": 2, "layers": layers}
+    config = SocoConfig.from_dict(good)
+    assert isinstance(config, SocoConfig)
+    assert config.to_dict() == good | {"report": None}
+    bad = {
+        "of 'z', which is no compressed layer": {"rank": 3, "basis": "z"},
+        "of 3, which is no compressed layer": {"rank": 3, "basis": 3},
+        "of ['a'], which is no compressed layer": {"rank": 3, "basis": ["a"]},
+        "of b, which has one of another layer itself": {"rank": 3, "basis": "b"},
+        "of c, which has one of another layer itself": {"rank": 3, "basis": "c"},
+        "of a, but their ranks are 4 and 3": {"rank": 4, "basis": "a"},
+        "of p, but a pivoted layer shares none": {"rank": 3, "basis": "p"},
+        "of a, but a pivoted layer shares none": {"rank": 3, "basis": "a", "pivoted": True},
+    }
+    for message, layer in bad.items():
+        message = f"quantization_config in config.json gives layer c the basis {message}"
+        with pytest.raises(ValueError, match=re.escape(message) + "$"):
+            SocoConfig.from_dict(good | {"layers": layers | {"c": layer}})
+
+
+def test_a_folder_says_the_oldest_format_that_has_it_all():
+    plain, pivoted = {"a": {"rank": 3}}, {"a": {"rank": 3, "pivoted": True}}
+    assert SocoConfig(plain).format_version == 1
+    assert SocoConfig({}).format_version == 1
+    assert SocoConfig(pivoted).format_version == 2
+    assert SocoConfig(plain | {"b": {"rank": 3, "basis": "a"}}).format_version == 2
+    assert SocoConfig(plain, format_version=2).format_version == 2  # nothing wrong with that
 
 
 def test_registering_twice():
@@ -446,3 +492,228 @@ def test_no_layers_at_all(tmp_path):
     mark_compressed(model, {})
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(reload(model, tmp_path)), logits(model))
+
+
+# ---- pivots and shared bases --------------------------------------------------------------------
+
+KINDS = {"pivoted": compress_pivoted, "shared": compress_shared}
+SECOND = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def other_kind(request, tmp_path_factory):
+    """A model of one of the two kinds, and its folder."""
+    model = KINDS[request.param](tiny_model("llama"))
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def share(model, *names):
+    """Let compressed layers have one basis, and mark the model anew."""
+    layers = [cast(LowRankLinear, model.get_submodule(name)) for name in names]
+    for layer in layers:
+        layer.down.weight = layers[0].down.weight
+    share_basis(layers)
+    mark(model)
+
+
+def described(model):
+    """Kind, rank and basis of every compressed layer; what shares a basis has to share storage."""
+    layers = low_rank_layers(model)
+    found = {}
+    for name, layer in layers.items():
+        basis = layer.basis if isinstance(layer, LowRankLinear) else None
+        if basis is not None:
+            assert layer.down.weight.data_ptr() == basis.down.weight.data_ptr()
+            basis = next(other for other in layers if layers[other] is basis)
+        found[name] = type(layer), layer.rank, basis
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "phi3", "bert", "t5"])
+def test_other_kinds_saved_and_loaded(name, kind, tmp_path):
+    model = KINDS[kind](tiny_model(name))
+    assert any(type(m) is PivotedLinear or m.basis for m in low_rank_layers(model).values())
+    before = logits(model)
+    model.save_pretrained(tmp_path / "a")
+    loaded = reload(model, tmp_path / "a")
+    assert torch.equal(logits(loaded), before)
+    assert described(loaded) == described(model)
+    loaded.save_pretrained(tmp_path / "b")
+    for file in ("config.json", "model.safetensors"):
+        same = (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        assert same or OLD_NAMES
+    torch.testing.assert_close(logits(loaded.dequantize()), before, rtol=1e-4, atol=1e-5)
+    assert not low_rank_layers(loaded)
+
+
+def test_what_the_folders_hold(other_kind):
+    model, folder = other_kind
+    entries = read_headers(weight_files(folder))
+    config = model.config.quantization_config.to_dict()
+    assert config["format_version"] == 2
+    params = sum(p.numel() for p in model.parameters())
+    held = sum(torch.Size(entry.shape).numel() for entry in entries.values())
+    layers = low_rank_layers(model)
+    if isinstance(layers[SECOND], PivotedLinear):
+        assert config["layers"][SECOND] == {"rank": 4, "pivoted": True}
+        assert entries[f"{SECOND}.pivots"].shape == (4,)
+        assert entries[f"{SECOND}.pivots"].dtype == "I64"
+        assert entries[f"{SECOND}.up.weight"].shape == (28, 4)
+        assert held == params + sum(1 + layer.rank for layer in layers.values())
+    else:
+        assert config["layers"][Q_PROJ] == {"rank": 4}
+        assert config["layers"][SECOND] == {"rank": 4, "basis": Q_PROJ}
+        assert f"{Q_PROJ}.down.weight" in entries
+        assert f"{SECOND}.down.weight" not in entries
+        assert held == params + len(layers)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"device_map": "auto"}, {"dtype": "auto"}],
+    ids=str,
+)
+def test_other_kinds_loaded_in_other_ways(other_kind, options):
+    model, folder = other_kind
+    loaded, again = reload(model, folder, **options), reload(model, folder, **options)
+    assert described(loaded) == described(model)
+    assert torch.equal(logits(loaded), logits(again))
+    half = options.get("dtype") == torch.bfloat16
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16 if half else torch.float32}
+    if not half and loaded.device.type == "cpu":
+        assert torch.equal(logits(loaded), logits(model))
+    for layer in low_rank_layers(loaded).values():
+        if isinstance(layer, PivotedLinear):
+            assert layer.pivots.dtype == torch.int64
+
+
+def test_shards_of_other_kinds(other_kind, tmp_path):
+    model, _ = other_kind
+    model.save_pretrained(tmp_path, max_shard_size="12KB")
+    assert len(weight_files(tmp_path)) >= 3
+    loaded = reload(model, tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert described(loaded) == described(model)
+
+
+def test_other_kinds_offloaded_to_disk(other_kind, tmp_path):
+    model, folder = other_kind
+    loaded = reload(model, folder, device_map=OFFLOADED, offload_folder=tmp_path / "off")
+    assert loaded.get_submodule(f"{SECOND}.down").weight.is_meta
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the memory that saving takes
+        loaded.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(reload(model, tmp_path / "b")), logits(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_other_kinds_in_other_classes(name, kind, tmp_path):
+    model = KINDS[kind](tiny_model(name))
+    model.save_pretrained(tmp_path / "a")
+    base = AutoModel.from_pretrained(tmp_path / "a")
+    inputs = token_inputs(model, rows=1)
+    with torch.no_grad():
+        hidden = base(**inputs).last_hidden_state
+        expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(hidden, expected)
+    base.save_pretrained(tmp_path / "b")
+    again = reload(base, tmp_path / "b")
+    assert described(again) == described(base)
+    torch.testing.assert_close(again(**inputs)[0], base(**inputs)[0])
+    if name != "bert":  # whose masked model has no pooler
+        head = type(model).from_pretrained(tmp_path / "b")  # from the base: a new, dense head
+        assert described(head) == described(model)
+
+
+@NEEDS_5  # 4 does not save what it does not list as tied
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_in_tied_blocks(kind, tmp_path):
+    from test_surgery import zamba
+
+    model = zamba()
+    if kind == "pivoted":
+        compress_pivoted(model, include="*.shared_transf.*")
+    else:  # one basis for the three of the attention
+        compress(model, include="*.shared_transf.*")
+        attention = "model.layers.1.shared_transf.self_attn"
+        share(model, *(f"{attention}.{name}_proj" for name in "qkv"))
+    model.save_pretrained(tmp_path / "a")
+    loaded = reload(model, tmp_path / "a")
+    assert torch.equal(logits(loaded), logits(model))
+    assert described(loaded) == described(model)
+    first, second = (loaded.model.layers[i].shared_transf.self_attn.k_proj for i in (1, 3))
+    assert first is second
+    loaded.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(reload(model, tmp_path / "b")), logits(model))
+
+
+def test_other_kinds_generate(other_kind):
+    model, folder = other_kind
+    test_generate((model, folder))
+
+
+def test_other_kinds_export(other_kind):
+    test_exports(other_kind)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_other_kinds_compile(other_kind):
+    test_compiles(other_kind)
+
+
+@IGNORE_PEFT
+def test_lora_on_other_kinds(other_kind, tmp_path):
+    """An adapter on a basis belongs to every layer that uses it, merged or not."""
+    test_lora(other_kind, tmp_path)
+    model, folder = other_kind
+    adapted = peft.get_peft_model(
+        reload(model, folder), peft.LoraConfig(r=2, target_modules=["q_proj.down"])
+    )
+    inside = "base_model.model"
+    first, second = (adapted.get_submodule(f"{inside}.{name}") for name in (Q_PROJ, SECOND))
+    assert isinstance(second.down, peft.tuners.lora.Linear)
+    assert (first.down is second.down) == (not isinstance(second, PivotedLinear))
+
+
+@IGNORE_PEFT
+def test_lora_finds_all_factors_of_other_kinds(other_kind):
+    model, folder = other_kind
+    adapted = peft.get_peft_model(
+        reload(model, folder), peft.LoraConfig(r=2, target_modules="all-linear")
+    )
+    wrapped = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    layers = low_rank_layers(model).values()
+    own = [layer for layer in layers if not isinstance(layer, LowRankLinear) or not layer.basis]
+    assert len(wrapped) == len(layers) + len(own)
+
+
+def test_trainer_on_other_kinds(other_kind, tmp_path):
+    """Trained, resumed and loaded from a checkpoint; a basis is trained by all that use it."""
+    test_trainer(other_kind, tmp_path)
+
+
+def test_the_basis_has_to_be_in_the_class(tmp_path):
+    """A base model of which only the layers without the basis are there."""
+    model = tiny_model("llama")
+    compress(model, include=["lm_head", "*.0.mlp.up_proj"])
+    share(model, "lm_head", "model.layers.0.mlp.up_proj")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(model, tmp_path)), logits(model))
+    with pytest.raises(ValueError, match=r"up_proj the basis of lm_head, which LlamaModel does no"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_pivots_are_read_before_loading(tmp_path):
+    """What transformers 4 needs for layers that are offloaded."""
+    model = compress_pivoted(tiny_model("llama"))
+    model.save_pretrained(tmp_path)
+    entries, key = read_headers(weight_files(tmp_path)), f"{SECOND}.pivots"
+    assert torch.equal(_stored_pivots(entries, key, 4), model.get_submodule(SECOND).pivots)
+    for wrong in (_stored_pivots(entries, key, 3), _stored_pivots({}, key, 3)):
+        assert wrong.tolist() == [-1, -1, -1]
+    assert _stored_pivots(entries, f"{SECOND}.weight", 1).tolist() == [-1]

@@ -1,5 +1,7 @@
 """Small random models of many architectures, and the plainest way to compress one of them."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -11,7 +13,9 @@ from transformers import (
 )
 
 from soco.checkpoint import mark_compressed
-from soco.modules import LowRankLinear
+from soco.linalg import Factors
+from soco.modules import LowRankLinear, PivotedLinear, share_basis
+from soco.pivots import pivot_factors
 from soco.surgery import bias_of, find_linears, low_rank_layers, replace_module, weight_of
 
 IS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -112,6 +116,45 @@ def compress(model, rank=4, include=None, exclude=None, report=None):
         up, down = left[:, kept] * values[kept], right[kept]
         factors = up.to(weight.dtype), down.to(weight.dtype)
         replace_module(model, name, LowRankLinear.from_factors(factors, bias_of(layer)))
+    mark(model, report)
+    return model
+
+
+def mark(model, report=None):
+    """Tell transformers, with the ranks of the layers that are there."""
     ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
     mark_compressed(model, ranks, report)
+
+
+@torch.no_grad()
+def compress_pivoted(model, rank=4, include=None, exclude=None):
+    """As ``compress``, with pivots wherever the rank is less than the outputs."""
+    compress(model, rank, include, exclude)
+    for name, layer in low_rank_layers(model).items():
+        if layer.rank < layer.out_features:
+            factors = Factors(layer.up.weight, layer.down.weight)
+            made = PivotedLinear.from_factors(pivot_factors(factors, name=name), layer.bias)
+            replace_module(model, name, made)
+    mark(model)
+    return model
+
+
+@torch.no_grad()
+def compress_shared(model, rank=4, include=None, exclude=None):
+    """One basis for the layers of all blocks that have the same name in their block."""
+    groups = {}
+    for name, layer in find_linears(model, include, exclude).items():
+        groups.setdefault(re.sub(r"\d+", "#", name), {})[name] = layer
+    for group in groups.values():
+        stacked = torch.cat([weight_of(layer) for layer in group.values()])
+        left, values, right = torch.linalg.svd(stacked, full_matrices=False)
+        ups = (left * values)[:, :rank].split([len(weight_of(layer)) for layer in group.values()])
+        made = [
+            LowRankLinear.from_factors((up, right[:rank]), bias_of(layer))
+            for up, layer in zip(ups, group.values(), strict=True)
+        ]
+        for name, layer in zip(group, made, strict=True):
+            replace_module(model, name, layer)
+        share_basis(made)
+    mark(model)
     return model
