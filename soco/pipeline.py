@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from soco.calibration import Statistics, collect, sample_from_model, uncalled
 from soco.checkpoint import mark_compressed
 from soco.data import token_windows
+from soco.experts import experts_split, join_experts
 from soco.guard import Clock, unchanged_on_error
 from soco.linalg import Factors, Spectrum
 from soco.methods import METHODS, Method, TrainedMethod
@@ -121,66 +122,79 @@ def compress(
     if ranks not in ("uniform", "energy"):
         raise ValueError(f'ranks must be "uniform" or "energy", got {ranks!r}')
     notes: list[str] = []
-    with _noted(notes):
-        targets = _targets(model, include, exclude)
-    shapes = {name: shape_of(module) for name, module in targets.items()}
-    budget = parameter_budget(shapes, ratio)
-    trained = isinstance(chosen, TrainedMethod)
-    if calibration is None and (chosen.needs or trained):
-        raise ValueError(
-            f"method {chosen.name} learns from text: give calibration=, a path or token ids, or "
-            f'"self" for text that the model writes itself'
-        )
-    clock = Clock(next(model.parameters()).device)
-    before = _size(model)
-    windows, stats = None, {}
-    with unchanged_on_error(model, targets):
-        if chosen.needs or trained:
-            with clock("calibration text"), _noted(notes):
-                windows = _windows(model, calibration, tokenizer, samples, length, seed, progress)
-        if windows is not None and chosen.needs:
-            with clock("statistics"), _bar(len(windows), "statistics", progress) as bar:
-                stats = collect(model, targets, windows, batch_size, bar)
-            with _noted(notes):
-                _warn_of_rare(stats)
-        with clock("decomposition"), _bar(len(targets), "decomposition", progress) as bar:
-            spectra = _spectra(chosen, targets, stats, bar)
-        if trained:
-            with clock("training"), _noted(notes):
-                result, scores, history = _train(
-                    model, cast(TrainedMethod, chosen), targets, spectra, windows, budget, progress
-                )
-        else:
-            with clock("factors"):
-                result = _truncate(targets, spectra, shapes, budget, ranks)
-            scores, history = {}, []
-        _install(model, targets, result)
-        layers = tuple(
-            _layer_report(name, shapes[name], result[name][0], scores.get(name)) for name in targets
-        )
-        after, peak = _size(model), clock.peak()
-        outcome = Report(
-            method=chosen.name,
-            ratio=float(ratio),
-            layers=layers,
-            model_params_before=before[0],
-            model_params_after=after[0],
-            model_bytes_before=before[1],
-            model_bytes_after=after[1],
-            seconds=clock.seconds,
-            peak_bytes=peak[0],
-            peak_of=peak[1],
-            calibration=_describe(calibration, windows, seed),
-            settings=_settings(chosen, ranks),
-            left_dense=tuple(fused_experts(model)),
-            warnings=tuple(notes),
-            history=_columns(history),
-            versions={name: version(name) for name in ("soco-llm", "torch", "transformers")},
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-        factored = {layer.name: layer.rank for layer in layers if layer.rank is not None}
-        biases = [n for n in factored if result[n][1] is not None and bias_of(targets[n]) is None]
-        mark_compressed(cast("PreTrainedModel", model), factored, outcome.to_dict(), biases)
+    with experts_split(model) as fused:
+        with _noted(notes):
+            targets = _targets(model, include, exclude)
+        shapes = {name: shape_of(module) for name, module in targets.items()}
+        budget = parameter_budget(shapes, ratio)
+        trained = isinstance(chosen, TrainedMethod)
+        if calibration is None and (chosen.needs or trained):
+            raise ValueError(
+                f"method {chosen.name} learns from text: give calibration=, a path or token ids, "
+                f'or "self" for text that the model writes itself'
+            )
+        clock = Clock(next(model.parameters()).device)
+        before = _size(model)
+        windows, stats = None, {}
+        with unchanged_on_error(model, targets):
+            if chosen.needs or trained:
+                with clock("calibration text"), _noted(notes):
+                    windows = _windows(
+                        model, calibration, tokenizer, samples, length, seed, progress
+                    )
+            if windows is not None and chosen.needs:
+                with clock("statistics"), _bar(len(windows), "statistics", progress) as bar:
+                    stats = collect(model, targets, windows, batch_size, bar)
+                with _noted(notes):
+                    _warn_of_rare(stats)
+            with clock("decomposition"), _bar(len(targets), "decomposition", progress) as bar:
+                spectra = _spectra(chosen, targets, stats, bar)
+            if trained:
+                with clock("training"), _noted(notes):
+                    result, scores, history = _train(
+                        model,
+                        cast(TrainedMethod, chosen),
+                        targets,
+                        spectra,
+                        windows,
+                        budget,
+                        progress,
+                    )
+            else:
+                with clock("factors"):
+                    result = _truncate(targets, spectra, shapes, budget, ranks)
+                scores, history = {}, []
+            _install(model, targets, result)
+            join_experts(model, fused)
+            layers = tuple(
+                _layer_report(name, shapes[name], result[name][0], scores.get(name))
+                for name in targets
+            )
+            after, peak = _size(model), clock.peak()
+            outcome = Report(
+                method=chosen.name,
+                ratio=float(ratio),
+                layers=layers,
+                model_params_before=before[0],
+                model_params_after=after[0],
+                model_bytes_before=before[1],
+                model_bytes_after=after[1],
+                seconds=clock.seconds,
+                peak_bytes=peak[0],
+                peak_of=peak[1],
+                calibration=_describe(calibration, windows, seed),
+                settings=_settings(chosen, ranks),
+                left_dense=tuple(fused_experts(model)),
+                warnings=tuple(notes),
+                history=_columns(history),
+                versions={name: version(name) for name in ("soco-llm", "torch", "transformers")},
+                date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            )
+            factored = {layer.name: layer.rank for layer in layers if layer.rank is not None}
+            biases = [
+                n for n in factored if result[n][1] is not None and bias_of(targets[n]) is None
+            ]
+            mark_compressed(cast("PreTrainedModel", model), factored, outcome.to_dict(), biases)
     return model
 
 

@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from soco.contents import check_contents, find_entries, is_own_class
+from soco.experts import Experts, find_experts, fuse_experts, is_fused, split_experts
 from soco.modules import LowRankLinear
 from soco.surgery import bias_of, is_linear, low_rank_layers, output_head, replace_module, shape_of
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # importing it here for good would be a cycle: the plug-in re
 FORMAT_VERSION = 1
 QUANT_METHOD = "soco"
 
-_FIELDS = ("quant_method", "format_version", "layers", "report")
+_FIELDS = ("quant_method", "format_version", "layers", "report", "experts")
 
 
 class SocoConfig(QuantizationConfigMixin):
@@ -33,6 +34,7 @@ class SocoConfig(QuantizationConfigMixin):
         report: how the model was compressed (``soco.Report`` as plain JSON), or None.
         format_version: of the folder, ``FORMAT_VERSION``.
         quant_method: "soco".
+        experts: names of the modules whose experts are stored as layers of their own.
 
     Raises:
         ValueError: a field is unknown or holds what it cannot mean.
@@ -44,6 +46,7 @@ class SocoConfig(QuantizationConfigMixin):
         report: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
+        experts: Iterable[str] = (),
         **unknown: object,
     ) -> None:
         """Check every field; the class keeps plain dicts."""
@@ -51,15 +54,22 @@ class SocoConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.layers = {} if layers is None else layers
         self.report = report
+        self.experts = experts
         _check_fields({**self.__dict__, **unknown})
         self.layers = {name: dict(layer) for name, layer in self.layers.items()}
         self.report = None if report is None else dict(report)
+        self.experts = list(experts)
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         """Read the object in config.json, which has to have every field but the report."""
         _check_fields(config_dict)
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: experts only where there are any."""
+        described = super().to_dict()
+        return described if self.experts else {k: v for k, v in described.items() if k != "experts"}
 
 
 class SocoQuantizer(HfQuantizer):
@@ -79,8 +89,8 @@ class SocoQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Nothing in a compressed layer breaks a graph."""
-        return True
+        """Nothing in a compressed layer breaks a graph, but sending tokens to experts does."""
+        return not cast(SocoConfig, self.quantization_config).experts
 
     def is_serializable(  # type: ignore[override]
         self, *args: object, **kwargs: object
@@ -97,12 +107,18 @@ class SocoQuantizer(HfQuantizer):
         layers = {}
         self._twins: dict[str, str] = {}
         check_ties(model, named)
+        config.experts = _split(model, config, entries)
         for name, layer in config.layers.items():
             place = _place(model, name)
             if place is not None:
                 replace_module(model, place, _skeleton(model, place, name, layer))
                 self._twins.update(_replace_twins(model, place))
                 layers[place] = layer
+            elif (fused := _fused_around(model, name)) is not None:
+                raise ValueError(
+                    f"config.json names a compressed layer {name}, "
+                    f"but not {fused} among the experts that are stored as layers"
+                )
             elif is_own_class(model) or entries is None or f"{name}.down.weight" not in entries:
                 raise ValueError(
                     f"config.json names a compressed layer {name}, "
@@ -113,9 +129,17 @@ class SocoQuantizer(HfQuantizer):
         config.layers = layers  # by their names in this class, for when it is saved
         return model
 
+    def update_weight_conversions(self, weight_conversions: list, model: "PreTrainedModel") -> list:
+        """Keep transformers 5 from merging the split experts as it does those of stock folders."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        places = [name.removeprefix(f"{model.base_model_prefix}.") for name in find_experts(model)]
+        return [_elsewhere(conversion, places) for conversion in conversions]
+
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **kwargs: object
     ) -> "PreTrainedModel":
+        for conversion in getattr(model, "_weight_conversions", None) or ():
+            _everywhere(conversion)
         for name, place in self._twins.items():
             replace_module(model, name, model.get_submodule(place))  # as when it was compressed
         model.config.quantization_config = self.quantization_config  # transformers 4 has copied it
@@ -139,6 +163,12 @@ class SocoQuantizer(HfQuantizer):
         vars(config).pop("quantization_config", None)
         with torch.device("meta"):
             stock = type(model)(config)  # to see which of the layers are Conv1D
+        split_experts(stock)
+        for name, experts in find_experts(model).items():
+            try:
+                experts.check_biases()
+            except ValueError as error:
+                raise ValueError(f"{name} cannot become dense: {error}") from error
         for name, layer in low_rank_layers(model).items():
             try:
                 dense = layer.to_linear()
@@ -147,6 +177,7 @@ class SocoQuantizer(HfQuantizer):
             if isinstance(stock.get_submodule(name), Conv1D):
                 dense = _to_conv1d(dense)
             replace_module(model, name, dense)
+        fuse_experts(model)
         return model
 
 
@@ -206,6 +237,11 @@ def _check_fields(data: Mapping[str, object]) -> None:
             )
         if layer.get("bias", True) is not True:
             raise ValueError(f"{where} can only have true for the bias of layer {name}")
+    experts = data.get("experts", [])
+    if not isinstance(experts, list | tuple) or not all(isinstance(name, str) for name in experts):
+        raise ValueError(f"{where} must have a list of names for its experts, got {experts!r}")
+    if len(set(experts)) < len(experts):
+        raise ValueError(f"{where} names the same experts twice: {experts!r}")
 
 
 def _place(model: "PreTrainedModel", name: str) -> str | None:
@@ -217,6 +253,62 @@ def _place(model: "PreTrainedModel", name: str) -> str | None:
     names = {path for path, _ in model.named_modules(remove_duplicate=False)}
     candidates = (name, name.removeprefix(prefix), prefix + name)
     return next((candidate for candidate in candidates if candidate in names), None)
+
+
+def _split(
+    model: "PreTrainedModel", config: SocoConfig, entries: Mapping[str, object] | None
+) -> list[str]:
+    """Split the experts that config.json names, and give their names in this class."""
+    places = []
+    for name in config.experts:
+        place = _place(model, name)
+        if place is not None:
+            fused = model.get_submodule(place)
+            if not is_fused(fused):
+                raise ValueError(
+                    f"config.json names experts {name}, "
+                    f"which are a {type(fused).__name__} in {type(model).__name__} and not fused"
+                )
+            replace_module(model, place, Experts(fused))
+            places.append(place)
+        elif is_own_class(model) or not any(key.startswith(f"{name}.") for key in entries or ()):
+            raise ValueError(
+                f"config.json names experts {name}, which {type(model).__name__} does not have"
+            )  # otherwise a part that this class leaves out, as for layers
+    return places
+
+
+def _fused_around(model: "PreTrainedModel", name: str) -> str | None:
+    """The fused experts that would have to be split for a layer of this name, if any."""
+    while name:
+        name = name.rpartition(".")[0]
+        place = _place(model, name)
+        if place is not None:
+            return name if is_fused(model.get_submodule(place)) else None
+    return None
+
+
+def _elsewhere(conversion: Any, places: list[str]) -> Any:
+    """Let a conversion of transformers 5 merge tensors everywhere but inside of ``places``."""
+    if not places or not hasattr(conversion, "operations"):  # which a renaming has not
+        return conversion
+
+    class Elsewhere(type(conversion)):
+        __slots__ = ()
+
+        def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+            if any(f".{place}." in f".{source_key}" for place in places):
+                return source_key, None
+            return super().rename_source_key(source_key)
+
+    conversion.__class__ = Elsewhere
+    return conversion
+
+
+def _everywhere(conversion: Any) -> None:
+    """Make a conversion what it was before ``_elsewhere``: pickle cannot write a local class."""
+    if type(conversion).__qualname__.endswith("_elsewhere.<locals>.Elsewhere"):
+        conversion.__class__ = type(conversion).__base__
 
 
 def _skeleton(

@@ -16,7 +16,7 @@ FLOORS = [
     {"data", "folders", "headers", "ops"},
     {"diagnosis", "linalg", "modules", "objectives", "ranks"},
     {"spectral", "surgery"},
-    {"calibration", "contents", "guard", "training"},
+    {"calibration", "contents", "experts", "guard", "training"},
     {"methods", "plugin"},
     {"checkpoint", "evaluation", "reporting"},
     {"pipeline"},
