@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Expert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map the tokens (tokens, hidden) that were sent to this expert to (tokens, hidden)."""
         first, second = (getattr(self, name) for name in self.names)
-        (shell,) = self._shell
+        shell = cast(Any, self._shell[0])
         gated = first(x)
         gated = shell.act_fn(gated) if self.names[0] == "up_proj" else shell._apply_gate(gated)
         return second(gated)

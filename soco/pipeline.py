@@ -41,7 +41,7 @@ from soco.surgery import (
     find_linears,
     fused_experts,
     output_head,
-    replace_module,
+    replace_modules,
     set_weight,
     shape_of,
     transformer_blocks,
@@ -387,7 +387,7 @@ def _train(
             largest_score=method.largest_score,
             deviation=method.deviation,
         )
-        replace_module(model, name, layers[name])
+    replace_modules(model, layers)
     objective = objective_for(model, windows[:1].to(next(model.parameters()).device))
     blocks = transformer_blocks(model) if settings.checkpointing else []
     with tqdm(total=settings.steps, unit="step", disable=_hidden(progress), leave=False) as bar:
@@ -412,15 +412,15 @@ def _install(model: nn.Module, targets: Mapping[str, nn.Module], result: Result)
     head = output_head(model)
     if head in result and result[head][0] is not _UNCHANGED:
         untie_head(model)
+    final = {}
     for name, module in targets.items():
         weight, bias = result[name]
+        final[name] = module
         if isinstance(weight, Factors):
-            layer: nn.Module = LowRankLinear.from_factors(weight, bias)
-            replace_module(model, name, layer)
-        else:
-            if weight is not _UNCHANGED:
-                set_weight(module, weight)
-            replace_module(model, name, module)
+            final[name] = LowRankLinear.from_factors(weight, bias)
+        elif weight is not _UNCHANGED:
+            set_weight(module, weight)
+    replace_modules(model, final)
 
 
 def _layer_report(

@@ -14,7 +14,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from soco.contents import check_contents, find_entries, is_own_class
 from soco.experts import Experts, find_experts, fuse_experts, is_fused, split_experts
 from soco.modules import LowRankLinear
-from soco.surgery import bias_of, is_linear, low_rank_layers, output_head, replace_module, shape_of
+from soco.surgery import (
+    bias_of,
+    is_linear,
+    low_rank_layers,
+    output_head,
+    replace_module,
+    replace_modules,
+    shape_of,
+)
 
 if TYPE_CHECKING:  # importing it here for good would be a cycle: the plug-in registers before it
     from transformers import PreTrainedModel
@@ -104,15 +112,15 @@ class SocoQuantizer(HfQuantizer):
         config = cast(SocoConfig, self.quantization_config)
         entries = find_entries(model, checkpoint_files)
         named = list(config.layers)
-        layers = {}
+        layers, skeletons = {}, {}
         self._twins: dict[str, str] = {}
         check_ties(model, named)
         config.experts = _split(model, config, entries)
+        places = _places(model, config.layers)
         for name, layer in config.layers.items():
-            place = _place(model, name)
+            place = places[name]
             if place is not None:
-                replace_module(model, place, _skeleton(model, place, name, layer))
-                self._twins.update(_replace_twins(model, place))
+                skeletons[place] = _skeleton(model, place, name, layer)
                 layers[place] = layer
             elif (fused := _fused_around(model, name)) is not None:
                 raise ValueError(
@@ -124,8 +132,11 @@ class SocoQuantizer(HfQuantizer):
                     f"config.json names a compressed layer {name}, "
                     f"which {type(model).__name__} does not have"
                 )  # otherwise a part that this class leaves out, such as the head under AutoModel
+        replace_modules(model, skeletons)
+        for place in skeletons:
+            self._twins.update(_replace_twins(model, place))
         if entries is not None:
-            check_contents(model, entries, named)
+            check_contents(model, entries, named, config.experts)
         config.layers = layers  # by their names in this class, for when it is saved
         return model
 
@@ -169,14 +180,15 @@ class SocoQuantizer(HfQuantizer):
                 experts.check_biases()
             except ValueError as error:
                 raise ValueError(f"{name} cannot become dense: {error}") from error
+        linears = {}
         for name, layer in low_rank_layers(model).items():
             try:
                 dense = layer.to_linear()
             except ValueError as error:
                 raise ValueError(f"{name} cannot become dense: {error}") from error
-            if isinstance(stock.get_submodule(name), Conv1D):
-                dense = _to_conv1d(dense)
-            replace_module(model, name, dense)
+            is_conv1d = isinstance(stock.get_submodule(name), Conv1D)
+            linears[name] = _to_conv1d(dense) if is_conv1d else dense
+        replace_modules(model, linears)
         fuse_experts(model)
         return model
 
@@ -244,24 +256,26 @@ def _check_fields(data: Mapping[str, object]) -> None:
         raise ValueError(f"{where} names the same experts twice: {experts!r}")
 
 
-def _place(model: "PreTrainedModel", name: str) -> str | None:
-    """Where a layer of the class that was saved stands in this one.
+def _places(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str | None]:
+    """Where the modules of the class that was saved stand in this one, None: nowhere.
 
     A base model (AutoModel) has the names without the prefix that a model with a head has.
     """
     prefix = f"{model.base_model_prefix}."
-    names = {path for path, _ in model.named_modules(remove_duplicate=False)}
-    candidates = (name, name.removeprefix(prefix), prefix + name)
-    return next((candidate for candidate in candidates if candidate in names), None)
+    known = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    found = {}
+    for name in names:
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        found[name] = next((candidate for candidate in candidates if candidate in known), None)
+    return found
 
 
 def _split(
     model: "PreTrainedModel", config: SocoConfig, entries: Mapping[str, object] | None
 ) -> list[str]:
     """Split the experts that config.json names, and give their names in this class."""
-    places = []
-    for name in config.experts:
-        place = _place(model, name)
+    experts = {}
+    for name, place in _places(model, config.experts).items():
         if place is not None:
             fused = model.get_submodule(place)
             if not is_fused(fused):
@@ -269,23 +283,23 @@ def _split(
                     f"config.json names experts {name}, "
                     f"which are a {type(fused).__name__} in {type(model).__name__} and not fused"
                 )
-            replace_module(model, place, Experts(fused))
-            places.append(place)
+            experts[place] = Experts(fused)
         elif is_own_class(model) or not any(key.startswith(f"{name}.") for key in entries or ()):
             raise ValueError(
                 f"config.json names experts {name}, which {type(model).__name__} does not have"
             )  # otherwise a part that this class leaves out, as for layers
-    return places
+    replace_modules(model, experts)
+    return list(experts)
 
 
 def _fused_around(model: "PreTrainedModel", name: str) -> str | None:
     """The fused experts that would have to be split for a layer of this name, if any."""
-    while name:
-        name = name.rpartition(".")[0]
-        place = _place(model, name)
-        if place is not None:
-            return name if is_fused(model.get_submodule(place)) else None
-    return None
+    steps = name.split(".")
+    around = [".".join(steps[:count]) for count in range(len(steps) - 1, 0, -1)]
+    places = _places(model, around).items()
+    known = ((path, place) for path, place in places if place is not None)
+    path, place = next(known, (name, ""))
+    return path if is_fused(model.get_submodule(place)) else None
 
 
 def _elsewhere(conversion: Any, places: list[str]) -> Any:
