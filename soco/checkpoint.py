@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import nn
 
+from soco.experts import find_experts
 from soco.folders import carry_over, replaced
 from soco.headers import check_index, read_headers, read_json, weight_files
 from soco.modules import LowRankLinear, PivotedLinear
@@ -71,7 +72,7 @@ def mark_compressed(
         name: {**layer, "bias": True} if name in new_biases else layer
         for name, layer in found.items()
     }
-    config = SocoConfig(described, report)
+    config = SocoConfig(described, report, experts=list(find_experts(model)))
     check_ties(model, found)
     register()
     model.config.quantization_config = config
@@ -241,6 +242,9 @@ def _describe(model: "PreTrainedModel") -> dict[str, dict[str, Any]]:
 
 def _check_layers(model: "PreTrainedModel", config: SocoConfig) -> None:
     """Refuse to write a model whose layers are not what its config says."""
+    for name in {*config.experts} ^ find_experts(model).keys():
+        where = "config" if name in config.experts else "model"
+        raise ValueError(f"the experts {name} are split in the {where} only: mark_compressed")
     found = _describe(model)
     for name, layer in config.layers.items():
         if name not in found or found[name]["rank"] != layer["rank"]:

@@ -63,6 +63,7 @@ def check_contents(
     model: "PreTrainedModel",
     entries: Mapping[str, Entry],
     layers: Mapping[str, Collection[str]],
+    experts: Iterable[str] = (),
 ) -> None:
     """Refuse files that do not hold what the compressed layers of ``model`` need.
 
@@ -77,6 +78,8 @@ def check_contents(
         entries: what the files hold.
         layers: the compressed layers in config.json, which may be more than the model has, and
             what it says of each: one with a "basis" has no ``down`` of its own.
+        experts: names of the modules in ``model`` whose experts are layers of their own; all of
+            their tensors are checked like compressed layers.
 
     Raises:
         ValueError: a tensor is missing, unknown, or of the wrong shape or dtype.
@@ -98,6 +101,11 @@ def check_contents(
             )
     places = tuple(key.removesuffix(_UP) + "." for key in names.required if key.endswith(_UP))
     _check_allowed({key for key in entries if key.startswith(places)}, names.allowed, entries)
+    split = tuple(f"{name}." for name in experts)
+    inside = {key: tensor for key, tensor in state.items() if split and key.startswith(split)}
+    names = _best(_variants(model, inside, prefixes=True), entries)
+    if names is not None:
+        _check_required(names.required, entries)
     version = getattr(model.config, "transformers_version", None)
     if is_own_class(model) and version == transformers.__version__:
         names = _best(_variants(model, state, prefixes=False), entries)

@@ -48,8 +48,10 @@ def unchanged_on_error(model: nn.Module, targets: Mapping[str, nn.Module]) -> It
             vars(each).update(attributes)
         raise
     finally:
-        for name, (of_weight, of_bias) in flags.items():
-            now = model.get_submodule(name).train(modes[targets[name]])
+        places = dict(model.named_modules(remove_duplicate=False))
+        for name in flags.keys() & places.keys():  # fused again experts have no such layers
+            of_weight, of_bias = flags[name]
+            now = places[name].train(modes[targets[name]])
             for key, parameter in now.named_parameters():
                 parameter.requires_grad_(of_bias if key == "bias" else of_weight)
         for parameter, flag in required.items():

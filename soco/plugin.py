@@ -13,9 +13,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from soco.contents import check_contents, find_entries, is_own_class
+from soco.experts import Experts, find_experts, fuse_experts, is_fused, split_experts
 from soco.headers import Entry
 from soco.modules import CompressedLinear, LowRankLinear, PivotedLinear, share_basis
-from soco.surgery import bias_of, is_linear, low_rank_layers, output_head, replace_module, shape_of
+from soco.surgery import (
+    bias_of,
+    is_linear,
+    low_rank_layers,
+    output_head,
+    replace_module,
+    replace_modules,
+    shape_of,
+)
 
 if TYPE_CHECKING:  # importing it here for good would be a cycle: the plug-in registers before it
     from transformers import PreTrainedModel
@@ -23,7 +32,7 @@ if TYPE_CHECKING:  # importing it here for good would be a cycle: the plug-in re
 FORMAT_VERSION = 2  # the newest; a folder says the oldest that has all it uses
 QUANT_METHOD = "soco"
 
-_FIELDS = ("quant_method", "format_version", "layers", "report")
+_FIELDS = ("quant_method", "format_version", "layers", "report", "experts")
 _LAYER_FIELDS = ("rank", "bias", "pivoted", "basis")
 _SINCE_2 = ("pivoted", "basis")
 
@@ -39,6 +48,7 @@ class SocoConfig(QuantizationConfigMixin):
         report: how the model was compressed (``soco.Report`` as plain JSON), or None.
         format_version: of the folder; None: the oldest that has all that is used.
         quant_method: "soco".
+        experts: names of the modules whose experts are stored as layers of their own.
 
     Raises:
         ValueError: a field is unknown or holds what it cannot mean.
@@ -50,22 +60,31 @@ class SocoConfig(QuantizationConfigMixin):
         report: Mapping[str, Any] | None = None,
         format_version: int | None = None,
         quant_method: str = QUANT_METHOD,
+        experts: Iterable[str] = (),
         **unknown: object,
     ) -> None:
         """Check every field; the class keeps plain dicts."""
         self.quant_method = cast(QuantizationMethod, quant_method)
         self.layers = {} if layers is None else layers
-        self.format_version = _needed(self.layers) if format_version is None else format_version
+        self.experts = experts
+        needed = _needed(self.layers, experts)
+        self.format_version = needed if format_version is None else format_version
         self.report = report
         _check_fields({**self.__dict__, **unknown})
         self.layers = {name: dict(layer) for name, layer in self.layers.items()}
         self.report = None if report is None else dict(report)
+        self.experts = list(experts)
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         """Read the object in config.json, which has to have every field but the report."""
         _check_fields(config_dict)
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: experts only where there are any."""
+        described = super().to_dict()
+        return described if self.experts else {k: v for k, v in described.items() if k != "experts"}
 
 
 class SocoQuantizer(HfQuantizer):
@@ -85,8 +104,8 @@ class SocoQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Nothing in a compressed layer breaks a graph."""
-        return True
+        """Nothing in a compressed layer breaks a graph, but sending tokens to experts does."""
+        return not cast(SocoConfig, self.quantization_config).experts
 
     def is_serializable(  # type: ignore[override]
         self, *args: object, **kwargs: object
@@ -100,33 +119,49 @@ class SocoQuantizer(HfQuantizer):
         config = cast(SocoConfig, self.quantization_config)
         entries = find_entries(model, checkpoint_files)
         named = list(config.layers)
-        layers = {}
+        layers, skeletons = {}, {}
         self._twins: dict[str, str] = {}
         check_ties(model, named)
+        config.experts = _split(model, config, entries)
+        places = _places(model, config.layers)
         for name, layer in config.layers.items():
-            place = _place(model, name)
+            place = places[name]
             if place is not None:
                 new = _skeleton(model, place, name, layer)
                 if isinstance(new, PivotedLinear):
                     new.pivots = _stored_pivots(entries or {}, f"{name}.pivots", new.rank)
-                replace_module(model, place, new)
+                skeletons[place] = new
                 layers[place] = dict(layer)
+            elif (fused := _fused_around(model, name)) is not None:
+                raise ValueError(
+                    f"config.json names a compressed layer {name}, "
+                    f"but not {fused} among the experts that are stored as layers"
+                )
             elif is_own_class(model) or entries is None or f"{name}.up.weight" not in entries:
                 raise ValueError(
                     f"config.json names a compressed layer {name}, "
                     f"which {type(model).__name__} does not have"
                 )  # otherwise a part that this class leaves out, such as the head under AutoModel
-        _share_bases(model, layers)
-        for place in layers:
+        replace_modules(model, skeletons)
+        _share_bases(model, layers, places)
+        for place in skeletons:
             self._twins.update(_replace_twins(model, place))
         if entries is not None:
-            check_contents(model, entries, config.layers)
+            check_contents(model, entries, config.layers, config.experts)
         config.layers = layers  # by their names in this class, for when it is saved
         return model
+
+    def update_weight_conversions(self, weight_conversions: list, model: "PreTrainedModel") -> list:
+        """Keep transformers 5 from merging the split experts as it does those of stock folders."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        places = [name.removeprefix(f"{model.base_model_prefix}.") for name in find_experts(model)]
+        return [_elsewhere(conversion, places) for conversion in conversions]
 
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **kwargs: object
     ) -> "PreTrainedModel":
+        for conversion in getattr(model, "_weight_conversions", None) or ():
+            _everywhere(conversion)
         for name, place in self._twins.items():
             replace_module(model, name, model.get_submodule(place))  # as when it was compressed
         for name, layer in low_rank_layers(model).items():
@@ -156,14 +191,22 @@ class SocoQuantizer(HfQuantizer):
         vars(config).pop("quantization_config", None)
         with torch.device("meta"):
             stock = type(model)(config)  # to see which of the layers are Conv1D
+        split_experts(stock)
+        for name, experts in find_experts(model).items():
+            try:
+                experts.check_biases()
+            except ValueError as error:
+                raise ValueError(f"{name} cannot become dense: {error}") from error
+        linears = {}
         for name, layer in low_rank_layers(model).items():
             try:
                 dense = layer.to_linear()
             except ValueError as error:
                 raise ValueError(f"{name} cannot become dense: {error}") from error
-            if isinstance(stock.get_submodule(name), Conv1D):
-                dense = _to_conv1d(dense)
-            replace_module(model, name, dense)
+            is_conv1d = isinstance(stock.get_submodule(name), Conv1D)
+            linears[name] = _to_conv1d(dense) if is_conv1d else dense
+        replace_modules(model, linears)
+        fuse_experts(model)
         return model
 
 
@@ -226,20 +269,27 @@ def _check_fields(data: Mapping[str, object]) -> None:
             )
         if layer.get("bias", True) is not True:
             raise ValueError(f"{where} can only have true for the bias of layer {name}")
+    experts = data.get("experts", [])
+    if not isinstance(experts, list | tuple) or not all(isinstance(name, str) for name in experts):
+        raise ValueError(f"{where} must have a list of names for its experts, got {experts!r}")
+    if len(set(experts)) < len(experts):
+        raise ValueError(f"{where} names the same experts twice: {experts!r}")
         if layer.get("pivoted", True) is not True:
             raise ValueError(f"{where} can only have true for pivoted of layer {name}")
     for name, layer in layers.items():
         if "basis" in layer:
             _check_basis(layers, name, where)
-    if version < _needed(layers):
+    if version < _needed(layers, data.get("experts", ())):
         raise ValueError(
-            f"{where} has format_version {version}, which knows no pivoted layers and no shared "
-            f"basis: it must be {_needed(layers)}"
+            f"{where} has format_version {version}, which knows no pivoted layers, no shared "
+            f"basis and no split experts: it must be {_needed(layers, data.get('experts', ()))}"
         )
 
 
-def _needed(layers: object) -> int:
-    """The oldest format that has all that these layers use."""
+def _needed(layers: object, experts: object) -> int:
+    """The oldest format that has all that these layers and experts use."""
+    if experts:
+        return 2
     described = layers.values() if isinstance(layers, Mapping) else ()
     used = {field for layer in described if isinstance(layer, Mapping) for field in layer}
     return 1 if used.isdisjoint(_SINCE_2) else 2
@@ -259,15 +309,73 @@ def _check_basis(layers: Mapping[str, Mapping[str, Any]], name: str, where: str)
         raise ValueError(f"{what} {basis}, but their ranks are {rank} and {layers[basis]['rank']}")
 
 
-def _place(model: "PreTrainedModel", name: str) -> str | None:
-    """Where a layer of the class that was saved stands in this one.
+def _places(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str | None]:
+    """Where the modules of the class that was saved stand in this one, None: nowhere.
 
     A base model (AutoModel) has the names without the prefix that a model with a head has.
     """
     prefix = f"{model.base_model_prefix}."
-    names = {path for path, _ in model.named_modules(remove_duplicate=False)}
-    candidates = (name, name.removeprefix(prefix), prefix + name)
-    return next((candidate for candidate in candidates if candidate in names), None)
+    known = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    found = {}
+    for name in names:
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        found[name] = next((candidate for candidate in candidates if candidate in known), None)
+    return found
+
+
+def _split(
+    model: "PreTrainedModel", config: SocoConfig, entries: Mapping[str, object] | None
+) -> list[str]:
+    """Split the experts that config.json names, and give their names in this class."""
+    experts = {}
+    for name, place in _places(model, config.experts).items():
+        if place is not None:
+            fused = model.get_submodule(place)
+            if not is_fused(fused):
+                raise ValueError(
+                    f"config.json names experts {name}, "
+                    f"which are a {type(fused).__name__} in {type(model).__name__} and not fused"
+                )
+            experts[place] = Experts(fused)
+        elif is_own_class(model) or not any(key.startswith(f"{name}.") for key in entries or ()):
+            raise ValueError(
+                f"config.json names experts {name}, which {type(model).__name__} does not have"
+            )  # otherwise a part that this class leaves out, as for layers
+    replace_modules(model, experts)
+    return list(experts)
+
+
+def _fused_around(model: "PreTrainedModel", name: str) -> str | None:
+    """The fused experts that would have to be split for a layer of this name, if any."""
+    steps = name.split(".")
+    around = [".".join(steps[:count]) for count in range(len(steps) - 1, 0, -1)]
+    places = _places(model, around).items()
+    known = ((path, place) for path, place in places if place is not None)
+    path, place = next(known, (name, ""))
+    return path if is_fused(model.get_submodule(place)) else None
+
+
+def _elsewhere(conversion: Any, places: list[str]) -> Any:
+    """Let a conversion of transformers 5 merge tensors everywhere but inside of ``places``."""
+    if not places or not hasattr(conversion, "operations"):  # which a renaming has not
+        return conversion
+
+    class Elsewhere(type(conversion)):
+        __slots__ = ()
+
+        def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+            if any(f".{place}." in f".{source_key}" for place in places):
+                return source_key, None
+            return super().rename_source_key(source_key)
+
+    conversion.__class__ = Elsewhere
+    return conversion
+
+
+def _everywhere(conversion: Any) -> None:
+    """Make a conversion what it was before ``_elsewhere``: pickle cannot write a local class."""
+    if type(conversion).__qualname__.endswith("_elsewhere.<locals>.Elsewhere"):
+        conversion.__class__ = type(conversion).__base__
 
 
 def _skeleton(
@@ -313,12 +421,16 @@ def _stored_pivots(entries: Mapping[str, Entry], key: str, rank: int) -> torch.T
         return file.get_tensor(key)
 
 
-def _share_bases(model: "PreTrainedModel", layers: dict[str, dict[str, Any]]) -> None:
+def _share_bases(
+    model: "PreTrainedModel",
+    layers: dict[str, dict[str, Any]],
+    places: Mapping[str, str | None],
+) -> None:
     """Let layers that are in place use the ``down`` of others, and call these by their places."""
     for place, layer in layers.items():
         if "basis" not in layer:
             continue
-        basis = _place(model, layer["basis"])
+        basis = places.get(layer["basis"])
         if basis not in layers:
             raise ValueError(
                 f"config.json gives layer {place} the basis of {layer['basis']}, "

@@ -153,18 +153,33 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     Raises:
         ValueError: the model has no module of that name.
     """
-    old = _module(model, name)
-    module.train(old.training)
-    places = {id(old)}
-    if is_linear(old):
+    replace_modules(model, {name: module})
+
+
+def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """What ``replace_module`` does, for many at once: the model is gone through only once.
+
+    Args:
+        model: any module.
+        modules: name to what is put there.
+
+    Raises:
+        ValueError: the model has no module of such a name; then it is left as it was.
+    """
+    old = {name: _module(model, name) for name in modules}
+    places = {id(old[name]): module for name, module in modules.items()}
+    if any(is_linear(module) for module in old.values()):
         every = {path: other for path, other in model.named_modules() if is_linear(other)}
-        for path, twins, _ in _sharing(model, every):
-            if path == name or old in twins:
-                places.update(id(twin) for twin in twins)
+        for _, twins, _ in _sharing(model, every):
+            new = next((places[id(twin)] for twin in twins if id(twin) in places), None)
+            if new is not None:
+                places.update({id(twin): new for twin in twins if id(twin) not in places})
+    for name, module in modules.items():
+        module.train(old[name].training)
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
             if child is not None and id(child) in places:
-                setattr(parent, child_name, module)
+                setattr(parent, child_name, places[id(child)])
 
 
 def output_head(model: nn.Module) -> str | None:

@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,16 +15,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from soco.checkpoint import export_dense, load, mark_compressed, save
+from soco.experts import find_experts, join_experts, split_experts
 from soco.modules import LowRankLinear, PivotedLinear, share_basis
 from soco.surgery import find_linears, low_rank_layers, replace_module, untie_head
 from tiny_models import (
     IS_5,
+    MIXTURES,
     NEEDS_5,
     compress,
     compress_pivoted,
     compress_shared,
     logits,
+    tiny_mixture,
     tiny_model,
+    token_inputs,
 )
 
 UP_PROJ = "model.layers.1.mlp.up_proj"
@@ -771,3 +777,144 @@ def test_defects_of_other_kinds(other_kinds, tmp_path, kind, make, message):
         with pytest.raises(ValueError, match=message) as caught:
             read(folder)
         assert "\n" not in str(caught.value)
+
+
+# ---- mixtures of experts -------------------------------------------------------------------------
+
+EXPERTS = "model.layers.0.mlp.experts"
+FUSED = "model.layers.1.mlp.experts"
+
+
+@NEEDS_5
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_save_load_and_export(name, tmp_path):
+    model = tiny_mixture(name)
+    split_experts(model)
+    compress(model)
+    before = logits(model)
+    save(model, tmp_path / "compact")
+    loaded = copy.deepcopy(load(tmp_path / "compact"))  # aligned in memory, which rounding sees
+    assert torch.equal(logits(loaded), before)
+    export_dense(model, tmp_path / "one")
+    export_dense(tmp_path / "compact", tmp_path / "two")
+    assert find_experts(model)  # still split
+    assert torch.equal(logits(model), before)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    tiny_model(name).save_pretrained(tmp_path / "stock")
+    shapes = {key: tensor.shape for key, tensor in load_file(weights(tmp_path / "stock")).items()}
+    assert {k: t.shape for k, t in load_file(weights(tmp_path / "one")).items()} == shapes
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A; "
+        "assert 'soco.plugin' not in sys.modules; "
+        f"m, i = A.from_pretrained({str(tmp_path / 'one')!r}, output_loading_info=True, "
+        "experts_implementation='eager'); "
+        "assert not i['missing_keys'] and not i['unexpected_keys'], i; "
+        "ids = torch.load(sys.argv[1]); torch.save(m(ids).logits.detach(), sys.argv[1])"
+    )
+    tokens = token_inputs(model)["input_ids"]
+    torch.save(tokens, tmp_path / "tensor.pt")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"SOCO_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path / "tensor.pt")]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True)
+    found = torch.load(tmp_path / "tensor.pt")
+    torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A folder with one module of experts split and one fused, in order."""
+    if not IS_5:
+        pytest.skip("transformers 4 has no fused experts")
+    model = tiny_mixture("qwen2_moe")
+    fused = split_experts(model)
+    compress(model, include=f"{EXPERTS}.*.gate_up_proj")
+    join_experts(model, fused)
+    mark_compressed(model, {name: layer.rank for name, layer in low_rank_layers(model).items()})
+    folder = tmp_path_factory.mktemp("mixture") / "model"
+    save(model, folder)
+    return folder
+
+
+def in_experts(change):
+    return in_described(lambda described: change(described["experts"]))
+
+
+GATE_UP = f"{EXPERTS}.3.gate_up_proj"
+EXPERT_DEFECTS = {
+    "experts that are not there": (
+        in_experts(lambda experts: experts.append("model.layers.9.mlp.experts")),
+        r"config\.json names experts model\.layers\.9\.mlp\.experts, which Qwen2MoeFor.* not have",
+    ),
+    "experts that are none": (
+        in_experts(lambda experts: experts.append("model.layers.1.mlp.gate")),
+        r"names experts model\.layers\.1\.mlp\.gate, which are a Qwen2MoeTopKR.* not fused",
+    ),
+    "experts as text": (
+        in_described(lambda described: described.update(experts=EXPERTS)),
+        r"config\.json must have a list of names for its experts, got 'model",
+    ),
+    "experts as numbers": (
+        in_described(lambda described: described.update(experts=[0])),
+        r"config\.json must have a list of names for its experts, got \[0\]",
+    ),
+    "experts twice": (
+        in_experts(lambda experts: experts.append(EXPERTS)),
+        r"config\.json names the same experts twice: \['model",
+    ),
+    "a layer of experts that are not split": (
+        in_experts(lambda experts: experts.remove(EXPERTS)),
+        r"names a compressed layer .*\.0\.gate_up_proj, but not model\.layers\.0\.mlp\.experts ",
+    ),
+    "a layer of other experts": (
+        in_layers(lambda layers: layers.update({f"{FUSED}.1.down_proj": {"rank": 4}})),
+        r"names a compressed layer .*1\.down_proj, but not model\.layers\.1\.mlp\.experts ",
+    ),
+    "a layer of an expert that is not there": (
+        in_layers(lambda layers: layers.update({f"{EXPERTS}.4.down_proj": {"rank": 4}})),
+        r"names a compressed layer .*\.4\.down_proj, which Qwen2MoeForCausalLM does not have",
+    ),
+    "fused experts called split": (
+        in_experts(lambda experts: experts.append(FUSED)),
+        r"model\.safetensors lacks model\.layers\.1\.mlp\.experts\.0\.gate_up_proj\.weight",
+    ),
+    "split layer missing": (
+        in_tensors(lambda tensors: tensors.pop(f"{EXPERTS}.3.down_proj.weight")),
+        r"model\.safetensors lacks model\.layers\.0\.mlp\.experts\.3\.down_proj\.weight",
+    ),
+    "factor of an expert missing": (
+        in_tensors(lambda tensors: tensors.pop(f"{GATE_UP}.down.weight")),
+        r"model\.safetensors lacks model\.layers\.0\.mlp\.experts\.3\.gate_up_proj\.down\.weight",
+    ),
+    "split layer of another shape": (
+        change_tensor(f"{EXPERTS}.3.down_proj.weight", lambda tensor: tensor[:-1]),
+        r"model\.safetensors holds .*3\.down_proj\.weight with shape \[31, 16\], but .* \[32, 16\]",
+    ),
+    "expert too many": (
+        in_tensors(lambda t: t.update({f"{EXPERTS}.4.down_proj.weight": torch.ones(32, 16)})),
+        r"model\.safetensors holds .*4\.down_proj\.weight, which the model has no place for",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), EXPERT_DEFECTS.values(), ids=EXPERT_DEFECTS.keys())
+def test_defects_of_experts(mixture, tmp_path, make, message):
+    folder = shutil.copytree(mixture, tmp_path / "model")
+    assert list(find_experts(load(folder))) == [EXPERTS]
+    make(folder)
+    for read in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
+
+
+@NEEDS_5
+def test_only_the_experts_of_the_config_are_saved(mixture, tmp_path):
+    model = load(mixture)
+    split_experts(model)
+    with pytest.raises(ValueError, match=rf"the experts {FUSED} are split in the model only: mark"):
+        save(model, tmp_path / "model")
+    model = load(mixture)
+    model.config.quantization_config.experts.append(FUSED)
+    with pytest.raises(ValueError, match=rf"the experts {FUSED} are split in the config only"):
+        save(model, tmp_path / "model")

@@ -10,12 +10,21 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, PreTrained
 
 import soco
 from soco import training
+from soco.experts import find_experts, split_experts
 from soco.methods import SVD, SVDLLM, SoCo
 from soco.modules import LowRankLinear
 from soco.pipeline import compress
 from soco.reporting import Report, report
 from soco.surgery import find_linears, fused_experts, shape_of
-from tiny_models import CONFIGS, logits, tiny_model, token_inputs
+from tiny_models import (
+    CONFIGS,
+    MIXTURES,
+    NEEDS_5,
+    logits,
+    tiny_mixture,
+    tiny_model,
+    token_inputs,
+)
 
 QUICK = SoCo(steps=6, batch_size=4, fisher_warmup=1)
 
@@ -59,11 +68,11 @@ def assert_same_state(one, other):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("method", [SVDLLM(), QUICK], ids=["svd-llm", "soco"])
 def test_every_architecture(name, method):
-    model = tiny_model(name)
-    linears = find_linears(model, exclude="*.dt_proj" if name == "mamba" else None)
+    model, split = tiny_model(name), tiny_model(name)
+    split_experts(split)
+    linears = find_linears(split, exclude="*.dt_proj" if name == "mamba" else None)
     shapes = {layer: shape_of(module) for layer, module in linears.items()}
     before = params(model)
-    experts = fused_experts(model)
     options = {"method": method, "calibration": tokens(length=8), "samples": 16}
     if name == "mamba":  # its code multiplies with the weight of dt_proj
         with pytest.warns(UserWarning, match="2 layers are never called, because Mamba"):
@@ -78,7 +87,7 @@ def test_every_architecture(name, method):
     slack = [sum(layer.shape) for layer in done.layers if layer.rank is not None]
     assert done.params_after + max(slack) > 0.6 * total
     assert before - params(model) == total - done.params_after
-    assert done.left_dense == tuple(experts)
+    assert done.left_dense == ()
     for layer in done.layers:
         module = model.get_submodule(layer.name)
         assert (layer.rank is None) != isinstance(module, LowRankLinear)
@@ -385,3 +394,141 @@ def test_t5_gets_decoder_inputs():
     compress(model, 0.4, method=QUICK, calibration=tokens(length=8), samples=16)
     with torch.no_grad():
         assert bool(model(**token_inputs(model)).logits.isfinite().all())
+
+
+# ---- mixtures of experts -------------------------------------------------------------------------
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def experts_of(name):
+    """Names and shapes of the experts' layers."""
+    model = tiny_mixture(name)
+    split_experts(model)
+    inside = tuple(f"{path}." for path in find_experts(model))
+    every = find_linears(model)
+    return {path: shape_of(layer) for path, layer in every.items() if path.startswith(inside)}
+
+
+@NEEDS_5
+@pytest.mark.parametrize("method", ["svd", "svd-llm"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_count(name, method):
+    """Half of the parameters goes, those of the experts among them."""
+    model = tiny_mixture(name)
+    before, shapes = params(model), experts_of(name)
+    compress(model, 0.5, method=method, calibration=tokens(48), samples=48)
+    done = report(model)
+    layers = {layer.name: layer for layer in done.layers}
+    assert shapes.items() <= {path: layer.shape for path, layer in layers.items()}.items()
+    total = sum(rows * columns for rows, columns in (layer.shape for layer in done.layers))
+    assert before - params(model) == total - done.params_after
+    assert 0.45 * total < done.params_after <= 0.5 * total
+    dense = sum(rows * columns for rows, columns in shapes.values())
+    assert sum(layers[path].params for path in shapes) < 0.55 * dense
+    assert done.left_dense == ()
+    assert model.config.quantization_config.experts == list(find_experts(model))
+    assert len(find_experts(model)) * 8 == len(shapes)
+    assert bool(logits(model).isfinite().all())
+
+
+@NEEDS_5
+def test_rank_near_full_is_near_the_dense_model():
+    """What the experts are given and what they return fits together."""
+    model = tiny_mixture("qwen2_moe")
+    dense = logits(model)
+    gaps = []
+    for ratio in (0.3, 0.6):
+        again = compress(
+            tiny_mixture("qwen2_moe"), ratio, method="svd-llm", calibration=tokens(64), samples=64
+        )
+        gaps.append(float((logits(again) - dense).square().mean()))
+    assert gaps[0] < gaps[1] < float(dense.square().mean())
+    assert gaps[0] < 0.3 * float(dense.square().mean())
+
+
+@NEEDS_5
+def test_experts_that_are_left_out_are_fused_again():
+    model = tiny_mixture("mixtral").train()
+    before = state(model)
+    compress(model, 0.4, method="svd", exclude="*.experts.*")
+    assert find_experts(model) == {}
+    assert len(report(model).left_dense) == len(fused_experts(model)) == 4
+    assert model.config.quantization_config.experts == []
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            identity, value, required = before[0][name]
+            assert (id(parameter), parameter.requires_grad) == (identity, required)
+            assert torch.equal(parameter, value)
+    assert all(module.training for module in model.modules())
+    model = compress(tiny_mixture("mixtral"), 0.3, method="svd", include=f"{EXPERTS}.2.*")
+    assert list(find_experts(model)) == [EXPERTS]
+    assert {layer.name for layer in report(model).layers} == {
+        f"{EXPERTS}.2.gate_up_proj",
+        f"{EXPERTS}.2.down_proj",
+    }
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@NEEDS_5
+def test_an_expert_without_a_token_is_decomposed_without_whitening():
+    """It is named, and gets what plain SVD would give it."""
+    model = tiny_mixture("mixtral")
+    alone = torch.full((4, 8), 7)  # one token only
+    with pytest.warns(UserWarning, match="saw") as caught:
+        compress(model, 0.5, method="svd-llm", calibration=[alone.flatten().tolist()], samples=4,
+                 length=8, include="*experts*")  # fmt: skip
+    text = next(str(w.message) for w in caught if "saw no calibration token" in str(w.message))
+    found = text.split("the first ")[1].split(":")[0]
+    assert found.startswith("model.layers.")
+    assert text.startswith("8 layers")
+    plain = compress(tiny_mixture("mixtral"), 0.5, method="svd", include="*experts*")
+    one, other = model.get_submodule(found), plain.get_submodule(found)
+    product = one.up.weight @ one.down.weight
+    torch.testing.assert_close(product, other.up.weight @ other.down.weight, rtol=1e-4, atol=1e-5)
+
+
+@NEEDS_5
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(
+    "where",
+    ["_targets", "parameter_budget", "collect", "_install", "join_experts", "mark_compressed"],
+)
+def test_an_error_leaves_the_experts_fused(monkeypatch, error, where):
+    from soco import pipeline
+
+    model = tiny_mixture("mixtral").train()
+    model.get_submodule(EXPERTS).down_proj.requires_grad_(False)
+    before, expected = state(model), logits(model)
+    function = getattr(pipeline, where)
+
+    def interrupt(*args, **options):
+        function(*args, **options)
+        raise error
+
+    monkeypatch.setattr(pipeline, where, interrupt)
+    options = {"method": "svd-llm", "calibration": tokens(), "samples": 16}
+    with pytest.raises(error):
+        compress(model, 0.4, exclude="model.layers.1.mlp.experts*", **options)
+    assert_same_state(before, state(model))
+    assert torch.equal(logits(model), expected)
+    monkeypatch.undo()
+    compress(model, 0.4, **options)
+
+
+@NEEDS_5
+def test_deviation_gives_experts_biases(tmp_path):
+    method = SoCo(steps=6, batch_size=4, fisher_warmup=1, deviation=True)
+    model = compress(tiny_mixture("mixtral"), 0.4, method=method, calibration=tokens(), samples=16)
+    names = [
+        n for n, m in model.get_submodule(EXPERTS).named_modules() if isinstance(m, LowRankLinear)
+    ]
+    assert names
+    soco.save(model, tmp_path / "saved")
+    assert torch.equal(logits(soco.load(tmp_path / "saved")), logits(model))
+    before = logits(model)
+    with pytest.raises(
+        ValueError, match=r"experts cannot become dense: \d\.\w+ has a bias, for whic"
+    ):
+        model.dequantize()
+    assert torch.equal(logits(model), before)

@@ -1,5 +1,7 @@
 """soco.plugin: plain transformers and its neighbours on compressed models."""
 
+import copy
+import pickle
 import re
 import warnings
 from typing import cast
@@ -24,17 +26,20 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 
 from soco.checkpoint import mark_compressed
+from soco.experts import Experts, find_experts, join_experts, split_experts
 from soco.headers import read_headers, weight_files
 from soco.modules import LowRankLinear, PivotedLinear, share_basis
 from soco.plugin import SocoConfig, SocoQuantizer, _stored_pivots, register
 from soco.surgery import find_linears, low_rank_layers, output_head, shape_of, untie_head
 from tiny_models import (
+    MIXTURES,
     NEEDS_5,
     compress,
     compress_pivoted,
     compress_shared,
     logits,
     mark,
+    tiny_mixture,
     tiny_model,
     token_inputs,
 )
@@ -406,6 +411,11 @@ def test_configs_that_mean_nothing():
         "is of 'awq', not of 'soco'": good | {"quant_method": "awq"},
         "has a report that is no object: 3": good | {"report": 3},
         "must have an object of layers, got ['a.b']": good | {"layers": ["a.b"]},
+        "must have a list of names for its experts, got 'a.b'": good | {"experts": "a.b"},
+        "must have a list of names for its experts, got [1]": good | {"experts": [1]},
+        "must have a list of names for its experts, got {'a.b': 4}": good | {"experts": {"a.b": 4}},
+        "must have a list of names for its experts, got None": good | {"experts": None},
+        "names the same experts twice: ['a', 'a']": good | {"experts": ["a", "a"]},
         'must say {"rank": ...} of layer a.b, got 3': good | {"layers": {"a.b": 3}},
         'must say {"rank": ...} of layer a.b, got {}': good | {"layers": {"a.b": {}}},
         "has an unknown field 'bits' of layer a.b": good
@@ -717,3 +727,143 @@ def test_pivots_are_read_before_loading(tmp_path):
     for wrong in (_stored_pivots(entries, key, 3), _stored_pivots({}, key, 3)):
         assert wrong.tolist() == [-1, -1, -1]
     assert _stored_pivots(entries, f"{SECOND}.weight", 1).tolist() == [-1]
+
+
+# ---- mixtures of experts -------------------------------------------------------------------------
+
+PARTS = {
+    "all": None,
+    "one layer of one expert": "*.experts.2.down_proj",
+    "all but the second layers": ["*.experts.*.gate_up_proj", "*.experts.*.up_proj"],
+}
+
+
+def aligned(model):
+    """A copy: loaded weights lie in memory as in the file, and odd places round otherwise."""
+    return copy.deepcopy(model)
+
+
+def compressed_mixture(name, include=None):
+    """A compressed mixture; modules in which nothing was compressed are fused again."""
+    model = tiny_mixture(name)
+    fused = split_experts(model)
+    patterns = [include] if isinstance(include, str) else include
+    if patterns is not None:  # every pattern has to match
+        first = "up_proj" if name == "nemotron_h" else "gate_up_proj"
+        patterns = [p for p in patterns if p.endswith((f".{first}", "down_proj"))]
+    compress(model, include=patterns)
+    join_experts(model, fused)
+    layers = {layer: module.rank for layer, module in low_rank_layers(model).items()}
+    mark_compressed(model, layers)
+    return model
+
+
+@NEEDS_5
+@pytest.mark.parametrize("include", PARTS.values(), ids=PARTS.keys())
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_saved_and_loaded(name, include, tmp_path):
+    """Dense layers beside compressed ones have names that stock folders merge."""
+    model = compressed_mixture(name, include)
+    before = logits(model)
+    model.save_pretrained(tmp_path / "a")
+    loaded = reload(model, tmp_path / "a")
+    assert torch.equal(logits(aligned(loaded)), before)
+    stored, kept = loaded.state_dict(), model.state_dict()
+    assert stored.keys() == kept.keys()
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in kept.items())
+    assert low_rank_layers(loaded).keys() == low_rank_layers(model).keys()
+    assert find_experts(loaded).keys() == find_experts(model).keys()
+    loaded.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(aligned(reload(model, tmp_path / "b"))), before)
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@NEEDS_5
+@pytest.mark.parametrize("include", PARTS.values(), ids=PARTS.keys())
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_in_other_classes(name, include, tmp_path):
+    model = compressed_mixture(name, include)
+    model.save_pretrained(tmp_path / "a")
+    base, info = AutoModel.from_pretrained(
+        tmp_path / "a", output_loading_info=True, experts_implementation="eager"
+    )
+    assert not info["missing_keys"]
+    assert info["unexpected_keys"] == {"lm_head.weight"}
+    assert len(base.config.quantization_config.experts) == len(find_experts(model))
+    inputs = token_inputs(model, rows=1)
+    with torch.no_grad():
+        hidden = aligned(base)(**inputs).last_hidden_state
+        assert torch.equal(model.get_output_embeddings()(hidden), model(**inputs).logits)
+    base.save_pretrained(tmp_path / "b")
+    again = reload(base, tmp_path / "b", experts_implementation="eager")
+    with torch.no_grad():
+        assert torch.equal(aligned(again)(**inputs).last_hidden_state, hidden)
+    head, info = type(model).from_pretrained(
+        tmp_path / "b", output_loading_info=True, experts_implementation="eager"
+    )  # a new, dense head
+    assert info["missing_keys"] == {"lm_head.weight"}
+    with torch.no_grad():
+        assert torch.equal(aligned(head).base_model(**inputs).last_hidden_state, hidden)
+
+
+@NEEDS_5
+def test_split_and_fused_experts_in_one_model(tmp_path):
+    model = compressed_mixture("qwen2_moe", "*.0.*.experts.1.down_proj")
+    assert list(find_experts(model)) == ["model.layers.0.mlp.experts"]
+    model.save_pretrained(tmp_path, max_shard_size="12KB")
+    entries = read_headers(weight_files(tmp_path))
+    assert entries["model.layers.0.mlp.experts.0.gate_up_proj.weight"].shape == (32, 32)
+    assert entries["model.layers.1.mlp.experts.0.gate_proj.weight"].shape == (16, 32)  # as stock
+    loaded = reload(model, tmp_path, experts_implementation="eager")
+    assert torch.equal(logits(aligned(loaded)), logits(model))
+    assert list(find_experts(loaded)) == ["model.layers.0.mlp.experts"]
+    assert type(loaded.get_submodule("model.layers.1.mlp.experts")).__name__ == "Qwen2MoeExperts"
+
+
+@NEEDS_5
+@IGNORE_PEFT
+def test_a_loaded_mixture_is_an_ordinary_model(tmp_path):
+    """bfloat16, a device map, generate, training, LoRA on the factors, pickle."""
+    model = compressed_mixture("mixtral")
+    model.save_pretrained(tmp_path)
+    loaded = reload(model, tmp_path, dtype=torch.bfloat16, device_map={"": "cpu"})
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert not loaded.hf_quantizer.is_compileable
+    loaded = reload(model, tmp_path)
+    tokens = token_inputs(model)["input_ids"]
+    options = dict(max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(tokens))
+    assert torch.equal(loaded.generate(tokens, **options), model.generate(tokens, **options))
+    assert torch.equal(logits(pickle.loads(pickle.dumps(loaded))), logits(model))
+    loaded(input_ids=tokens, labels=tokens).loss.backward()
+    experts = next(iter(find_experts(loaded).values()))
+    grads = [p.grad for p in experts.parameters()]
+    assert any(g is not None and float(g.abs().max()) > 0 for g in grads)
+    adapted = peft.get_peft_model(loaded, peft.LoraConfig(r=2, target_modules=["down_proj.up"]))
+    wrapped = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    assert len(wrapped) == 8
+
+
+@NEEDS_5
+@pytest.mark.parametrize("name", MIXTURES)
+def test_dequantize_fuses_experts(name, tmp_path):
+    model = compressed_mixture(name)
+    before = logits(model)
+    stock = {key: part.shape for key, part in tiny_mixture(name).state_dict().items()}
+    dense = model.dequantize()
+    assert not find_experts(dense)
+    assert {key: part.shape for key, part in dense.state_dict().items()} == stock
+    torch.testing.assert_close(logits(dense), before, rtol=1e-4, atol=1e-5)
+    dense.set_experts_implementation("batched_mm")  # it asks the config of the model
+    torch.testing.assert_close(logits(dense), before, rtol=1e-4, atol=1e-5)
+    dense.save_pretrained(tmp_path)
+    again = reload(model, tmp_path, experts_implementation="batched_mm")
+    assert torch.equal(logits(aligned(again)), logits(dense))
+
+
+def test_experts_that_are_layers_already(tmp_path):
+    """As all are in transformers 4: nothing to split."""
+    model = compress(tiny_model("llama"))
+    assert not any(isinstance(module, Experts) for module in model.modules())
+    model.save_pretrained(tmp_path)
+    assert "experts" not in (tmp_path / "config.json").read_text()

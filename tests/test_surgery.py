@@ -14,6 +14,7 @@ from soco.surgery import (
     fused_experts,
     output_head,
     replace_module,
+    replace_modules,
     shape_of,
     untie_head,
     weight_of,
@@ -192,6 +193,23 @@ def test_tied_linears_are_one_layer():
     new = LowRankLinear(8, 8, 2)
     replace_module(tower, "blocks.0.layer", new)
     assert tower.blocks[1].layer is new
+
+
+def test_many_at_once():
+    """As one after the other, twins with them; an unknown name changes nothing."""
+    shared, one, other = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+    other.weight, other.bias = one.weight, one.bias
+    tower = Tower(shared, one, shared, other).train()
+    news = [LowRankLinear(8, 8, 2).eval() for _ in range(3)]
+    places = dict(zip(("blocks.0.layer", "blocks.3.layer", "heads.0"), news, strict=True))
+    with pytest.raises(ValueError, match=r"Tower has no module blocks\.4"):
+        replace_modules(tower, places | {"blocks.4": nn.Identity()})
+    assert not any(isinstance(module, LowRankLinear) for module in tower.modules())
+    replace_modules(tower, places)
+    assert tower.blocks[0].layer is tower.blocks[2].layer is news[0]
+    assert tower.blocks[1].layer is tower.blocks[3].layer is news[1]
+    assert tower.heads[0] is news[2]
+    assert all(new.training for new in news)
 
 
 def test_a_weight_shared_with_something_else_stays():

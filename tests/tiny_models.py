@@ -76,13 +76,47 @@ CONFIGS = {
     "roberta": _BERT | dict(pad_token_id=1),
     "albert": _BERT | dict(embedding_size=16, num_hidden_groups=1, inner_group_num=1),
 }
+# Mixtures whose experts transformers 5 keeps as fused parameters, every form of them: with a gate
+# and without, with biases and without, transposed and not.
+MIXTURES = {
+    "mixtral": CONFIGS["mixtral"],
+    "qwen2_moe": CONFIGS["qwen2_moe"],
+    "qwen3_moe": _MIXTURE | dict(num_experts=4, moe_intermediate_size=16, head_dim=8),
+    "olmoe": _MIXTURE | dict(num_experts=4),
+    "deepseek_v3": _MIXTURE
+    | dict(
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
+    "gpt_oss": _MIXTURE
+    | dict(num_local_experts=4, head_dim=8, rope_parameters=dict(rope_type="default")),
+    "nemotron_h": _MIXTURE
+    | dict(
+        n_routed_experts=4,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16,
+        layers_block_type=["attention", "moe"],
+        head_dim=8,
+        n_group=1,
+        topk_group=1,
+    ),
+}
 _MASKED = ("bert", "roberta", "albert")
 
 
 def tiny_model(name, dtype=torch.float32, seed=0, **changes):
-    """A model with random weights; ``name`` is a key of ``CONFIGS``: a model_type and a variant."""
+    """A model with random weights; ``name`` is a key of ``CONFIGS`` or ``MIXTURES``."""
     torch.manual_seed(seed)
-    settings = CONFIGS[name] | changes
+    settings = (CONFIGS | MIXTURES)[name] | changes
     config = AutoConfig.for_model(name.split("-")[0], **settings)
     auto = AutoModelForCausalLM
     if name in _MASKED:
@@ -90,6 +124,17 @@ def tiny_model(name, dtype=torch.float32, seed=0, **changes):
     elif name == "t5":
         auto = AutoModelForSeq2SeqLM
     return auto.from_config(config, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def tiny_mixture(name, **options):
+    """The same for a key of ``MIXTURES``: its experts run eagerly, and their biases are not 0."""
+    model = tiny_model(name, experts_implementation="eager", **options)
+    generator = torch.Generator().manual_seed(2)
+    for key, parameter in model.named_parameters():
+        if key.endswith("_proj_bias"):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+    return model
 
 
 def token_inputs(model, rows=2, length=8):
