@@ -13,12 +13,12 @@ PACKAGE = ROOT / "soco"
 # A folder is one inhabitant of its floor.
 FLOORS = [
     {"core"},
-    {"data", "folders", "headers", "ops"},
+    {"data", "folders", "headers", "ops", "taskdata"},
     {"diagnosis", "linalg", "modules", "objectives", "ranks"},
     {"spectral", "surgery"},
     {"calibration", "contents", "guard", "training"},
     {"methods", "plugin"},
-    {"checkpoint", "evaluation", "reporting"},
+    {"checkpoint", "evaluation", "reporting", "tasks"},
     {"pipeline"},
     {"bench", "cli"},
 ]
