@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+DEFINITION = "task.yaml"  # file with the definition of a task whose data is in a folder
 IN_DEFINITION = "task"  # stands for a split where a task's definition holds its own examples
 
 # What a task says of its documents that may be the bare name of a column.
@@ -117,7 +118,7 @@ def plan_task(name: str, folder: Path | None, num_fewshot: int | None, scratch: 
 def _local(plan: Plan, folder: Path, scratch: Path) -> Plan:
     """The same task with its data from a folder: the harness's definition with other sources."""
     file, split = _find(plan, folder)
-    rows = {split: read_rows(file)}
+    files = {split: file}
     notes = list(plan.notes)
     if split != plan.split:
         notes.append(f"{plan.name}: the questions are of the split {split}, not of {plan.split}")
@@ -127,44 +128,60 @@ def _local(plan: Plan, folder: Path, scratch: Path) -> Plan:
         found = ((s, find_file(folder, _file_names(plan, s))) for s in others)
         examples, other = next((pair for pair in found if pair[1]), (split, None))
         if other is not None:
-            rows[examples] = read_rows(other)
-            if rows[examples][0].keys() != rows[split][0].keys():
+            files[examples] = other
+            if read_rows(other)[0].keys() != read_rows(file)[0].keys():
                 raise ValueError(f"{other} and {file} have different columns")
         if examples != plan.examples:
             notes.append(
                 f"{plan.name}: the examples are of the split {examples}, not of {plan.examples}"
             )
-    files = {key: _as_parquet(some, scratch / f"{key}.parquet") for key, some in rows.items()}
     changed = {
         "include": str(plan.definition),
         "task": plan.name,
-        "dataset_path": "parquet",
+        "dataset_path": None,
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": files, "cache_dir": str(scratch / "cache")},
+        "dataset_kwargs": {"files": {key: str(path) for key, path in files.items()}},
         "training_split": None,
         "validation_split": None,
         # Where both are one split, the harness leaves out the question that is asked.
         "test_split": split,
-        "fewshot_split": examples if examples in rows else split,
+        "fewshot_split": examples if examples in files else split,
     }
     if _examples_split(plan.config) == IN_DEFINITION:
         del changed["fewshot_split"]
-    _index(changed, scratch / "local")
+    _index(changed, scratch / "local", "custom_dataset: !function soco.taskdata.local_splits\n")
     return replace(
         plan,
-        definition=scratch / "local" / "task.yaml",
+        definition=scratch / "local" / DEFINITION,
         file=file,
-        columns=tuple(rows[split][0]),
+        columns=tuple(read_rows(file)[0]),
         split=split,
         examples=examples,
         notes=tuple(notes),
     )
 
 
-def _index(content: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """What the harness reads in a folder that holds one definition."""
+def local_splits(files: Mapping[str, str], **_: Any) -> dict[str, Any]:
+    """The splits of a task by name; the harness calls this with what the definition holds.
+
+    ``datasets.load_dataset`` would do, but it counts each load over the network, leaves a cache,
+    and makes dates of texts that look like dates.
+    """
+    dataset = imported("datasets").Dataset
+    splits = {}
+    for name, path in files.items():
+        try:
+            splits[name] = dataset.from_list(read_rows(Path(path)))
+        except (TypeError, OverflowError, imported("pyarrow").ArrowException) as error:
+            raise ValueError(f"values of one column of {path} differ in kind: {error}") from error
+    return splits
+
+
+def _index(content: Mapping[str, Any], folder: Path, more: str = "") -> Mapping[str, Any]:
+    """What the harness reads in a new folder that holds one definition."""
     folder.mkdir(parents=True)
-    (folder / "task.yaml").write_text(json.dumps(content), "utf-8")  # JSON is YAML
+    lines = [f"{key}: {json.dumps(value)}\n" for key, value in content.items()]  # JSON is YAML
+    (folder / DEFINITION).write_text("".join(lines) + more, "utf-8")
     manager = imported("lm_eval.tasks").TaskManager(
         include_defaults=False, include_path=str(folder)
     )
@@ -202,16 +219,6 @@ def _find(plan: Plan, folder: Path) -> tuple[Path, str]:
 
 
 # ---- the data
-
-
-def _as_parquet(rows: list[dict[str, Any]], target: Path) -> str:
-    """Write rows in a form that keeps their types: of JSON, texts like dates would become dates."""
-    try:
-        table = imported("datasets").Dataset.from_list(rows)
-    except (TypeError, ValueError, OverflowError) as error:  # those of pyarrow are among them
-        raise ValueError(f"{target.stem}: values of one column differ in kind: {error}") from error
-    table.to_parquet(str(target))
-    return str(target)
 
 
 def load(plan: Plan, limit: int | None, seed: int) -> Any:
@@ -254,12 +261,11 @@ def load(plan: Plan, limit: int | None, seed: int) -> Any:
 def _fitting(plan: Plan) -> Iterator[None]:
     """Inside, what the code of a task raises about its rows becomes a sentence."""
     undefined = imported("jinja2").UndefinedError
-    unread = imported("datasets.exceptions").DatasetsError
     try:
         yield
-    except (*_MISFIT, undefined, unread) as error:
+    except (*_MISFIT, undefined) as error:
         missing = type(error) is KeyError
-        reason = f"it lacks the column {error}" if missing else str(error) or "an assertion failed"
+        reason = f"it has no {error}" if missing else str(error) or "an assertion failed"
         raise ValueError(f"{plan.file} does not fit task {plan.name}: {reason}") from error
 
 

@@ -6,7 +6,6 @@ Nothing is scored here: what this adds is a record of how each number came about
 import contextlib
 import copy
 import io
-import json
 import logging
 import math
 import random
@@ -62,8 +61,12 @@ class TaskScores:
     seconds: float  # running the model, without reading the data
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON takes them."""
-        return json.loads(json.dumps(asdict(self)))
+        """Plain values, as JSON takes them; None for a value that is not finite."""
+        scores = [
+            asdict(score) | {"value": score.value if math.isfinite(score.value) else None}
+            for score in self.scores
+        ]
+        return asdict(self) | {"scores": scores, "notes": list(self.notes)}
 
     def __str__(self) -> str:
         """A line per metric, notes, and what it was measured with."""
@@ -154,6 +157,7 @@ def evaluate_tasks(
         ]
         loaded = [load(plan, limit, seed) for plan in plans]
         harness = _harness_model(model, tokenizer, size, progress)
+        imported("lm_eval.evaluator")  # takes seconds that are not the model's
         start = time.perf_counter()
         scores = [
             score
@@ -237,11 +241,10 @@ def _harness_model(model: nn.Module, tokenizer: Any, batch_size: int, progress: 
 def _run(plan: Plan, task: Any, harness: Any, limit: int | None) -> list[TaskScore]:
     """Ask the questions of one task."""
     evaluate = imported("lm_eval.evaluator").evaluate
+    asked = {"tasks": {plan.name: task}}
     before = harness.truncated
     try:
-        found = evaluate(
-            lm=harness, task_dict={"tasks": {plan.name: task}}, limit=limit, log_samples=False
-        )
+        found = evaluate(lm=harness, task_dict=asked, limit=limit, log_samples=False)
     except AssertionError as error:  # of the harness, about the context of the model
         raise ValueError(f"task {plan.name} cannot be asked: {error}") from error
     chance = _chance(task)
