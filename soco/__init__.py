@@ -25,16 +25,22 @@ if TYPE_CHECKING:
     from soco.pipeline import compress as compress
     from soco.reporting import Report as Report
     from soco.reporting import report as report
+    from soco.tasks import TaskScore as TaskScore
+    from soco.tasks import TaskScores as TaskScores
+    from soco.tasks import evaluate_tasks as evaluate_tasks
 
     __version__: str
 
 __all__ = [
     "Evaluation",
     "Report",
+    "TaskScore",
+    "TaskScores",
     "compress",
     "data",
     "diagnosis",
     "evaluate",
+    "evaluate_tasks",
     "export_dense",
     "linalg",
     "load",
@@ -48,8 +54,11 @@ __all__ = [
 _HOME = {  # public name to the file it lives in
     "Evaluation": "evaluation",
     "Report": "reporting",
+    "TaskScore": "tasks",
+    "TaskScores": "tasks",
     "compress": "pipeline",
     "evaluate": "evaluation",
+    "evaluate_tasks": "tasks",
     "export_dense": "checkpoint",
     "load": "checkpoint",
     "report": "reporting",

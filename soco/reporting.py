@@ -1,12 +1,17 @@
 """What a compression did: numbers per layer and in total, as JSON, as a table, as a picture."""
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from os import PathLike
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
+
+MOST_ROWS = 24  # of the picture; with more kinds of layers the experts are drawn as one
 
 
 @dataclass(frozen=True)
@@ -76,20 +81,17 @@ class Report:
         """Read what ``to_dict`` gave.
 
         Raises:
-            ValueError: a field is missing, unknown, or of the wrong kind; it is named.
+            ValueError: a field is missing, unknown, or of the wrong kind, or there are no layers;
+                the place in the data is named.
         """
-        known = {f.name for f in fields(cls)}
-        for name in data:
-            if name not in known:
-                raise ValueError(f"the report has an unknown field {name!r}")
-        try:
-            layers = tuple(
-                LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in data["layers"]
-            )
-            tuples = {n: tuple(data[n]) for n in ("left_dense", "warnings") if n in data}
-            return cls(**{**data, **tuples, "layers": layers})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"the report is damaged: {error}") from error
+        made = _read(cls, data, "report")
+        if not made.layers:
+            raise ValueError("report.layers is empty")
+        for i, layer in enumerate(made.layers):
+            if min(layer.shape) < 1:
+                raise ValueError(f"report.layers[{i}].shape holds no weight: {layer.shape}")
+        _check_history(made.history)
+        return made
 
     def summary(self) -> str:
         """A few lines: sizes before and after, ranks, time and memory."""
@@ -114,7 +116,9 @@ class Report:
     def table(self) -> str:
         """One line per layer."""
         width = max([len("layer"), *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'layer':<{width}}  {'out x in':>13}  {'rank':>6}  {'kept':>7}  scores"]
+        title = "scores" if any(layer.score_min is not None for layer in self.layers) else ""
+        head = f"{'layer':<{width}}  {'out x in':>13}  {'rank':>6}  {'kept':>7}  {title}"
+        lines = [head.rstrip()]
         for layer in self.layers:
             rank = "dense" if layer.rank is None else str(layer.rank)
             scores = ""
@@ -139,12 +143,15 @@ class Report:
             from matplotlib.figure import Figure
         except ModuleNotFoundError as error:
             raise ImportError('plots need matplotlib: pip install "soco-llm[plots]"') from error
-        trained = bool(self.history)
-        figure = Figure(figsize=(12 if trained else 7, 4.5), layout="constrained")
-        axes = figure.subplots(1, 2 if trained else 1, squeeze=False)[0]
-        _draw_kept(axes[0], self.layers)
+        rows, blocks = _grid(self.layers)
+        width, height = 3 + min(6.0, max(2.5, 0.45 * len(blocks))), 1.5 + 0.35 * len(rows)
+        widths = [width, 6.5] if self.history else [width]
+        height = max(height, 4.5 if self.history else 2.2)
+        figure = Figure(figsize=(sum(widths), height), layout="constrained")
+        axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+        _draw_kept(axes[0], rows, blocks)
         axes[0].set_title(f"{self.method}: {self.removed:.1%} of the parameters removed")
-        if trained:
+        if self.history:
             _draw_history(axes[1], self.history)
         figure.savefig(path, dpi=130)
 
@@ -170,59 +177,168 @@ def format_bytes(count: int) -> str:
     """
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
+        if size < (1000 if unit == "B" else 999.995):  # that would be printed as 1000.00
             return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1000
     return f"{size:.2f} TB"
 
 
-def _draw_kept(axes: Any, layers: Sequence[LayerReport]) -> None:
-    """Heat map of the kept fraction: a column per block, a row per kind of layer."""
-    kinds: dict[str, dict[str, float]] = {}
-    blocks: dict[str, None] = {}
+def _read(cls: type, data: Any, path: str) -> Any:
+    """The dataclass ``cls`` from the JSON data at a path, every field of the kind it declares."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path} is of the wrong kind: {data!r:.60}")
+    kinds = get_type_hints(cls)
+    for name in data:
+        if name not in kinds:
+            raise ValueError(f"{path} has an unknown field {name!r}")
+    for each in fields(cls):
+        if each.name not in data and each.default is each.default_factory is MISSING:
+            raise ValueError(f"{path} lacks the field {each.name!r}")
+    return cls(**{name: _value(kinds[name], data[name], f"{path}.{name}") for name in data})
+
+
+def _value(kind: Any, value: Any, path: str) -> Any:
+    """JSON data as one of the kinds that the fields of a report declare."""
+    inner = get_args(kind)
+    if kind is LayerReport:
+        return _read(LayerReport, value, path)
+    if isinstance(kind, UnionType):  # something or None
+        return None if value is None else _value(inner[0], value, path)
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) == len(value):
+            values = zip(kinds, value, strict=True)
+            return tuple(_value(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(values))
+    elif get_origin(kind) is dict and isinstance(value, Mapping):
+        return {name: _value(inner[1], v, f"{path}.{name}") for name, v in value.items()}
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif kind is Any or type(value) is kind:
+        return value
+    raise ValueError(f"{path} is of the wrong kind: {value!r:.60}")
+
+
+def _check_history(history: Mapping[str, list]) -> None:
+    """Refuse columns of a training that cannot be drawn; a closed form has none."""
+    for name, kind in {"stage": str, "divergence": float, "kept": float}.items():
+        if history and name not in history:
+            raise ValueError(f"report.history lacks the column {name!r}")
+        for i, value in enumerate(history.get(name, ())):
+            _value(kind, value, f"report.history.{name}[{i}]")
+    lengths = {name: len(column) for name, column in history.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"report.history has columns of different lengths: {lengths}")
+
+
+Row = dict[str | None, float]  # block to kept fraction; None: one layer outside of the blocks
+
+
+def _grid(layers: Sequence[LayerReport]) -> tuple[dict[str, Row], list[str]]:
+    """Kept fractions by kind of layer and block, and the blocks in order."""
+    places = []  # of each layer: its kind, its block
     for layer in layers:
         parts = layer.name.split(".")
-        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        block = "-" if place is None else ".".join(parts[: place + 1])
-        kind = layer.name if place is None else ".".join(parts[place + 1 :])
-        kinds.setdefault(kind, {})[block] = layer.kept
-        blocks[block] = None
-    grid = [[row.get(block, float("nan")) for block in blocks] for row in kinds.values()]
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        block = None if at is None else ".".join(parts[: at + 1])
+        places.append((layer.name if at is None else ".".join(parts[at + 1 :]), block))
+    if len({kind for kind, _ in places}) > MOST_ROWS:
+        places = [(re.sub(r"\b\d+\b", "*", kind), block) for kind, block in places]
+    together: dict[str, dict[str | None, list[LayerReport]]] = {}
+    for layer, (kind, block) in zip(layers, places, strict=True):
+        together.setdefault(kind, {}).setdefault(block, []).append(layer)
+    rows = {
+        kind: {block: _kept(some) for block, some in row.items()} for kind, row in together.items()
+    }
+    return rows, [block for block in dict.fromkeys(block for _, block in places) if block]
+
+
+def _kept(layers: Sequence[LayerReport]) -> float:
+    """Kept parameters of some layers as a fraction of the dense ones."""
+    dense = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    return sum(layer.params for layer in layers) / dense
+
+
+def _draw_kept(axes: Any, rows: Mapping[str, Row], blocks: Sequence[str]) -> None:
+    """Heat map of the kept fraction: a column per block, a row per kind of layer."""
+    columns = max(1, len(blocks))
+    grid = [
+        [row[None]] * columns if None in row else [row.get(block, math.nan) for block in blocks]
+        for row in rows.values()
+    ]
     image = axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-    axes.set_yticks(range(len(kinds)), list(kinds))
-    labels = [block.rpartition(".")[2] for block in blocks]
-    axes.set_xticks(range(len(labels)), labels)
-    if len(labels) > 20:
-        axes.set_xticks(range(0, len(labels), 4), labels[::4])
-    axes.set_xlabel("block")
-    if len(labels) <= 12:
-        for y, row in enumerate(grid):
-            for x, kept in enumerate(row):
-                if kept == kept:
-                    text = "dense" if kept == 1 else f"{kept:.0%}"
-                    axes.text(
-                        x, y, text, ha="center", va="center", fontsize=8,
-                        color="black" if kept > 0.55 else "white",
-                    )  # fmt: skip
-    axes.figure.colorbar(image, ax=axes, label="kept parameters")
+    axes.figure.colorbar(image, ax=axes, label="kept parameters", format=lambda x, _: f"{x:.0%}")
+    axes.set_yticks(range(len(rows)), list(rows))
+    _name_blocks(axes, blocks)
+    for y, row in enumerate(rows.values()):
+        for block, kept in row.items():
+            if block is not None and columns > 12:
+                continue  # no room for a number
+            axes.text(
+                (columns - 1) / 2 if block is None else blocks.index(block),
+                y,
+                "dense" if kept == 1 else f"{kept:.0%}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="black" if kept > 0.5 else "white",
+            )
+
+
+def _name_blocks(axes: Any, blocks: Sequence[str]) -> None:
+    """Number the columns; where there are several lists of blocks, name and part them."""
+    groups: dict[str, list[int]] = {}
+    for column, block in enumerate(blocks):
+        groups.setdefault(block.rpartition(".")[0], []).append(column)
+    every = math.ceil(len(blocks) / 16)  # more numbers would run into each other
+    labels = {c: blocks[c].rpartition(".")[2] for g in groups.values() for c in g[::every]}
+    for group, columns in groups.items():
+        if len(groups) > 1:
+            middle = columns[(len(columns) - 1) // 2]
+            labels[middle] = f"{labels.get(middle, '')}\n{group}"
+            if columns[0] > 0:
+                axes.axvline(columns[0] - 0.5, color="white", linewidth=4)
+    axes.set_xticks(list(labels), list(labels.values()))
+    if blocks:
+        axes.set_xlabel("block")
 
 
 def _draw_history(axes: Any, history: Mapping[str, list]) -> None:
-    """The divergence of each step on a log axis, the kept fraction beside it, stages shaded."""
-    steps = list(range(1, len(history["divergence"]) + 1))
-    axes.semilogy(steps, history["divergence"], color="#0072B2", label="divergence")
+    """Divergence (on a log axis if it varies much) and kept fraction by step, stages shaded."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    divergences = history["divergence"]
+    count = len(divergences)
+    steps = list(range(1, count + 1))
+    marker = "." if count < 50 else ""
+    positive = [each for each in divergences if 0 < each < math.inf]
+    decades = math.log10(max(positive) / min(positive)) if positive else 0.0
+    if decades > 1:
+        # A model that nothing was taken from yet has no divergence, or one of rounding below zero.
+        divergences = [each if each > 0 else math.nan for each in divergences]
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 4 else (1,)))
+        axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.plot(steps, divergences, color="#0072B2", marker=marker)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(0.5, count + 0.5)
     axes.set_xlabel("step")
     axes.set_ylabel("divergence from the dense model", color="#0072B2")
     right = axes.twinx()
-    right.plot(steps, history["kept"], color="#D55E00", label="kept parameters")
-    right.set_ylabel("kept parameters", color="#D55E00")
+    right.plot(steps, history["kept"], color="#D55E00", linestyle="--", marker=marker)
+    right.set_ylabel("kept parameters (dashed)", color="#D55E00")
     right.set_ylim(0, 1.02)
+    right.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     begin = 0
     for number, stage in enumerate(dict.fromkeys(history["stage"])):
-        count = history["stage"].count(stage)
+        share = history["stage"].count(stage)
         if number % 2:
-            axes.axvspan(begin + 0.5, begin + count + 0.5, color="0.93", zorder=0)
-        axes.text(
-            begin + count / 2 + 0.5, 1.02, stage, ha="center", transform=axes.get_xaxis_transform()
-        )
-        begin += count
+            axes.axvspan(begin + 0.5, begin + share + 0.5, color="0.93", zorder=0)
+        if share > 0.07 * count:  # else there is no room for its name
+            axes.annotate(
+                stage,
+                (begin + share / 2 + 0.5, 1.02),
+                xycoords=axes.get_xaxis_transform(),
+                ha="center",
+            )
+        begin += share

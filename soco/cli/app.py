@@ -94,6 +94,7 @@ def _between_0_and_1(value: float) -> float:
 
 _TRAINING = "Training (--method soco)"
 _CLOSED = "Methods without training (--method kfac-svd, svd-llm, ...)"
+_TASKS = "Tasks (--tasks)"
 _RUNNING = "Running"
 
 _DtypeOption = Annotated[
@@ -360,7 +361,7 @@ def evaluate(
         ),
     ],
     text: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--text",
             "-t",
@@ -369,7 +370,15 @@ def evaluate(
             "of soco.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Tasks of lm-evaluation-harness, with commas: arc_easy,piqa,gsm8k.",
+            show_default=False,
+        ),
+    ] = None,
     dense: Annotated[
         str | None,
         typer.Option(
@@ -390,14 +399,44 @@ def evaluate(
     windows: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="At most so many.", show_default="all")
     ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Files with the questions, such as ai2_arc_ARC-Easy.test.jsonl: no network is "
+            "used.",
+            show_default="from the hub",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="At most so many questions per task.",
+            show_default="all",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Solved examples before each question.",
+            show_default="as the task has it",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
     as_json: _JsonOption = False,
     batch_size: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Windows at a time.",
-            show_default="as many as hold 2048 tokens, 16384 on CUDA",
+            help="Windows, or requests of tasks, at a time.",
+            show_default="as many as hold 2048 tokens, 16384 on CUDA; 8 requests",
             rich_help_panel=_RUNNING,
         ),
     ] = None,
@@ -405,13 +444,23 @@ def evaluate(
     device: _DeviceOption = None,
     quiet: _QuietOption = False,
 ) -> None:
-    """Measure perplexity on a text, and the distance to the dense model."""
+    """Measure perplexity on a text and the distance to the dense model, or answers to tasks."""
+    if text is None and tasks is None:
+        raise ValueError("say what to measure on: --text FILE, --tasks NAMES, or both")
+    of_tasks = {"task_data": task_data, "limit": limit, "num_fewshot": num_fewshot}
+    of_text = {"length": length, "windows": windows}
+    for given, needed, options in ((tasks, "--tasks", of_tasks), (text, "--text", of_text)):
+        for name, value in options.items():
+            if given is None and value is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for {needed}")
     from soco.cli import commands
 
     commands.evaluate(
         model,
         text,
         dense,
+        tasks=tasks,
+        task_options={"data": task_data, "limit": limit, "num_fewshot": num_fewshot},
         length=length,
         windows=windows,
         batch_size=batch_size,

@@ -38,6 +38,7 @@ from soco.pipeline import compress as compress_model
 from soco.pipeline import reads_text
 from soco.reporting import Report, format_bytes
 from soco.reporting import report as report_of
+from soco.tasks import evaluate_tasks
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,11 @@ def _tell_files(wanted: Compression, options: Mapping[str, Any], out: Console) -
 
 def evaluate(
     model: str,
-    text: str,
+    text: str | None,
     dense: str | None,
     *,
+    tasks: str | None,
+    task_options: Mapping[str, Any],
     length: int | None,
     windows: int | None,
     batch_size: int | None,
@@ -170,28 +173,43 @@ def evaluate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """``soco evaluate``: perplexity on a text, and the distance to the dense model."""
-    file = find_text(text)
+    """``soco evaluate``: perplexity on a text and the distance to the dense model, and tasks."""
+    file = None if text is None else find_text(text)
     for name in (model, dense):
         if name is not None:
             find_model(name)
     place = find_device(device)
+    running = {"batch_size": batch_size, "progress": not quiet}
+    values: dict[str, Any] = {"model": model, "text": text, "dense": dense}
+    told = []
     with quiet_libraries(bars=_shows_bars(quiet)):
-        found = evaluate_model(
-            open_model(model, dtype, place),
-            file,
-            tokenizer=open_tokenizer(model),
-            dense=None if dense is None else open_model(dense, dtype, place),
-            length=length,
-            windows=windows,
-            batch_size=batch_size,
-            progress=not quiet,
-        )
+        small = open_model(model, dtype, place)
+        large = None if dense is None else open_model(dense, dtype, place)
+        tokenizer = open_tokenizer(model)
+        if file is not None:
+            found = evaluate_model(
+                small,
+                file,
+                tokenizer=tokenizer,
+                dense=large,
+                length=length,
+                windows=windows,
+                **running,
+            )
+            values |= found.to_dict()
+            told.append(_lines(found))
+        if tasks is not None:
+            for title, each in (("tasks", small), ("dense_tasks", large)):
+                if each is not None:
+                    scores = evaluate_tasks(
+                        each, tasks, tokenizer=tokenizer, **task_options, **running
+                    )
+                    values[title] = scores.to_dict()
+                    told.append(str(scores) if title == "tasks" else f"dense model\n{scores}")
     if as_json:
-        values = {"model": model, "text": text, "dense": dense, **found.to_dict()}
         print(json.dumps({k: None if v == math.inf else v for k, v in values.items()}, indent=1))
     else:
-        _console().print(_lines(found), markup=False)
+        _console().print("\n\n".join(told), markup=False)
 
 
 def _lines(found: Evaluation) -> str:
