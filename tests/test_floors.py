@@ -14,9 +14,9 @@ PACKAGE = ROOT / "soco"
 FLOORS = [
     {"core"},
     {"data", "folders", "headers", "ops"},
-    {"diagnosis", "linalg", "modules", "objectives", "ranks"},
+    {"diagnosis", "linalg", "modules", "objectives", "ranks", "steps"},
     {"spectral", "surgery"},
-    {"calibration", "contents", "guard", "training"},
+    {"calibration", "contents", "guard", "refinement", "surgeon", "training"},
     {"methods", "plugin"},
     {"checkpoint", "evaluation", "reporting"},
     {"pipeline"},
