@@ -30,14 +30,14 @@ class Refinement:
     steps: int = 200  # optimizer steps, at most
     batch_size: int = 8  # sequences per step
     micro_batch: int | None = None  # sequences at a time in memory; None: the whole batch
-    learning_rate: float = 0.02  # of Adam, as a fraction of a balanced factor's root mean square
+    learning_rate: float = 0.01  # of Adam, as a fraction of a balanced factor's root mean square
     warmup: int = 10  # steps in which the learning rate rises to that
     rate_end: float = (
         0.0  # the learning rate at the end, as a fraction of that; a cosine in between
     )
     betas: tuple[float, float] = (0.9, 0.99)  # of Adam
     weight_decay: float = 0.0  # pull to zero per step, as a multiple of the learning rate
-    clip: float | None = 1.0  # largest norm of the gradient of a step; None: no bound
+    clip: float | None = 0.1  # largest norm of a step's gradient by relative changes; None: none
     divergence: float = 1.0  # weight of the distance to the dense model
     cross_entropy: float = 0.0  # weight of the loss on the text itself
     biases: bool = True  # whether the biases of compressed layers are trained, too

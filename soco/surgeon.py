@@ -21,7 +21,7 @@ FRACTIONS = (0.0, 0.1, 0.25, 0.5, 1.0)
 class SVDSurgeon:
     """Everything that the update, and the saliency, can be told."""
 
-    damping: float = 0.3  # added to the curvature's diagonal, as a fraction of its mean
+    damping: float = 0.1  # added to the curvature's diagonal, as a fraction of its mean
     strength: float = 1.0  # the fraction of the update that is applied; an upper bound if validated
     validation: Literal["layer", "model", "none"] = "layer"  # where the fraction is chosen by
     # two-fold cross-validation over the sequences: in each layer, for all layers together, nowhere
@@ -332,7 +332,7 @@ def _collect(
                     more = draw + 1 < settings.labels
                     torch.autograd.grad(surprise, [probe], retain_graph=more, allow_unused=True)
                     for name, (g, r) in recorder.take().items():
-                        first = number if len(g) == 1 else number * settings.batch_size
+                        first = number * settings.batch_size if len(g) == len(ids) else number
                         _add(sums.setdefault(name, _Sums()), g, r, first, folds)
                 on_batch(min((number + 1) * settings.batch_size, len(windows)))
     finally:
