@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from soco.objectives import Objective
 from soco.ranks import allocate, layer_params
 from soco.spectral import SpectralLinear
+from soco.steps import Step as Step
+from soco.steps import checkpointed as checkpointed
+from soco.steps import endless_batches
 
 
 @dataclass(frozen=True)
@@ -128,18 +129,6 @@ class TrainingSettings:
             raise ValueError("the shares of the stages must be above 0 and sum to at most 1")
 
 
-@dataclass(frozen=True)
-class Step:
-    """What is known after one optimizer step."""
-
-    stage: str
-    step: int  # from 1
-    steps: int
-    loss: float  # the whole loss
-    divergence: float  # of it, the distance to the dense model
-    kept: float  # living parameters, as a fraction of the targets' (counted as they are stored)
-
-
 @dataclass
 class _Run:
     model: nn.Module
@@ -199,7 +188,7 @@ def train_scores(
         )
     generator = torch.Generator().manual_seed(settings.seed)
     run = _Run(model, layers, objective, settings, generator, pivoted)
-    batches = _batches(windows, settings.batch_size, generator)
+    batches = endless_batches(windows, settings.batch_size, generator)
     total = sum(layer.weight.numel() for layer in layers.values())
     for layer in layers.values():
         layer.mask.fill_(True)
@@ -418,34 +407,3 @@ def _dense_outputs(run: _Run, ids: Tensor) -> Tensor:
     finally:
         for layer in run.layers.values():
             layer.dense = False
-
-
-def _batches(windows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches without end, every window once before any comes again; the odd rest is left out."""
-    while True:
-        order = torch.randperm(len(windows), generator=generator)
-        for chosen in order[: len(order) // size * size].split(size):
-            yield windows[chosen]
-
-
-@contextmanager
-def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
-    """Inside, each block keeps its inputs only and is computed again in backward."""
-    own = [block.__dict__.get("forward") for block in blocks]  # set by hooks of others
-
-    def wrap(forward: Callable) -> Callable:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-        return run
-
-    for block in blocks:
-        block.forward = wrap(block.forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward  # the class's shows again
-            else:
-                block.forward = forward

@@ -14,9 +14,9 @@ PACKAGE = ROOT / "soco"
 FLOORS = [
     {"core"},
     {"data", "folders", "headers", "ops", "taskdata"},
-    {"diagnosis", "linalg", "modules", "objectives", "ranks", "steps"},
+    {"diagnosis", "linalg", "modules", "objectives", "ranks"},
     {
-        "allocators", "fitting", "pivots", "principal", "spectral", "surgery", "svd_gradient",
+        "allocators", "fitting", "pivots", "principal", "spectral", "steps", "surgery", "svd_gradient",
         "weighting",
     },
     {

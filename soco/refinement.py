@@ -1,0 +1,470 @@
+"""Joint fine-tuning of all factors of a compressed model against the dense one."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from soco.objectives import Objective
+from soco.steps import Step, checkpointed, endless_batches, frozen
+from soco.surgery import transformer_blocks
+
+# Adam's epsilon: gradients of a mean over tokens by badly scaled factors go down to 1e-8, and none
+# of them may be taken for zero.
+_EPSILON = 1e-12
+
+# Losses of float16 models are multiplied by this before backward, or most gradients are zero.
+_FIRST_SCALE = 2.0**12
+
+Swap = tuple[nn.Module, str, nn.Module, nn.Module]  # parent, name in it, dense, compressed
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Everything that the fine-tuning can be told."""
+
+    steps: int = 200  # optimizer steps, at most
+    batch_size: int = 8  # sequences per step
+    micro_batch: int | None = None  # sequences at a time in memory; None: the whole batch
+    learning_rate: float = 0.01  # of Adam, as a fraction of a balanced factor's root mean square
+    warmup: int = 10  # steps in which the learning rate rises to that
+    rate_end: float = (
+        0.0  # the learning rate at the end, as a fraction of that; a cosine in between
+    )
+    betas: tuple[float, float] = (0.9, 0.99)  # of Adam
+    weight_decay: float = 0.0  # pull to zero per step, as a multiple of the learning rate
+    clip: float | None = 0.1  # largest norm of a step's gradient by relative changes; None: none
+    divergence: float = 1.0  # weight of the distance to the dense model
+    cross_entropy: float = 0.0  # weight of the loss on the text itself
+    biases: bool = True  # whether the biases of compressed layers are trained, too
+    held_out: float = 0.1  # fraction of the sequences, the last ones, that is only evaluated on
+    evaluate_every: int = 20  # steps between two evaluations
+    patience: int | None = 4  # evaluations without a new best after which it stops; None: never
+    checkpointing: bool = False  # recompute activations in backward: less memory, a third slower
+    seed: int = 0  # of the order of the sequences
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense."""
+        for name in ("steps", "batch_size", "evaluate_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        if not isinstance(self.warmup, int) or self.warmup < 0:
+            raise ValueError(f"warmup must be a whole number of steps, got {self.warmup!r}")
+        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
+            raise ValueError(
+                f"micro_batch must be from 1 to batch_size ({self.batch_size}), got "
+                f"{self.micro_batch}"
+            )
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, or None, got {self.patience}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive, or None, got {self.clip}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers from 0 to below 1, got {self.betas}")
+        for name in ("rate_end", "weight_decay", "divergence", "cross_entropy"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if not self.divergence and not self.cross_entropy:
+            raise ValueError(
+                "divergence and cross_entropy are both 0: there is nothing to train on"
+            )
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be above 0 and below 1, got {self.held_out}")
+
+    def rate(self, step: int) -> float:
+        """The multiple of the learning rate at ``step`` (from 0): a ramp, then half a cosine."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.rate_end + (1 - self.rate_end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def refine(
+    model: nn.Module,
+    pairs: Mapping[str, tuple[nn.Module, nn.Module]],
+    windows: Tensor,
+    objective: Objective,
+    settings: Refinement,
+    on_step: Callable[[Step], None] = lambda step: None,
+    held_out: Tensor | None = None,
+) -> list[Step]:
+    """Train the factors of all compressed layers together to give what the dense model gives.
+
+    The dense model is the same model with the dense layers in their old places: it holds no second
+    copy. The learning rate is relative to the size of the factors, because those of a layer may
+    differ in scale by any number without being another layer. Parameters in half precision are
+    trained as float32 copies and rounded after every step.
+
+    The loss on held-out text is measured before the first step, every ``evaluate_every`` steps and
+    at the end, and the factors that it was lowest for are the ones that stay. So on that text the
+    model is never worse than before, whatever the settings are. That holds, too, when the loss or a
+    gradient stops being finite (the training ends with a warning) and on any exception.
+
+    Args:
+        model: holds the compressed layers, and possibly dense ones; frozen but for the factors, in
+            evaluation mode meanwhile.
+        pairs: name to the dense layer and the compressed one that stands in the model for it.
+            Parameters that several compressed layers share are trained once; those that the dense
+            model has as well (a bias that was not copied) are left alone.
+        windows: token ids (sequences, length), on the CPU.
+        objective: how the distance to the dense model is measured.
+        settings: everything else.
+        on_step: called with each entry of the history.
+        held_out: token ids (sequences, length) to evaluate on; None: the last of ``windows``, which
+            are then not trained on.
+
+    Returns:
+        The history. Its first entry is step 0, whose losses are those of the held-out text before
+        training; the others are optimizer steps, ``held_out`` given where it was measured.
+
+    Raises:
+        ValueError: no layers; a compressed layer that is not in the model; no parameter to train;
+            fewer than two windows.
+
+    Warns:
+        UserWarning: fewer windows than one batch; a loss or gradient that is not finite.
+
+    Source: end-to-end tuning of factors is the third level of "Per-Matrix Optimality Is Not
+    Enough", 2026 (there with the loss on the text); the divergence, and the rates, are ours.
+    """
+    swaps = _swaps(model, pairs)
+    dense = [pair[0] for pair in pairs.values()]
+    trained = _trainable(model, pairs, settings.biases)
+    train, held_out = _split(windows, held_out, settings)
+    size = min(settings.batch_size, len(train))
+    if size < settings.batch_size:
+        warnings.warn(
+            f"{len(train)} sequences are left to refine on, fewer than one batch of "
+            f"{settings.batch_size}: it goes on with batches of {size}",
+            stacklevel=2,
+        )
+    matrices = {p for layer in dense for p in layer.parameters() if p.dim() > 1}
+    kept = sum(p.numel() for p in trained if p.dim() > 1) / sum(p.numel() for p in matrices)
+    run = _Run(model, swaps, objective, settings, _sizes(pairs, trained), kept)
+    blocks = transformer_blocks(model) if settings.checkpointing else []
+    with frozen(model, *dense), checkpointed(blocks):
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        best = _Best(trained)
+        try:
+            return _train(run, trained, best, train, held_out, size, on_step)
+        finally:
+            best.restore()
+
+
+@dataclass
+class _Run:
+    model: nn.Module
+    swaps: list[Swap]
+    objective: Objective
+    settings: Refinement
+    sizes: list[float]  # of the trained parameters
+    kept: float
+
+
+class _Best:
+    """The values of the parameters at the lowest loss so far."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.loss = math.inf
+        self.since = 0  # evaluations since then
+        self.values = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def offer(self, loss: float) -> None:
+        """Keep the values if ``loss`` is lower than any before (NaN is not)."""
+        self.since += 1
+        if loss < self.loss:
+            self.loss, self.since = loss, 0
+            for value, parameter in zip(self.values, self.parameters, strict=True):
+                value.copy_(parameter)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the values back, bit for bit."""
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+
+
+class _Masters:
+    """The parameters as Adam sees them: in float32 at least, each with a rate for its size."""
+
+    def __init__(
+        self, parameters: list[nn.Parameter], sizes: list[float], settings: Refinement
+    ) -> None:
+        self.parameters = parameters
+        self.settings = settings
+        self.masters = [
+            p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
+            for p in parameters
+        ]
+        self.scale = _FIRST_SCALE if any(p.dtype == torch.float16 for p in parameters) else 1.0
+        groups = [
+            {"params": [master], "size": size}
+            for master, size in zip(self.masters, sizes, strict=True)
+        ]
+        self.optimizer = torch.optim.Adam(
+            groups, lr=settings.learning_rate, betas=settings.betas, eps=_EPSILON
+        )
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Take the gradients over after a backward pass; they add up in the masters."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is parameter or parameter.grad is None:
+                continue
+            grad = parameter.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """Bring the gradients to their true scale and their norm below ``clip``; the norm, ().
+
+        Each gradient counts times the size of its parameter, so that the norm does not depend on
+        how a product is split into factors.
+        """
+        groups = [g for g in self.optimizer.param_groups if g["params"][0].grad is not None]
+        grads = [group["params"][0].grad for group in groups]
+        if not grads:
+            return torch.zeros(())
+        norms = [
+            (grad.norm().float() * (group["size"] / self.scale)).to(grads[0].device)
+            for grad, group in zip(grads, groups, strict=True)
+        ]
+        norm = torch.stack(norms).norm()
+        clip = self.settings.clip
+        factor = torch.ones_like(norm) if clip is None else clip / norm.clamp_min(clip)
+        for grad in grads:
+            grad.mul_((factor / self.scale).to(grad.device))
+        return norm
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """One step of Adam, and the parameters rounded from their masters."""
+        decay = self.settings.weight_decay * self.settings.learning_rate * rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * rate * group["size"]
+            if decay:
+                group["params"][0].mul_(1 - decay)
+        self.optimizer.step()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _train(
+    run: _Run,
+    trained: list[nn.Parameter],
+    best: _Best,
+    train: Tensor,
+    held_out: Tensor,
+    size: int,
+    on_step: Callable[[Step], None],
+) -> list[Step]:
+    settings = run.settings
+    history: list[Step] = []
+
+    def note(step: int, loss: float, divergence: float, measured: float | None) -> None:
+        history.append(Step("tuning", step, settings.steps, loss, divergence, run.kept, measured))
+        on_step(history[-1])
+
+    start, divergence = _evaluate(run, held_out, size)
+    best.offer(start)
+    note(0, start, divergence, start)
+    if not math.isfinite(start):
+        _warn_stop(f"the loss on the held-out text is {start} before the first step")
+        return history
+    masters = _Masters(trained, run.sizes, settings)
+    generator = torch.Generator().manual_seed(settings.seed)
+    following = endless_batches(train, size, generator)
+    for step in range(1, settings.steps + 1):
+        loss, divergence, norm = _pass(run, masters, next(following))
+        if not math.isfinite(loss):
+            note(step, loss, divergence, None)
+            _warn_stop(f"the loss became {loss} in step {step} of refine")
+            break
+        if math.isfinite(norm):
+            masters.step(settings.rate(step - 1))
+        elif masters.scale > 1:  # float16 overflowed in backward: the step is left out
+            masters.scale /= 4
+        else:
+            note(step, loss, divergence, None)
+            _warn_stop(f"a gradient became {norm} in step {step} of refine")
+            break
+        masters.forget()
+        measured = None
+        if step % settings.evaluate_every == 0 or step == settings.steps:
+            measured, _ = _evaluate(run, held_out, size)
+            best.offer(measured)
+        note(step, loss, divergence, measured)
+        if settings.patience is not None and best.since >= settings.patience:
+            break
+    return history
+
+
+def _pass(run: _Run, masters: _Masters, batch: Tensor) -> tuple[float, float, float]:
+    """Forward and backward over ``batch`` in micro-batches; the gradients are in the masters.
+
+    Returns:
+        The loss and the divergence in it, means over the batch, and the norm of the gradient.
+    """
+    sums = torch.zeros(2)
+    for ids in batch.split(run.settings.micro_batch or len(batch)):
+        part = len(ids) / len(batch)
+        loss, divergence = _losses(run, ids)
+        (loss * (part * masters.scale)).backward()
+        masters.collect()
+        sums = sums.to(loss.device) + part * torch.stack([loss.detach(), divergence.detach()])
+    norm = masters.norm()
+    loss, divergence, norm = torch.stack([*sums, norm.to(sums)]).tolist()  # the step's only wait
+    return loss, divergence, norm
+
+
+@torch.no_grad()
+def _evaluate(run: _Run, windows: Tensor, size: int) -> tuple[float, float]:
+    """The loss and the divergence in it, means over ``windows``, taken in float64."""
+    parts = [
+        torch.stack(_losses(run, ids)).double() * len(ids)
+        for ids in windows.split(run.settings.micro_batch or size)
+    ]
+    loss, divergence = (torch.stack(parts).sum(0) / len(windows)).tolist()
+    return loss, divergence
+
+
+def _losses(run: _Run, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the divergence in it for ids (sequences, length)."""
+    settings, objective = run.settings, run.objective
+    ids = ids.to(next(run.model.parameters()).device)
+    dense = None
+    if settings.divergence:
+        with torch.no_grad(), _dense_in_place(run.swaps):
+            dense = objective.outputs(run.model, ids)
+    student = objective.outputs(run.model, ids)
+    loss = divergence = student.new_zeros(())
+    if dense is not None:
+        divergence = objective.divergence(dense, student)
+        loss = settings.divergence * divergence
+    if settings.cross_entropy:
+        loss = loss + settings.cross_entropy * objective.cross_entropy(student, ids)
+    return loss, divergence
+
+
+def _swaps(model: nn.Module, pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> list[Swap]:
+    """All places where the compressed layers stand, and the dense ones that belong there."""
+    if not pairs:
+        raise ValueError("no layer is compressed: there is nothing to refine")
+    dense_of: dict[nn.Module, nn.Module] = {}
+    for name, (dense, compressed) in pairs.items():
+        if dense_of.setdefault(compressed, dense) is not dense:
+            raise ValueError(f"the compressed layer {name} stands for two dense layers")
+    swaps = [
+        (parent, child_name, dense_of[child], child)
+        for parent in model.modules()
+        for child_name, child in parent._modules.items()
+        if child is not None and child in dense_of
+    ]
+    missing = dense_of.keys() - {compressed for *_, compressed in swaps}
+    for name, (_, compressed) in pairs.items():
+        if compressed in missing:
+            raise ValueError(f"the compressed layer {name} is not in the model")
+    return swaps
+
+
+@contextmanager
+def _dense_in_place(swaps: list[Swap]) -> Iterator[None]:
+    """Inside, the dense layers stand where the compressed ones do otherwise."""
+    try:
+        for parent, name, dense, _ in swaps:
+            parent._modules[name] = dense
+        yield
+    finally:
+        for parent, name, _, compressed in swaps:
+            parent._modules[name] = compressed
+
+
+def _trainable(
+    model: nn.Module, pairs: Mapping[str, tuple[nn.Module, nn.Module]], biases: bool
+) -> list[nn.Parameter]:
+    """The floating-point parameters of the compressed layers that the dense model has not."""
+    compressed = {part for _, layer in pairs.values() for part in layer.modules()}
+    others = [module for module in model.modules() if module not in compressed]
+    others += [part for dense, _ in pairs.values() for part in dense.modules()]
+    foreign = {p for module in others for p in module.parameters(recurse=False)}
+    found = {
+        parameter: None  # a set that keeps the order
+        for _, layer in pairs.values()
+        for key, parameter in layer.named_parameters()
+        if parameter.is_floating_point()
+        and parameter not in foreign
+        and (biases or key.rpartition(".")[2] != "bias")
+    }
+    if not found:
+        raise ValueError("the compressed layers have no parameter of their own to train")
+    return list(found)
+
+
+@torch.no_grad()
+def _sizes(
+    pairs: Mapping[str, tuple[nn.Module, nn.Module]], trained: list[nn.Parameter]
+) -> list[float]:
+    """What one unit of the learning rate is for each trained parameter.
+
+    A factor that is a times its partner in the layer moves a times as far, so that it makes no
+    difference how a product is split into its factors. Balanced factors move equally far in all
+    layers: by a fraction of the geometric mean of their root mean squares over the model. So do
+    biases.
+    """
+    rms = {p: max(float(p.detach().float().square().mean().sqrt()), 1e-30) for p in trained}
+    balance: dict[nn.Parameter, list[float]] = {p: [] for p in trained}
+    usual = []
+    for _, layer in pairs.values():
+        factors = [p for p in layer.parameters() if p in rms and p.dim() > 1]
+        if not factors:
+            continue
+        middle = sum(math.log(rms[p]) for p in factors) / len(factors)
+        usual.append(middle)
+        for p in factors:
+            balance[p].append(math.log(rms[p]) - middle)
+    typical = sum(usual) / len(usual) if usual else 0.0
+    # A factor that several layers share takes the mean of what each of them asks for.
+    return [math.exp(typical + (sum(b) / len(b) if b else 0.0)) for b in balance.values()]
+
+
+def _split(windows: Tensor, held_out: Tensor | None, settings: Refinement) -> tuple[Tensor, Tensor]:
+    """What is trained on and what is evaluated on."""
+    if held_out is None:
+        if len(windows) < 2:
+            raise ValueError(
+                f"refine takes two sequences at least, one of them held out, got {len(windows)}"
+            )
+        count = min(len(windows) - 1, max(1, round(settings.held_out * len(windows))))
+        return windows[:-count], windows[-count:]
+    if not len(windows) or not len(held_out):
+        raise ValueError(
+            f"refine takes one sequence to train on and one held out at least, got {len(windows)} "
+            f"and {len(held_out)}"
+        )
+    return windows, held_out
+
+
+def _warn_stop(why: str) -> None:
+    warnings.warn(
+        f"{why}: it ends, and the factors that were best on the held-out text stay (float16 "
+        f"overflows; or learning_rate is too high)",
+        stacklevel=4,
+    )

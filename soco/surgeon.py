@@ -1,0 +1,449 @@
+"""The closed-form second-order update of the components that a truncation kept."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from soco.linalg import Factors, Spectrum
+from soco.objectives import Objective
+from soco.steps import checkpointed, frozen
+from soco.surgery import transformer_blocks, weight_of
+
+# The fractions of ``strength`` that validation chooses from.
+FRACTIONS = (0.0, 0.1, 0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class SVDSurgeon:
+    """Everything that the update, and the saliency, can be told."""
+
+    damping: float = 0.1  # added to the curvature's diagonal, as a fraction of its mean
+    strength: float = 1.0  # the fraction of the update that is applied; an upper bound if validated
+    validation: Literal["layer", "model", "none"] = "layer"  # where the fraction is chosen by
+    # two-fold cross-validation over the sequences: in each layer, for all layers together, nowhere
+    clip: float | None = 0.5  # largest relative change of a component, below 1; None: no bound
+    samples: int | None = None  # sequences used, from the start; None: all
+    labels: int = 2  # draws from the dense model per sequence: each is a sample, and a backward
+    rounds: int = 1  # repetitions, each with new draws
+    batch_size: int = 8  # sequences at a time
+    checkpointing: bool = False  # recompute activations in backward: less memory, a third slower
+    seed: int = 0  # of the draws
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense."""
+        for name in ("labels", "rounds", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        if self.samples is not None and (not isinstance(self.samples, int) or self.samples < 2):
+            raise ValueError(f"samples must be at least 2, or None, got {self.samples!r}")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping must be at least 0, got {self.damping}")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength must be above 0 and at most 1, got {self.strength}")
+        if self.clip is not None and not 0 < self.clip < 1:
+            raise ValueError(f"clip must be above 0 and below 1, or None, got {self.clip}")
+        if self.validation not in ("layer", "model", "none"):
+            raise ValueError(
+                f'validation must be "layer", "model" or "none", got {self.validation!r}'
+            )
+
+
+def rescale(
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    targets: Mapping[str, nn.Module],
+    windows: Tensor,
+    objective: Objective,
+    settings: SVDSurgeon,
+    on_batch: Callable[[int], None] = lambda sequences: None,
+) -> dict[str, Factors]:
+    """Let the components that were kept make up, by their scales, for what was removed.
+
+    Let ``W' = up @ down = sum_i u_i d_i^T`` replace W, and scale its components by
+    ``1 + delta_i``. The weight then differs from W by ``sum_i delta_i u_i d_i^T - (W - W')``. With
+    ``G^n`` the gradient of the loss of sample n by the weight, at W, the loss of the sample changes
+    in first order by
+
+        ``sum_i g_i^n delta_i - r^n``,  ``g_i^n = u_i^T G^n d_i``,  ``r^n = <G^n, W - W'>``.
+
+    The labels are drawn from the dense model. So these changes have mean zero, and half their mean
+    square is the second order of the expected loss: the Fisher information is its curvature. With
+    ``H = mean(g g^T)`` and ``b = mean(g r)``, minimizing ``delta^T H delta / 2 - b^T delta``
+    with ``damping`` times the mean of H's diagonal added to it gives
+
+        ``delta = (H + damping mean(diag H) I)^-1 b``,  ``W'' = up diag(1 + strength delta) down``.
+
+    For any strength in (0, 1] the quadratic falls (unless b = 0), and at damping 0 and strength 1
+    it is at its least; delta is 0 where nothing was removed. It needs no SVD: the factors may come
+    from any method. If they are the kept components S of one decomposition ``W = sum_i sigma_i
+    u_i v_i^T`` and C is the rest, then ``g_i = sigma_i s_i``, ``r = sum_C sigma_j s_j``, and at
+    damping 0 this is the published ``delta sigma_S = Hs_SS^-1 Hs_SC sigma_C`` with ``Hs = mean(s
+    s^T)``. Damping differs: the published one holds all changes of sigma alike, this one all
+    relative changes, so that the split of a product into factors makes no difference.
+
+    With fewer samples than components the update fits the samples rather than the loss. So with
+    ``validation``, the update from either half of the sequences is tried on the quadratic of the
+    other, at each of ``FRACTIONS`` of the strength; what is lowest over both decides, and it may be
+    none.
+
+    Each layer is updated as if the others were dense. All targets get their gradients from the same
+    passes. Memory: two matrices (rank, rank) in float32 per layer and half.
+
+    Args:
+        model: the dense model; left as it was.
+        factors: name to the factors (out, rank), (rank, in) that will replace a layer.
+        targets: name to the dense layer in the model; more names than in ``factors`` do no harm.
+        windows: token ids (sequences, length), on the CPU.
+        objective: of the model; draws the labels.
+        settings: everything else.
+        on_batch: called with the number of sequences done, after each batch, over all rounds.
+
+    Returns:
+        name to factors in the dtypes they had; ``down`` is the tensor that was given. Layers that
+        no sequence went through keep both.
+
+    Raises:
+        ValueError: a name without a target, shapes that do not fit, fewer than two sequences, or
+            gradients with NaN or Inf (the layer is named).
+
+    Source: SVD-Surgeon, arXiv:2606.23568 (there for the components of one SVD, without validation).
+    """
+    _check(factors, targets)
+    generator = torch.Generator().manual_seed(settings.seed)
+    windows = _samples(windows, settings)
+    result = dict(factors)
+    for before in range(0, settings.rounds * len(windows), len(windows)):
+        sums = _collect(
+            model, result, targets, windows, objective, settings, generator,
+            lambda done, before=before: on_batch(before + done),
+        )  # fmt: skip
+        for name, delta in _deltas(sums, settings).items():
+            up, down = result[name]
+            scale = (1 + delta).to(up.device)
+            result[name] = Factors((up.double() * scale).to(up.dtype), down)
+    return result
+
+
+def saliency(
+    model: nn.Module,
+    spectra: Mapping[str, Spectrum],
+    targets: Mapping[str, nn.Module],
+    windows: Tensor,
+    objective: Objective,
+    settings: SVDSurgeon,
+    on_batch: Callable[[int], None] = lambda sequences: None,
+) -> dict[str, Tensor]:
+    """What the loss rises by when one component goes and the others make up for it.
+
+    Removing component i is ``delta_i = -1``; with the best delta of the others, the quadratic of
+    ``rescale`` rises to ``1 / (2 [H^-1]_ii)``. In units of sigma instead of relative ones it is
+    the published ``sigma_i^2 / (2 [Hs^-1]_ii)``, the same number. The damping holds the others, and
+    not the one that goes: with ``M = H + damping mean(diag H) I`` the value is
+    ``(1 / [M^-1]_ii - damping mean(diag H)) / 2``. It is at most ``H_ii / 2``, the value without
+    any making up, and reaches it as the damping grows.
+
+    The values are for ``ranks.allocate``; a layer of rank k then keeps the k components that are
+    worth most, which need not be the first k of the spectrum.
+
+    Args:
+        model: the dense model; left as it was.
+        spectra: name to a decomposition of the layer's weight, of any rank.
+        targets: name to the dense layer in the model.
+        windows: token ids (sequences, length), on the CPU.
+        objective: of the model; draws the labels.
+        settings: ``damping``, ``samples``, ``labels``, ``batch_size``, ``checkpointing`` and
+            ``seed`` are read.
+        on_batch: called with the number of sequences done, after each batch.
+
+    Returns:
+        name to values (rank,), float32, not negative, in the spectrum's order: for token
+        predictions the rise of the KL divergence in nats per token. Zeros where no sequence went
+        through a layer.
+
+    Raises:
+        ValueError: as ``rescale``.
+
+    Source: SVD-Surgeon, arXiv:2606.23568; Optimal Brain Surgeon, Hassibi and Stork, 1993.
+    """
+    layers = {
+        name: Factors(spectrum.up * spectrum.sigma, spectrum.down)
+        for name, spectrum in spectra.items()
+    }
+    _check(layers, targets)
+    generator = torch.Generator().manual_seed(settings.seed)
+    windows = _samples(windows, settings)
+    sums = _collect(
+        model, layers, targets, windows, objective, settings, generator, on_batch, folds=1
+    )
+    tokens = windows.numel() * settings.labels
+    values = {}
+    for name, (up, _) in layers.items():
+        if name not in sums:
+            values[name] = torch.zeros(up.shape[1], device=up.device)
+        else:
+            curvature = sums[name].curvature[0] / tokens
+            values[name] = removal_cost(curvature, settings.damping).float()
+    return values
+
+
+def scale_update(curvature: Tensor, pull: Tensor, damping: float) -> Tensor:
+    """The minimum of ``delta^T (H + damping mean(diag H) I) delta / 2 - b^T delta``.
+
+    Args:
+        curvature: H (rank, rank), symmetric positive semidefinite; may be singular.
+        pull: b (rank,), in the range of H.
+        damping: at least 0.
+
+    Returns:
+        delta (rank,), float64; the shortest minimum where there are several.
+    """
+    damped = _damped(curvature, damping)
+    root, info = torch.linalg.cholesky_ex(damped)
+    wide = pull.double()[:, None]
+    if not bool(info):
+        return torch.cholesky_solve(wide, root)[:, 0]
+    return (torch.linalg.pinv(damped, hermitian=True) @ wide)[:, 0]
+
+
+def removal_cost(curvature: Tensor, damping: float) -> Tensor:
+    """What ``delta^T H delta / 2`` comes to with ``delta_i = -1`` and the best others, for each i.
+
+    Args:
+        curvature: H (rank, rank), symmetric positive semidefinite.
+        damping: the others pay ``damping mean(diag H) / 2`` times their squares as well; above 0
+            where H is singular.
+
+    Returns:
+        (rank,), float64, from 0 to half the diagonal of H.
+    """
+    half = curvature.diagonal().double() / 2
+    extra = damping * half.mean() * 2
+    damped = _damped(curvature, damping)
+    root, info = torch.linalg.cholesky_ex(damped)
+    inverse = (
+        torch.linalg.pinv(damped, hermitian=True) if bool(info) else torch.cholesky_inverse(root)
+    )
+    diagonal = inverse.diagonal()
+    tiny = torch.finfo(diagonal.dtype).tiny
+    cost = (1 / diagonal.clamp_min(tiny) - extra) / 2
+    return torch.minimum(cost.clamp_min(0), half)
+
+
+def quadratic(delta: Tensor, curvature: Tensor, pull: Tensor) -> Tensor:
+    """``delta^T H delta / 2 - b^T delta``, (), for delta (rank,), H (rank, rank), b (rank,)."""
+    return delta @ curvature.double() @ delta / 2 - pull.double() @ delta
+
+
+@dataclass
+class _Sums:
+    """Of one layer, per fold: sums over the samples of ``g g^T`` and ``g r``, in float32."""
+
+    curvature: list[Tensor] = field(default_factory=list)  # (rank, rank)
+    pull: list[Tensor] = field(default_factory=list)  # (rank,)
+    samples: list[int] = field(default_factory=list)
+
+
+def _deltas(sums: Mapping[str, _Sums], settings: SVDSurgeon) -> dict[str, Tensor]:
+    """The change of each layer's scales, (rank,), float64."""
+    losses = {
+        name: _validated(each, settings) if settings.validation != "none" else None
+        for name, each in sums.items()
+    }
+    together = sum((each for each in losses.values() if each is not None), torch.zeros(()))
+    deltas = {}
+    for name, each in sums.items():
+        fraction = 1.0
+        if settings.validation != "none":
+            seen = losses[name]
+            if seen is None:  # one half of the sequences did not reach it
+                continue
+            chosen = seen if settings.validation == "layer" else together
+            fraction = FRACTIONS[int(chosen.argmin())]
+        delta = scale_update(sum(each.curvature), sum(each.pull), settings.damping)  # type: ignore[arg-type]
+        deltas[name] = _applied(delta, fraction, settings)
+    return deltas
+
+
+def _validated(sums: _Sums, settings: SVDSurgeon) -> Tensor | None:
+    """The quadratic of either half at the other's update, (fractions,), on the CPU."""
+    if 0 in sums.samples:
+        return None
+    total = torch.zeros(len(FRACTIONS), dtype=torch.float64)
+    for own, other in ((0, 1), (1, 0)):
+        delta = scale_update(sums.curvature[own], sums.pull[own], settings.damping)
+        curvature, pull = sums.curvature[other], sums.pull[other]
+        total += torch.stack(
+            [quadratic(_applied(delta, f, settings), curvature, pull) for f in FRACTIONS]
+        ).cpu()
+    return total
+
+
+def _applied(delta: Tensor, fraction: float, settings: SVDSurgeon) -> Tensor:
+    delta = delta * (fraction * settings.strength)
+    return delta if settings.clip is None else delta.clamp(-settings.clip, settings.clip)
+
+
+def _damped(curvature: Tensor, damping: float) -> Tensor:
+    wide = curvature.double()
+    return wide + torch.eye(len(wide)).to(wide) * (damping * wide.diagonal().mean())
+
+
+def _collect(
+    model: nn.Module,
+    layers: Mapping[str, Factors],
+    targets: Mapping[str, nn.Module],
+    windows: Tensor,
+    objective: Objective,
+    settings: SVDSurgeon,
+    generator: torch.Generator,
+    on_batch: Callable[[int], None],
+    folds: int = 2,
+) -> dict[str, _Sums]:
+    """Run the dense model over the windows, forward and backward; the sums of the layers reached.
+
+    Sequence k belongs to fold ``k mod folds``. A layer that sees its tokens without a batch
+    dimension gives one sample per batch, whose fold is the batch's number ``mod folds``.
+    """
+    recorder = _Recorder()
+    device = next(model.parameters()).device
+    probe = torch.zeros((), device=device, requires_grad=True)  # the one leaf gradients flow to
+    hooks = [
+        targets[name].register_forward_hook(
+            recorder.hook(name, factors, weight_of(targets[name]), probe)
+        )
+        for name, factors in layers.items()
+    ]
+    sums: dict[str, _Sums] = {}
+    blocks = transformer_blocks(model) if settings.checkpointing else []
+    try:
+        with frozen(model), checkpointed(blocks):
+            for number, batch in enumerate(windows.split(settings.batch_size)):
+                ids = batch.to(device)
+                recorder.shape = tuple(ids.shape)
+                student = objective.outputs(model, ids)
+                dense = student.detach()
+                for draw in range(settings.labels):
+                    surprise = objective.surprise(dense, student, generator)
+                    more = draw + 1 < settings.labels
+                    torch.autograd.grad(surprise, [probe], retain_graph=more, allow_unused=True)
+                    for name, (g, r) in recorder.take().items():
+                        first = number * settings.batch_size if len(g) == len(ids) else number
+                        _add(sums.setdefault(name, _Sums()), g, r, first, folds)
+                on_batch(min((number + 1) * settings.batch_size, len(windows)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, each in sums.items():
+        if not all(bool(part.isfinite().all()) for part in (*each.curvature, *each.pull)):
+            raise ValueError(
+                f"the gradients of {name} hold NaN or Inf on the calibration text: the model "
+                f"overflows in its dtype, or its weights are broken"
+            )
+    return sums
+
+
+def _add(sums: _Sums, g: Tensor, r: Tensor, first: int, folds: int) -> None:
+    """Add samples g (samples, rank) and r (samples,), the first being number ``first``."""
+    rank = g.shape[1]
+    for fold in range(folds):
+        if len(sums.samples) == fold:
+            sums.curvature.append(g.new_zeros(rank, rank))
+            sums.pull.append(g.new_zeros(rank))
+            sums.samples.append(0)
+        mine = slice((fold - first) % folds, None, folds)
+        sums.curvature[fold].addmm_(g[mine].T, g[mine])
+        sums.pull[fold].addmv_(g[mine].T, r[mine])
+        sums.samples[fold] += len(r[mine])
+
+
+class _Recorder:
+    """Notes, in backward, what the layers' inputs and output gradients come to in each sequence."""
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] = ()  # (sequences, length) of the ids that run
+        self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def hook(
+        self, name: str, factors: Factors, weight: Tensor, probe: Tensor
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        """The forward hook of the layer ``name``: its output, with an ear in its backward.
+
+        With x_t the inputs and e_t the gradients of the outputs, ``G = sum_t e_t x_t^T``, so
+        ``g_i = sum_t (u_i . e_t) (d_i . x_t)`` and ``r = sum_t e_t^T W x_t - sum_i g_i``. No
+        gradient of the size of a weight is made.
+        """
+        up, down = factors.up.float(), factors.down.float()
+
+        def note(x: Tensor, grad: Tensor) -> None:
+            x, grad = self._by_sequence(x), self._by_sequence(grad)
+            g = ((x @ down.T) * (grad @ up)).sum(1)  # (sequences, rank)
+            r = ((grad @ weight.float()) * x).sum((1, 2)) - g.sum(1)  # (sequences,)
+            self._rows.setdefault(name, []).append((g, r))
+
+        def observe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return _Listen.apply(output, inputs[0].detach(), probe, note)
+
+        return observe
+
+    def _by_sequence(self, rows: Tensor) -> Tensor:
+        """(..., features) as (sequences, tokens, features), float32; one sequence if unknown."""
+        count, length = self.shape
+        known = (rows.dim() > 2 and len(rows) == count) or rows.shape[:-1].numel() == count * length
+        return rows.detach().float().reshape(count if known else 1, -1, rows.shape[-1])
+
+    def take(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name to samples (samples, rank) and (samples,), and forget them.
+
+        Several calls of one layer add up: sequence by sequence, or all in one where a call knew no
+        sequences.
+        """
+        taken = {}
+        for name, calls in self._rows.items():
+            if len({len(r) for _, r in calls}) > 1:
+                calls = [(g.sum(0, keepdim=True), r.sum(0, keepdim=True)) for g, r in calls]
+            taken[name] = (sum(g for g, _ in calls), sum(r for _, r in calls))
+        self._rows.clear()
+        return taken
+
+
+class _Listen(torch.autograd.Function):
+    """The identity; its backward tells what the layer's input and output gradient were."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, probe: Tensor, note: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.note = note
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        (x,) = ctx.saved_tensors
+        ctx.note(x, grad)
+        return grad, None, None, None
+
+
+def _samples(windows: Tensor, settings: SVDSurgeon) -> Tensor:
+    windows = windows[: settings.samples]
+    if len(windows) < 2:
+        raise ValueError(f"svd-surgeon takes two sequences at least, got {len(windows)}")
+    return windows
+
+
+def _check(layers: Mapping[str, Factors], targets: Mapping[str, nn.Module]) -> None:
+    for name, (up, down) in layers.items():
+        if name not in targets:
+            raise ValueError(f"the factors of {name} have no target")
+        shape = tuple(weight_of(targets[name]).shape)
+        if (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"the factors of {name} must make a weight {shape}, got {tuple(up.shape)} and "
+                f"{tuple(down.shape)}"
+            )
