@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from soco.objectives import Objective
 from soco.ranks import allocate, layer_params
 from soco.spectral import SpectralLinear
+from soco.stepping import Step, batches, dense_outputs, half_cosine
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ class Stage:
 
     def rate(self, step: int, steps: int) -> float:
         """The multiple of the run's learning rate at ``step`` of ``steps``."""
-        swing = (1 + math.cos(math.pi * step / steps)) / 2
-        return self.rate_end + (self.rate_begin - self.rate_end) * swing
+        return half_cosine(step, steps, self.rate_begin, self.rate_end)
 
 
 STAGES = (
@@ -126,18 +126,6 @@ class TrainingSettings:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not self.stages or sum(stage.share for stage in self.stages) > 1 + 1e-6:
             raise ValueError("the shares of the stages must be above 0 and sum to at most 1")
-
-
-@dataclass(frozen=True)
-class Step:
-    """What is known after one optimizer step."""
-
-    stage: str
-    step: int  # from 1
-    steps: int
-    loss: float  # the whole loss
-    divergence: float  # of it, the distance to the dense model
-    kept: float  # living parameters, as a fraction of the targets' (counted as they are stored)
 
 
 @dataclass
@@ -195,13 +183,13 @@ def train_scores(
         )
     generator = torch.Generator().manual_seed(settings.seed)
     run = _Run(model, layers, objective, settings, generator)
-    batches = _batches(windows, settings.batch_size, generator)
+    stream = batches(windows, settings.batch_size, generator)
     total = sum(layer.weight.numel() for layer in layers.values())
     for layer in layers.values():
         layer.mask.fill_(True)
     if settings.criterion == "fisher":
         for _ in range(settings.fisher_warmup):
-            _pass(run, next(batches), None, record=True)
+            _pass(run, next(stream), None, record=True)
     deviations = [d for layer in layers.values() if (d := layer.deviation) is not None]
     groups = [
         {"params": [layer.logit for layer in layers.values()], "multiple": 1.0},
@@ -214,7 +202,7 @@ def train_scores(
     )
     history: list[Step] = []
     for stage in settings.stages:
-        for loss, divergence in _run_stage(run, stage, batches, budget, total, optimizer):
+        for loss, divergence in _run_stage(run, stage, stream, budget, total, optimizer):
             kept = kept_params(layers) / total
             done = len(history) + 1
             history.append(Step(stage.name, done, settings.steps, loss, divergence, kept))
@@ -227,7 +215,7 @@ def train_scores(
 def _run_stage(
     run: _Run,
     stage: Stage,
-    batches: Iterator[Tensor],
+    stream: Iterator[Tensor],
     budget: int,
     total: int,
     optimizer: torch.optim.Optimizer,
@@ -246,7 +234,7 @@ def _run_stage(
             group["lr"] = rate * stage.rate(step, steps)
         optimizer.zero_grad(set_to_none=True)
         record = settings.criterion == "fisher" and choosing and step % settings.fisher_every == 0
-        loss, divergence = _pass(run, next(batches), stage, record)
+        loss, divergence = _pass(run, next(stream), stage, record)
         loss += _press(run, stage.ratio_weight(step), stage.sparsity, budget / total)
         optimizer.step()
         yield loss, divergence
@@ -336,7 +324,7 @@ def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> tuple[
     for ids in batch.split(settings.micro_batch or settings.batch_size):
         part = len(ids) / len(batch)
         ids = ids.to(next(run.model.parameters()).device)
-        dense = _dense_outputs(run, ids)
+        dense = dense_outputs(run.model, run.layers.values(), run.objective, ids)
         if record:
             _record(run, ids, dense, squares)
         if stage is None:
@@ -399,25 +387,6 @@ def _fisher(run: _Run) -> dict[str, Tensor]:
     """The running average, free of its start at zero."""
     correction = 1 - run.settings.fisher_decay**run.fisher_updates
     return {name: value / correction for name, value in run.fisher.items()}
-
-
-@torch.no_grad()
-def _dense_outputs(run: _Run, ids: Tensor) -> Tensor:
-    for layer in run.layers.values():
-        layer.dense = True
-    try:
-        return run.objective.outputs(run.model, ids)
-    finally:
-        for layer in run.layers.values():
-            layer.dense = False
-
-
-def _batches(windows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches without end, every window once before any comes again; the odd rest is left out."""
-    while True:
-        order = torch.randperm(len(windows), generator=generator)
-        for chosen in order[: len(order) // size * size].split(size):
-            yield windows[chosen]
 
 
 @contextmanager
