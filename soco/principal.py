@@ -70,10 +70,10 @@ class PrincipalDirections:
         wide = weight.double()
         seen = wide.new_zeros(len(wide), 0)
         if self._sketch is not None:
-            S = self._sketch.norm(dim=1)
-            floor = S[0] * torch.finfo(torch.float64).eps * max(self._sketch.shape)
-            alive = S > floor
-            seen = (self._sketch[alive] / S[alive, None]).mT
+            values = self._sketch.norm(dim=1)
+            floor = values[0] * torch.finfo(torch.float64).eps * max(self._sketch.shape)
+            alive = values > floor
+            seen = (self._sketch[alive] / values[alive, None]).mT
         missing = self.rank - seen.shape[1]
         if missing <= 0:
             return seen

@@ -98,7 +98,9 @@ class _StableSVD(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] # of the decorator
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, None]:
         U, S, Vh = ctx.saved_tensors
         grad_U, grad_S, grad_Vh = grads
         if grad_U is None and grad_S is None and grad_Vh is None:

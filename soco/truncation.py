@@ -34,8 +34,9 @@ class PositionSettings:
     learning_rate: float = 0.01  # of Adam, at the start; in fractions of a layer's full rank
     rate_end: float = 0.1  # at the end, as a multiple of that; half a cosine in between
     betas: tuple[float, float] = (0.9, 0.99)  # of Adam
-    steepness: float = 10.0  # of the truncation's tanh, per rank
-    ratio_weight: float = 30.0  # of |kept fraction - target|, in units of the loss
+    steepness: float = 2.0  # of the truncation's tanh, per rank (the paper's is 10)
+    ratio_weight: float = 2.0  # of |kept fraction - target|; 1 is what a removed fraction costs in
+    # the mean at the start: the loss above the dense model's, over the fraction removed
     range_weight: float = 1.0  # of the squared ranks by which a position is out of range
     terms: int = 10  # highest power in the series of close pairs' gradients
     close: float = 1e-4  # relative gap up to which two singular values are a close pair
@@ -79,13 +80,13 @@ def soft_mask(kept: Tensor, count: int, steepness: float) -> Tensor:
     """What each of ``count`` components is multiplied with when about ``kept`` of them stay.
 
     ``0.5 tanh(steepness (gamma - i)) + 0.5`` with i counted from 1, as in the paper's code, and
-    ``gamma = kept + 1/2``: a whole ``kept`` is then exactly so many components, and the sum of the
-    mask is ``kept``. (The paper counts gamma itself, half a component more.)
+    ``gamma = kept + 1/2``: a whole ``kept`` is then so many components, none of them half there.
+    (The paper counts gamma itself, half a component more.)
 
     Args:
         kept: scalar, differentiable.
         count: components.
-        steepness: beta; 10 turns a component on within about 0.3 ranks.
+        steepness: beta; 10 turns a component on within 0.3 ranks, 2 within 1.5.
 
     Source: Dobi-SVD, arXiv:2502.02723, section 3.1.
 
@@ -261,8 +262,12 @@ def train_positions(
 ) -> list[Step]:
     """Learn how many components every layer keeps, all layers together.
 
-    Minimizes ``loss + ratio_weight |kept fraction - target| + range_weight out_of_range`` over one
-    number per layer. ``choose_ranks`` makes whole ranks of them.
+    Minimizes ``loss + weight |kept fraction - target| + range_weight out_of_range`` over one number
+    per layer; the weight is ``ratio_weight`` times the price of a parameter: how far the loss of
+    the first batch is above the dense model's, over the fraction removed. With a weight below the
+    price at the target (1 in these units, if it were the same everywhere) the ratio does not come
+    down; far above it, the steps follow the ratio alone and the losses of the layers hardly tell.
+    ``choose_ranks`` makes whole ranks of the positions.
 
     Args:
         model: holds ``layers``; all parameters but the positions are left as they are, and get no
@@ -281,8 +286,10 @@ def train_positions(
         ValueError: fewer windows than one batch, outputs or a loss that are not finite, or a loss
             on the text for a model that predicts none.
 
-    Source: Dobi-SVD, arXiv:2502.02723, with the paper's losses; its rates (5 falling to 4, of 2048
-    positions) and its 20 to 50 epochs are for another scale.
+    Source: Dobi-SVD, arXiv:2502.02723: the terms of the loss, Adam, the cosine. Our choice: the
+    unit of the weight (theirs is 200 to 400, for a loss of perplexities), the rates (theirs fall
+    from 5 to 4, of 2048 positions, over 20 to 50 epochs), and a tanh that is less steep: with
+    theirs a position halfway between two steps of the tanh has no gradient, and stays.
     """
     if len(windows) < settings.batch_size:
         raise ValueError(
@@ -299,14 +306,17 @@ def train_positions(
     positions = [layer.position for layer in layers.values()]
     optimizer = torch.optim.Adam(positions, lr=settings.learning_rate, betas=settings.betas)
     history: list[Step] = []
+    weight = 0.0  # of the distance from the target, known after the first batch
     for step in range(settings.steps):
         rate = half_cosine(step, settings.steps, 1.0, settings.rate_end)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate
         optimizer.zero_grad(set_to_none=True)
-        loss, divergence = _pass(model, layers, next(stream), objective, settings)
+        loss, divergence, excess = _pass(model, layers, next(stream), objective, settings)
+        if step == 0:
+            weight = settings.ratio_weight * max(excess, 0.0) / (1 - target)
         kept = parameter_ratio(layers)
-        press = settings.ratio_weight * (kept - target).abs()
+        press = weight * (kept - target).abs()
         press = press + settings.range_weight * out_of_range(layers)
         press.backward(inputs=positions)
         optimizer.step()
@@ -324,14 +334,15 @@ def _pass(
     batch: Tensor,
     objective: Objective,
     settings: PositionSettings,
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
     """Forward and backward over ``batch`` (sequences, length) in micro-batches.
 
     Returns:
-        The loss, and the divergence whether it is in the loss or not; means over the batch.
+        The loss; the divergence, whether it is the loss or not; and how far the loss is above the
+        dense model's. Means over the batch.
     """
     positions = [layer.position for layer in layers.values()]
-    loss_sum = divergence_sum = 0.0
+    sums = torch.zeros(3, dtype=torch.float64)
     for ids in batch.split(settings.micro_batch or settings.batch_size):
         part = len(ids) / len(batch)
         ids = ids.to(next(model.parameters()).device)
@@ -343,19 +354,26 @@ def _pass(
             )
         student = objective.outputs(model, ids)
         divergence = objective.divergence(dense, student)
-        loss = divergence
+        loss, least = divergence, 0.0
         if settings.loss != "divergence":
-            loss = objective.cross_entropy(student, ids)
-            loss = loss.exp() if settings.loss == "perplexity" else loss
+            loss, least = (_text_loss(settings, objective, each, ids) for each in (student, dense))
         if not math.isfinite(loss.item()):
             raise ValueError(
                 f"the loss became {loss.item()}: learning_rate ({settings.learning_rate}) is too "
                 f"high, or the model's outputs are near overflow"
             )
         (loss * part).backward(inputs=positions)
-        loss_sum += loss.item() * part
-        divergence_sum += divergence.item() * part
-    return loss_sum, divergence_sum
+        values = loss.item(), divergence.item(), loss.item() - float(least)
+        sums += part * torch.tensor(values, dtype=torch.float64)
+    loss, divergence, excess = sums.tolist()
+    return loss, divergence, excess
+
+
+def _text_loss(
+    settings: PositionSettings, objective: Objective, outputs: Tensor, ids: Tensor
+) -> Tensor:
+    loss = objective.cross_entropy(outputs, ids)
+    return loss.exp() if settings.loss == "perplexity" else loss
 
 
 @torch.no_grad()
