@@ -28,10 +28,10 @@ class PositionSettings:
     steps: int = 100  # optimizer steps
     loss: Literal["divergence", "cross-entropy", "perplexity"] = "divergence"  # what the positions
     # minimize: the distance to the dense model, the loss on the text, or its exponential (paper)
-    batch_size: int = 8  # sequences per step
+    batch_size: int = 4  # sequences per step
     micro_batch: int | None = None  # sequences at a time in memory, and in one truncation; None:
     # the whole batch
-    learning_rate: float = 0.01  # of Adam, at the start; in fractions of a layer's full rank
+    learning_rate: float = 0.03  # of Adam, at the start; in fractions of a layer's full rank
     rate_end: float = 0.1  # at the end, as a multiple of that; half a cosine in between
     betas: tuple[float, float] = (0.9, 0.99)  # of Adam
     steepness: float = 2.0  # of the truncation's tanh, per rank (the paper's is 10)
@@ -91,7 +91,7 @@ def soft_mask(kept: Tensor, count: int, steepness: float) -> Tensor:
     Source: Dobi-SVD, arXiv:2502.02723, section 3.1.
 
     >>> soft_mask(torch.tensor(2.0), 3, 10.0)
-    tensor([1.0000e+00, 9.9995e-01, 4.5419e-05])
+    tensor([1.0000e+00, 9.9995e-01, 4.5389e-05])
     """
     index = torch.arange(1, count + 1, device=kept.device, dtype=kept.dtype)
     return 0.5 * torch.tanh(steepness * (kept + 0.5 - index)) + 0.5
@@ -103,8 +103,8 @@ class TruncatedLinear(nn.Module):
     ``y = U (S * mask) V^T + bias`` with the SVD ``x W^T = U S V^T`` of the outputs of *all tokens
     of the call* together. The paper cuts each sequence by itself (2048 tokens of it); but then a
     sequence of 256 tokens never has more than 256 components, and each may have a subspace of its
-    own, which the compressed layer cannot give it. In the whole batch (8 x 256) one subspace serves
-    all, as it will in the end.
+    own, which the compressed layer cannot give it. In the whole batch (4 x 256) one subspace serves
+    all, as it will in the end. So ``micro_batch`` also says how many tokens are cut together.
 
     The bias is added after the cut: it costs no rank. A weight with more outputs than inputs is
     taken as ``Q core`` with orthonormal columns in Q, and ``x core^T`` is cut: the same result from

@@ -1,6 +1,7 @@
 """Every method's theorem, and what the table of methods promises."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -231,7 +232,7 @@ class Routed(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(96, 12)
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             nn.ModuleDict({"used": nn.Linear(12, 12), "idle": nn.Linear(12, 12)}) for _ in range(1)
         )
         self.head = nn.Linear(12, 96)
@@ -255,7 +256,7 @@ def test_dobi_names_layers_without_tokens_and_cuts_them_plainly():
 
 
 def test_dobi_shrinks_a_batch_that_is_too_large():
-    with pytest.warns(UserWarning, match="has 3 sequences, fewer than one batch of 8"):
+    with pytest.warns(UserWarning, match="has 3 sequences, fewer than one batch of 4"):
         found, _, _, _ = fit(tiny_model("llama"), DobiSVD(steps=1), windows=tokens(3))
     assert any(pair is not None for pair in found.values())
 

@@ -442,7 +442,7 @@ def test_layer_refuses(kept):
     ("field", "value", "text"),
     [
         ("steps", 0, "steps must be a positive whole number, got 0"),
-        ("micro_batch", 9, r"micro_batch must be from 1 to batch_size \(8\), got 9"),
+        ("micro_batch", 9, r"micro_batch must be from 1 to batch_size \(4\), got 9"),
         ("learning_rate", 0.0, "learning_rate must be positive, got 0.0"),
         ("ratio_weight", -1.0, "ratio_weight must not be negative, got -1.0"),
         ("loss", "mse", "loss must be one of divergence, cross-entropy, perplexity, got 'mse'"),
