@@ -2,21 +2,22 @@
 
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from soco.allocators import ALLOCATORS, Allocator
 from soco.checkpoint import mark_compressed
+from soco.experts import experts_split, join_experts
 from soco.factorization import choose_ranks, groups_of, make_factors
 from soco.guard import Clock, unchanged_on_error
-from soco.linalg import Factors, Spectrum
+from soco.installation import Placed, install, layer_reports, new_biases, size_of
+from soco.learning import learn_positions, learn_ranks, learn_scores
+from soco.linalg import Factors
 from soco.methods import (
     METHODS,
     FittedMethod,
@@ -24,28 +25,24 @@ from soco.methods import (
     RankLearner,
     SequentialMethod,
     SharingMethod,
-    SoCo,
     TrainedMethod,
 )
-from soco.modules import LowRankLinear
-from soco.preparation import check_model, noted, prepare, steps_bar, warn_of_rare
-from soco.ranks import layer_params, parameter_budget
-from soco.reporting import LayerReport, Report
-from soco.spectral import SpectralLinear
-from soco.surgery import (
-    bias_of,
-    fused_experts,
-    is_linear,
-    output_head,
-    replace_module,
-    set_weight,
-    shape_of,
-    transformer_blocks,
-    untie_head,
-    weight_of,
+from soco.preparation import (
+    check_model,
+    noted,
+    prepare,
+    progress_bar,
+    steps_bar,
+    warn_of_rare,
 )
-from soco.training import Step, checkpointed, train_scores
-from soco.workbench import Workbench
+from soco.ranks import parameter_budget
+from soco.refinement import Refinement
+from soco.refinement import refine as refine_factors
+from soco.reporting import Report
+from soco.steps import Step
+from soco.surgeon import SVDSurgeon, rescale
+from soco.surgery import bias_of, fused_experts, is_linear, shape_of
+from soco.workbench import Groups, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +62,8 @@ def compress(
     seed: int = 0,
     allocator: str | Allocator | None = None,
     pivoted: bool = False,
+    surgeon: bool | SVDSurgeon | None = None,
+    refine: bool | Refinement = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     batch_size: int = 8,
@@ -97,6 +96,10 @@ def compress(
             train find their own ranks.
         pivoted: store a layer as pivot rows and what combines them (``soco.pivots``): the same
             layer in ``rank^2`` fewer parameters, so that more rank fits into the budget.
+        surgeon: after the truncation, scale the components that stay so that they make up for those
+            that went (``soco.surgeon``): True, or an ``SVDSurgeon``; None: as the method has it.
+        refine: at the end, train all factors together to give what the dense model gives, stopped
+            early by held-out text (``soco.refinement``): True, or a ``Refinement``.
         include: glob patterns of the layers to compress, anywhere in the model.
         exclude: glob patterns of layers to leave alone.
         batch_size: sequences at a time in the calibration pass.
@@ -122,100 +125,201 @@ def compress(
     Source: SoCo, arXiv:2502.15092; for the other methods see their classes.
     """
     chosen = _method(method, seed)
-    rule = _allocator(allocator, chosen)
-    if pivoted and isinstance(chosen, SharingMethod):
-        raise ValueError(f"method {chosen.name} shares its bases, which cannot be pivoted")
+    choices = _Choices(
+        chosen,
+        _allocator(allocator, chosen),
+        pivoted,
+        _surgeon(surgeon, chosen, seed),
+        _refinement(refine, seed),
+        progress,
+    )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     check_model(model)
-    needs = chosen.needs | rule.needs
-    reads = reads_text(chosen, rule)
+    reads = reads_text(chosen, choices.rule, choices.surgeon, choices.refinement)
     if reads and (calibration is None if shared is None else shared.windows is None):
         raise ValueError(
             f"method {chosen.name} learns from text: give calibration=, a path or token ids, or "
             f'"self" for text that the model writes itself'
         )
-    notes: list[str] = []
     clock = Clock(next(model.parameters()).device)
-    before = _size(model)
-    if shared is None:
-        with clock("calibration text"), noted(notes):
-            shared = prepare(
-                model,
-                tokenizer=tokenizer,
-                calibration=calibration if reads else None,
-                samples=samples,
-                length=length,
-                seed=seed,
-                include=include,
-                exclude=exclude,
-                batch_size=batch_size,
-                stats=stats,
-                progress=progress,
-                keep=_keeps(chosen, rule),
+    before = size_of(model)
+    notes: list[str] = []
+    with experts_split(model) as fused:
+        if shared is None:
+            with clock("calibration text"), noted(notes):
+                shared = prepare(
+                    model,
+                    tokenizer=tokenizer,
+                    calibration=calibration if reads else None,
+                    samples=samples,
+                    length=length,
+                    seed=seed,
+                    include=include,
+                    exclude=exclude,
+                    batch_size=batch_size,
+                    stats=stats,
+                    progress=progress,
+                    keep=_keeps(choices),
+                )
+        targets = _counterparts(model, shared)
+        budget = parameter_budget(shared.shapes, ratio)
+        with unchanged_on_error(shared.model, shared.targets), unchanged_on_error(model, targets):
+            run = _Run(model, targets, shared, ratio, budget, clock, notes)
+            placed, groups, scores, history = _factor(run, choices)
+            made = install(model, targets, placed, groups, pivoted=pivoted)
+            if choices.refinement is not None and made:
+                with clock("refinement"), noted(notes):
+                    history += _refine(run, made, choices.refinement, progress)
+            join_experts(model, fused)
+            layers = layer_reports(targets, made, groups, scores)
+            after, peak = size_of(model), clock.peak()
+            outcome = Report(
+                method=chosen.name,
+                ratio=float(ratio),
+                layers=layers,
+                model_params_before=before[0],
+                model_params_after=after[0],
+                model_bytes_before=before[1],
+                model_bytes_after=after[1],
+                seconds=clock.seconds,
+                peak_bytes=peak[0],
+                peak_of=peak[1],
+                calibration=shared.source if reads else {},
+                settings=choices.settings(),
+                left_dense=tuple(fused_experts(model)),
+                warnings=tuple(notes),
+                history=_columns(history),
+                versions={name: version(name) for name in ("soco-llm", "torch", "transformers")},
+                date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             )
-    targets = _counterparts(model, shared)
-    budget = parameter_budget(shared.shapes, ratio)
-    with unchanged_on_error(shared.model, shared.targets), unchanged_on_error(model, targets):
-        groups = groups_of(chosen, shared)
-        if needs:
-            with clock("statistics"), noted(notes):
-                warn_of_rare(shared.statistics(needs))
-        spectra: dict[str, Spectrum] = {}
-        if not isinstance(chosen, RankLearner):
-            with clock("decomposition"):
-                spectra = shared.spectra(chosen.components, groups)
-        history: list[Step] = []
-        scores: dict[str, tuple[float, float]] = {}
-        if isinstance(chosen, TrainedMethod):
-            with clock("training"), noted(notes):
-                result, scores, history = _train(
-                    model, chosen, targets, spectra, shared, budget, pivoted, progress
-                )
-        else:
-            with clock("ranks"), noted(notes):
-                ranks = choose_ranks(
-                    shared, chosen, rule, groups, spectra, budget, pivoted,
-                    lambda: _learn(shared, spectra, budget, pivoted, progress),
-                )  # fmt: skip
-            with clock("factors"), noted(notes):
-                factors = make_factors(
-                    shared, chosen, groups, spectra, ranks, ratio=ratio, pivoted=pivoted
-                )
-            result = _result(targets, factors)
-        _install(model, targets, result)
-        layers = tuple(
-            _layer_report(name, shared.shapes[name], result[name][0], scores.get(name))
-            for name in targets
-        )
-        after, peak = _size(model), clock.peak()
-        outcome = Report(
-            method=chosen.name,
-            ratio=float(ratio),
-            layers=layers,
-            model_params_before=before[0],
-            model_params_after=after[0],
-            model_bytes_before=before[1],
-            model_bytes_after=after[1],
-            seconds=clock.seconds,
-            peak_bytes=peak[0],
-            peak_of=peak[1],
-            calibration=shared.source if reads else {},
-            settings=_settings(chosen, rule, pivoted),
-            left_dense=tuple(fused_experts(model)),
-            warnings=tuple(notes),
-            history=_columns(history),
-            versions={name: version(name) for name in ("soco-llm", "torch", "transformers")},
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-        factored = {layer.name: layer.rank for layer in layers if layer.rank is not None}
-        biases = [n for n in factored if result[n][1] is not None and bias_of(targets[n]) is None]
-        mark_compressed(cast("PreTrainedModel", model), factored, outcome.to_dict(), biases)
+            ranks = {name: layer.rank for name, layer in made.items()}
+            biases = new_biases(targets, made)
+            mark_compressed(cast("PreTrainedModel", model), ranks, outcome.to_dict(), biases)
     return model
 
 
-Result = dict[str, tuple[Tensor | Factors, Tensor | None]]  # name to weight or factors, and bias
-_UNCHANGED = torch.empty(0)  # in a result: the layer stays dense, with the weight it has
+@dataclasses.dataclass(frozen=True)
+class _Choices:
+    """What was asked for, but for model and text."""
+
+    method: Method
+    rule: Allocator
+    pivoted: bool
+    surgeon: SVDSurgeon | None
+    refinement: Refinement | None
+    progress: bool | None
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        if self.pivoted and isinstance(self.method, SharingMethod):
+            raise ValueError(f"method {self.method.name} shares its bases, which cannot be pivoted")
+        if self.surgeon is not None and isinstance(self.method, TrainedMethod):
+            raise ValueError(f"method {self.method.name} trains its scales, and takes no surgeon")
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on, as plain JSON data."""
+        own = dataclasses.asdict(cast(Any, self.method))
+        if not isinstance(self.method, TrainedMethod | RankLearner):
+            fields = dataclasses.asdict(cast(Any, self.rule))
+            own["allocator"] = self.rule.name
+            own |= {f"{self.rule.name}.{name}": value for name, value in fields.items()}
+        for name, part in (("surgeon", self.surgeon), ("refine", self.refinement)):
+            if part is not None:
+                own[name] = dataclasses.asdict(part)
+        return {**own, **({"pivoted": True} if self.pivoted else {})}
+
+
+@dataclasses.dataclass
+class _Run:
+    """One compression under way."""
+
+    model: nn.Module
+    targets: Mapping[str, nn.Module]
+    shared: Workbench
+    ratio: float
+    budget: int
+    clock: Clock
+    notes: list[str]
+
+    @property
+    def windows(self) -> Tensor:
+        """The calibration, where there is one."""
+        return cast(Tensor, self.shared.windows)
+
+
+def _factor(
+    run: _Run, choices: _Choices
+) -> tuple[Placed, Groups, dict[str, tuple[float, float]], list[Step]]:
+    """What becomes of every layer, the layers that share a basis, scores, and steps."""
+    method, rule, shared, clock = choices.method, choices.rule, run.shared, run.clock
+    pivoted, progress = choices.pivoted, choices.progress
+    groups = groups_of(method, shared)
+    needs = method.needs | rule.needs
+    if needs:
+        with clock("statistics"), noted(run.notes):
+            warn_of_rare(shared.statistics(needs))
+    if isinstance(method, RankLearner):
+        with clock("training"), noted(run.notes):
+            found, history = learn_positions(
+                run.model, method, run.targets, shared, run.budget,
+                pivoted=pivoted, progress=progress,
+            )  # fmt: skip
+        return _with_biases(run, _rescaled(run, choices, found)), groups, {}, history
+    with clock("decomposition"):
+        spectra = shared.spectra(method.components, groups)
+    if isinstance(method, TrainedMethod):
+        with clock("training"), noted(run.notes):
+            folded, scores, history = learn_scores(
+                run.model, method, run.targets, spectra, shared, run.budget,
+                pivoted=pivoted, progress=progress,
+            )  # fmt: skip
+        return folded, groups, scores, history
+    with clock("ranks"), noted(run.notes):
+        ranks = choose_ranks(
+            shared, method, rule, groups, spectra, run.budget, pivoted,
+            lambda: learn_ranks(
+                shared, spectra, run.budget, pivoted=pivoted, progress=progress
+            ),
+        )  # fmt: skip
+    with clock("factors"), noted(run.notes):
+        found = make_factors(
+            shared, method, groups, spectra, ranks, ratio=run.ratio, pivoted=pivoted
+        )
+    return _with_biases(run, _rescaled(run, choices, found)), groups, {}, []
+
+
+def _rescaled(
+    run: _Run, choices: _Choices, found: Mapping[str, Factors | None]
+) -> Mapping[str, Factors | None]:
+    """The factors with their scales updated, if that was asked for."""
+    factors = {name: each for name, each in found.items() if each is not None}
+    if choices.surgeon is None or not factors:
+        return found
+    shared = run.shared
+    with (
+        run.clock("surgeon"),
+        noted(run.notes),
+        progress_bar(len(run.windows), "surgeon", choices.progress) as bar,
+    ):
+        targets = {name: shared.targets[name] for name in factors}
+        scaled = rescale(
+            shared.model, factors, targets, run.windows, shared.objective, choices.surgeon, bar
+        )
+    return {**found, **scaled}
+
+
+def _with_biases(run: _Run, found: Mapping[str, Factors | None]) -> Placed:
+    return {name: (found[name], bias_of(module)) for name, module in run.targets.items()}
+
+
+def _refine(
+    run: _Run, made: Mapping[str, nn.Module], settings: Refinement, progress: bool | None
+) -> list[Step]:
+    """Train the factors that are in the model now."""
+    pairs = {name: (run.targets[name], layer) for name, layer in made.items()}
+    with steps_bar(settings.steps, progress) as show:
+        return refine_factors(run.model, pairs, run.windows, run.shared.objective, settings, show)
 
 
 def _method(method: str | Method, seed: int) -> Method:
@@ -259,18 +363,44 @@ def needs_of(
     return chosen.needs | _allocator(allocator, chosen).needs
 
 
-def reads_text(method: str | Method, allocator: str | Allocator | None = None) -> bool:
+def reads_text(
+    method: str | Method,
+    allocator: str | Allocator | None = None,
+    surgeon: bool | SVDSurgeon | None = None,
+    refine: bool | Refinement | None = False,
+    **_: object,
+) -> bool:
     """Whether ``compress`` takes calibration text for these of its arguments."""
     chosen = _method(method, 0)
     rule = _allocator(allocator, chosen)
     trains = isinstance(chosen, TrainedMethod | RankLearner | SequentialMethod)
     probes = rule.name in ("learned", "sensitivity", "lems")
-    return bool(chosen.needs | rule.needs) or trains or probes
+    later = _surgeon(surgeon, chosen, 0) is not None or bool(refine)
+    return bool(chosen.needs | rule.needs) or trains or probes or later
 
 
-def _keeps(method: Method, rule: Allocator) -> bool:
+def _surgeon(surgeon: bool | SVDSurgeon | None, method: Method, seed: int) -> SVDSurgeon | None:
+    if surgeon is None:
+        own = getattr(method, "surgeon", None)
+        return own if isinstance(own, SVDSurgeon) else None
+    if isinstance(surgeon, bool):
+        return SVDSurgeon(seed=seed) if surgeon else None
+    if not isinstance(surgeon, SVDSurgeon):
+        raise ValueError(f"surgeon must be True, False or an SVDSurgeon, got {surgeon!r}")
+    return surgeon
+
+
+def _refinement(refine: bool | Refinement, seed: int) -> Refinement | None:
+    if isinstance(refine, bool):
+        return Refinement(seed=seed) if refine else None
+    if not isinstance(refine, Refinement):
+        raise ValueError(f"refine must be True, False or a Refinement, got {refine!r}")
+    return refine
+
+
+def _keeps(choices: _Choices) -> bool:
     """Whether statistics are read again after the decomposition."""
-    return isinstance(method, FittedMethod) or bool(rule.needs)
+    return isinstance(choices.method, FittedMethod) or bool(choices.rule.needs)
 
 
 def _counterparts(model: nn.Module, shared: Workbench) -> dict[str, nn.Module]:
@@ -288,129 +418,6 @@ def _counterparts(model: nn.Module, shared: Workbench) -> dict[str, nn.Module]:
             )
         found[name] = other
     return found
-
-
-def _train(
-    model: nn.Module,
-    method: TrainedMethod,
-    targets: Mapping[str, nn.Module],
-    spectra: dict[str, Spectrum],
-    shared: Workbench,
-    budget: int,
-    pivoted: bool,
-    progress: bool | None,
-) -> tuple[Result, dict[str, tuple[float, float]], list[Step]]:
-    """Put the trainable layers in, train their scores, and fold them."""
-    windows = cast(Tensor, shared.windows)
-    settings = method.settings()
-    if len(windows) < settings.batch_size:
-        warnings.warn(
-            f"the calibration has {len(windows)} sequences, fewer than one batch of "
-            f"{settings.batch_size}: training goes on with batches of {len(windows)}",
-            stacklevel=3,
-        )
-        micro = settings.micro_batch and min(settings.micro_batch, len(windows))
-        settings = dataclasses.replace(settings, batch_size=len(windows), micro_batch=micro)
-    objective = shared.objective
-    layers = {}
-    for name, module in targets.items():
-        layers[name] = SpectralLinear(
-            weight_of(module),
-            bias_of(module),
-            spectra.pop(name),
-            largest_score=method.largest_score,
-            deviation=method.deviation,
-        )
-        replace_module(model, name, layers[name])
-    blocks = transformer_blocks(model) if settings.checkpointing else []
-    with steps_bar(settings.steps, progress) as show, checkpointed(blocks):
-        history = train_scores(
-            model, layers, windows, budget, objective, settings, show, pivoted=pivoted
-        )
-    result, scores = {}, {}
-    for name, layer in layers.items():
-        result[name] = layer.fold()
-        alive = layer.scores().detach()[layer.mask]
-        scores[name] = float(alive.min()), float(alive.max())
-    return result, scores, history
-
-
-def _learn(
-    shared: Workbench,
-    spectra: Mapping[str, Spectrum],
-    budget: int,
-    pivoted: bool,
-    progress: bool | None,
-) -> dict[str, int]:
-    """The ranks that SoCo's training finds for given components."""
-    shapes = {name: (len(s.up), s.down.shape[1]) for name, s in spectra.items()}
-    if shapes != shared.shapes:
-        raise ValueError('the allocator "learned" takes a method without shared bases')
-    method = SoCo(seed=shared.seed)
-    model, targets = shared.model, shared.targets
-    result, _, _ = _train(model, method, targets, dict(spectra), shared, budget, pivoted, progress)
-    for name, module in targets.items():
-        replace_module(model, name, module)
-    return {
-        name: found.up.shape[1] if isinstance(found, Factors) else min(shapes[name])
-        for name, (found, _) in result.items()
-    }
-
-
-def _result(targets: Mapping[str, nn.Module], factors: Mapping[str, Factors | None]) -> Result:
-    """Factors in the dtype of their layers, with the layers' biases."""
-    result: Result = {}
-    for name, module in targets.items():
-        found = factors[name]
-        weight = _UNCHANGED if found is None else found.to(weight_of(module).dtype)
-        result[name] = weight, bias_of(module)
-    return result
-
-
-def _install(model: nn.Module, targets: Mapping[str, nn.Module], result: Result) -> None:
-    """Put the final layers in: low-rank ones, and the original modules where they stay dense."""
-    head = output_head(model)
-    if head in result and result[head][0] is not _UNCHANGED:
-        untie_head(model)
-    for name, module in targets.items():
-        weight, bias = result[name]
-        if isinstance(weight, Factors):
-            layer: nn.Module = LowRankLinear.from_factors(weight, bias)
-            replace_module(model, name, layer)
-        else:
-            if weight is not _UNCHANGED:
-                set_weight(module, weight)
-            replace_module(model, name, module)
-
-
-def _layer_report(
-    name: str,
-    shape: tuple[int, int],
-    weight: Tensor | Factors,
-    scores: tuple[float, float] | None,
-) -> LayerReport:
-    rank = weight.up.shape[1] if isinstance(weight, Factors) else None
-    params = layer_params(shape, min(shape) if rank is None else rank)
-    low, high = scores or (None, None)
-    return LayerReport(name, shape, rank, params, low, high)
-
-
-def _size(model: nn.Module) -> tuple[int, int]:
-    """Parameters and their bytes, each tensor once; the one-element sentinels are not counted."""
-    parameters = list(model.parameters())
-    return (
-        sum(p.numel() for p in parameters),
-        sum(p.numel() * p.element_size() for p in parameters),
-    )
-
-
-def _settings(method: Method, rule: Allocator, pivoted: bool) -> dict[str, Any]:
-    """What the result depends on, as plain JSON data."""
-    own = dataclasses.asdict(cast(Any, method)) if dataclasses.is_dataclass(method) else {}
-    if not isinstance(method, TrainedMethod | RankLearner):
-        fields = dataclasses.asdict(cast(Any, rule)) if dataclasses.is_dataclass(rule) else {}
-        own = {**own, "allocator": rule.name, **{f"{rule.name}.{k}": v for k, v in fields.items()}}
-    return {**own, **({"pivoted": True} if pivoted else {})}
 
 
 def _columns(history: list[Step]) -> dict[str, list]:

@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 
 from soco.calibration import Statistics, sample_from_model, uncalled
 from soco.data import token_windows
+from soco.experts import split_experts
 from soco.guard import unchanged_on_error
+from soco.steps import Step
 from soco.surgery import context_length, find_linears
-from soco.training import Step
 from soco.workbench import Workbench
 
 DEFAULT_LENGTH = 2048  # of a calibration sequence, where the model allows as much
@@ -44,7 +45,8 @@ def prepare(
     it to ``soco.compress(copy, ratio, method=..., shared=bench)`` with copies of the model.
 
     Args:
-        model: a dense transformers model; it has to stay as it is.
+        model: a dense transformers model; it has to stay as it is. The experts of a mixture become
+            layers of their own in it, which compute the same.
         tokenizer: needed where the calibration is text.
         calibration: as in ``soco.compress``; None: no text, which is enough for "svd".
         samples: calibration sequences.
@@ -68,6 +70,7 @@ def prepare(
         UserWarning: the calibration has less than was asked for, or layers cannot be replaced.
     """
     check_model(model)
+    split_experts(model)
     targets = _targets(model, include, exclude)
     windows = None
     if calibration is not None:

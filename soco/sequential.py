@@ -1,14 +1,14 @@
 """What layers see behind compressed blocks, beside what they see in the dense model."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from soco.objectives import run_model
-from soco.surgery import transformer_blocks
+from soco.surgery import replaced, transformer_blocks
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def collect_behind(
         ValueError: the inputs of a layer hold NaN or Inf.
     """
     device = next(model.parameters()).device
-    current = {name: model.get_submodule(name) for name in dense}
+    changed = {n: layer for n, layer in dense.items() if model.get_submodule(n) is not layer}
     seen: dict[str, list[Tensor]] = {}
     calls = 0
 
@@ -99,9 +99,9 @@ def collect_behind(
         for ids in windows.split(batch_size):
             ids = ids.to(device)
             runs = []
-            for modules in (dense, current):
+            for newcomers in (changed, {}):  # the dense model, then as it is
                 seen = {}
-                with standing(model, current, modules):
+                with replaced(model, newcomers):
                     calls = 0
                     with suppress(_EnoughError):
                         run_model(model, ids)
@@ -152,32 +152,3 @@ def _result(
             f"high for this model, or it overflows in its dtype"
         )
     return Behind(gram, gram if unaligned else cross, tokens, not unaligned)
-
-
-@contextmanager
-def standing(
-    model: nn.Module, current: Mapping[str, nn.Module], wanted: Mapping[str, nn.Module]
-) -> Iterator[None]:
-    """Inside, ``wanted`` stand in the model where ``current`` do, which come back afterwards.
-
-    Args:
-        model: any module.
-        current: name to a module that stands in it.
-        wanted: the same names, or more, to what is to stand there.
-    """
-    changed = {
-        id(module): wanted[name] for name, module in current.items() if wanted[name] is not module
-    }
-    places = [
-        (parent, key, child, changed[id(child)])
-        for parent in model.modules()
-        for key, child in parent._modules.items()
-        if child is not None and id(child) in changed
-    ]
-    try:
-        for parent, key, _, new in places:
-            parent._modules[key] = new
-        yield
-    finally:
-        for parent, key, old, _ in places:
-            parent._modules[key] = old

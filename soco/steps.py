@@ -1,13 +1,22 @@
 """What every loop that trains or probes a model is made of: frozen models, batches, steps."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from soco.objectives import Objective
+
+
+class Switchable(Protocol):
+    """A layer that can compute what the dense one does."""
+
+    dense: bool  # True: forward is the dense layer's
 
 
 @dataclass(frozen=True)
@@ -80,3 +89,28 @@ def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
                 del block.forward  # the class's shows again
             else:
                 block.forward = forward
+
+
+@torch.no_grad()
+def dense_outputs(
+    model: nn.Module, layers: Iterable[Switchable], objective: Objective, ids: Tensor
+) -> Tensor:
+    """The objective's outputs for token ids (sequences, length) with all layers dense."""
+    layers = list(layers)
+    for layer in layers:
+        layer.dense = True
+    try:
+        return objective.outputs(model, ids)
+    finally:
+        for layer in layers:
+            layer.dense = False
+
+
+def half_cosine(step: int, steps: int, begin: float, end: float) -> float:
+    """From ``begin`` at step 0 to ``end`` at ``steps``, flat at both ends.
+
+    >>> half_cosine(0, 4, 5.0, 4.0), half_cosine(2, 4, 5.0, 4.0), half_cosine(4, 4, 5.0, 4.0)
+    (5.0, 4.5, 4.0)
+    """
+    swing = (1 + math.cos(math.pi * step / steps)) / 2
+    return end + (begin - end) * swing

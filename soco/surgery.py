@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import cast
 
@@ -180,6 +181,25 @@ def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         for child_name, child in list(parent._modules.items()):
             if child is not None and id(child) in places:
                 setattr(parent, child_name, places[id(child)])
+
+
+@contextmanager
+def replaced(model: nn.Module, newcomers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, ``newcomers`` stand in the places of those names; afterwards all is as it was.
+
+    Whatever happens inside. Layers that stand for several (``replace_module``) give way to each of
+    them again.
+
+    Raises:
+        ValueError: the model has no module of some name.
+    """
+    tree = [(module, dict(module._modules)) for module in model.modules()]
+    try:
+        replace_modules(model, newcomers)
+        yield
+    finally:
+        for module, children in tree:
+            module._modules.update(children)
 
 
 def output_head(model: nn.Module) -> str | None:

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from soco.objectives import Objective
 from soco.ranks import allocate, layer_params
 from soco.spectral import SpectralLinear
-from soco.steps import Step as Step
-from soco.steps import checkpointed as checkpointed
-from soco.steps import endless_batches
+from soco.steps import Step, dense_outputs, endless_batches, half_cosine
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ class Stage:
 
     def rate(self, step: int, steps: int) -> float:
         """The multiple of the run's learning rate at ``step`` of ``steps``."""
-        swing = (1 + math.cos(math.pi * step / steps)) / 2
-        return self.rate_end + (self.rate_begin - self.rate_end) * swing
+        return half_cosine(step, steps, self.rate_begin, self.rate_end)
 
 
 STAGES = (
@@ -333,7 +330,7 @@ def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> tuple[
     for ids in batch.split(settings.micro_batch or settings.batch_size):
         part = len(ids) / len(batch)
         ids = ids.to(next(run.model.parameters()).device)
-        dense = _dense_outputs(run, ids)
+        dense = dense_outputs(run.model, run.layers.values(), run.objective, ids)
         if record:
             _record(run, ids, dense, squares)
         if stage is None:
@@ -396,14 +393,3 @@ def _fisher(run: _Run) -> dict[str, Tensor]:
     """The running average, free of its start at zero."""
     correction = 1 - run.settings.fisher_decay**run.fisher_updates
     return {name: value / correction for name, value in run.fisher.items()}
-
-
-@torch.no_grad()
-def _dense_outputs(run: _Run, ids: Tensor) -> Tensor:
-    for layer in run.layers.values():
-        layer.dense = True
-    try:
-        return run.objective.outputs(run.model, ids)
-    finally:
-        for layer in run.layers.values():
-            layer.dense = False

@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from os import PathLike
 from typing import Any
 
@@ -16,8 +17,7 @@ from soco.linalg import Factors, Spectrum
 from soco.methods import Basis
 from soco.modules import LowRankLinear
 from soco.objectives import Objective, objective_for
-from soco.sequential import standing
-from soco.surgery import bias_of, shape_of, weight_of
+from soco.surgery import bias_of, replaced, shape_of, weight_of
 
 Groups = Sequence[tuple[str, ...]]  # layers that share a basis, each under its first name
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
@@ -182,13 +182,12 @@ class Workbench:
                 name: LowRankLinear.from_factors(each, bias_of(self.targets[name]))
                 for name, each in factors.items()
             }
-            current = {name: self.model.get_submodule(name) for name in group}
             ids = self._probe_ids()
             if not self._dense:
                 batches = ids.split(self.batch_size)
                 self._dense = [self.objective.outputs(self.model, batch) for batch in batches]
             total = 0.0
-            with standing(self.model, current, cut):
+            with replaced(self.model, cut):
                 for batch, dense in zip(ids.split(self.batch_size), self._dense, strict=True):
                     student = self.objective.outputs(self.model, batch)
                     total += self.objective.divergence(dense, student).item() * len(batch)
@@ -218,7 +217,7 @@ class Workbench:
             old = self._statistics.get(name)
             if old is not None:
                 parts = {**old.parts(), **each.parts(), "gram": old.gram}
-                each = replace(each, **parts, sequences=max(old.sequences, each.sequences))
+                each = changed(each, **parts, sequences=max(old.sequences, each.sequences))
             self._statistics[name] = each
 
     def _device(self) -> torch.device:
@@ -242,4 +241,4 @@ class _silent:
 
 
 def _to(statistics: Statistics, device: torch.device) -> Statistics:
-    return replace(statistics, **{k: v.to(device) for k, v in statistics.parts().items()})
+    return changed(statistics, **{k: v.to(device) for k, v in statistics.parts().items()})

@@ -1,10 +1,21 @@
 """Every method's theorem, and what the table of methods promises."""
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
-from soco.methods import METHODS, SVD, SVDLLM, Method, SoCo, TrainedMethod
+from soco.calibration import collect
+from soco.linalg import Factors
+from soco.methods import METHODS, SVD, SVDLLM, DobiSVD, Method, SoCo, TrainedMethod
+from soco.objectives import HiddenStates, objective_for
+from soco.ranks import layer_params, parameter_budget
+from soco.surgery import find_linears, shape_of, weight_of
 from soco.training import SOFT_STAGES, TrainingSettings
+from soco.truncation import PositionSettings
+from tiny_models import tiny_model
 
 WEIGHT = torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 INPUTS = torch.randn(6, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -95,3 +106,162 @@ def test_soco_refuses(options, text):
 def test_broken_gram_is_named():
     with pytest.raises(ValueError, match=r"Gram matrix of layer\.weight"):
         SVDLLM().spectrum(WEIGHT, {"gram": GRAM * torch.nan}, name="layer.weight")
+
+
+QUICK = DobiSVD(steps=3, batch_size=4)
+
+
+def tokens(sequences=8, length=12):
+    return torch.randint(3, 96, (sequences, length), generator=torch.Generator().manual_seed(1))
+
+
+def fit(model, method=QUICK, ratio=0.4, windows=None, **options):
+    windows = tokens() if windows is None else windows
+    targets = find_linears(model)
+    shapes = {name: shape_of(module) for name, module in targets.items()}
+    budget = parameter_budget(shapes, ratio)
+    objective = objective_for(model, windows[:1])
+    return *method.fit(model, targets, windows, budget, objective, **options), targets, budget
+
+
+def tree(model):
+    return {name: id(module) for name, module in model.named_modules()}
+
+
+def test_dobi_fields_are_its_settings():
+    settings = DobiSVD(steps=7, loss="perplexity", seed=3).settings()
+    assert type(settings) is PositionSettings
+    assert (settings.steps, settings.loss, settings.seed) == (7, "perplexity", 3)
+    assert DobiSVD.name == "dobi-svd"
+    assert DobiSVD().needs == frozenset()
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gpt_neox", "bloom", "opt", "phi3", "t5", "bert", "albert"]
+)
+def test_dobi_fits_every_architecture(name):
+    """GQA, fused projections, Conv1D, biases, encoders, shared layers."""
+    model = tiny_model(name)
+    before, weights = tree(model), {n: p.clone() for n, p in model.named_parameters()}
+    found, history, targets, budget = fit(model)
+    assert list(found) == list(targets)
+    used = 0
+    for layer, module in targets.items():
+        pair = found[layer]
+        shape = shape_of(module)
+        if pair is None:
+            used += layer_params(shape, min(shape))
+            continue
+        assert isinstance(pair, Factors)
+        assert pair.product().shape == shape
+        used += pair.up.numel() + pair.down.numel()
+    assert used <= budget
+    assert any(pair is not None for pair in found.values())
+    assert len(history) == 3
+    assert tree(model) == before
+    for n, p in model.named_parameters():
+        assert torch.equal(p, weights[n])
+        assert p.grad is None
+
+
+def test_dobi_in_one_batch_is_svd_llm_at_its_ranks():
+    """The theorem: what is left to the training is the choice of ranks."""
+    model = tiny_model("qwen2", dtype=torch.float64)  # biases, and fewer key and value heads
+    windows = tokens(16)
+    found, _, targets, _ = fit(model, DobiSVD(steps=2, batch_size=16), windows=windows)
+    stats = collect(model, targets, windows)
+    compared = 0
+    for name, pair in found.items():
+        if pair is None:
+            continue
+        weight, rank = weight_of(targets[name]).detach(), pair.up.shape[1]
+        best = SVDLLM().spectrum(weight, {"gram": stats[name].gram}, name=name).truncate(rank)
+        inputs = stats[name].gram  # the Gram matrix is summed in float32: only its loss is exact
+        mine, least = (
+            torch.trace((weight - w) @ inputs @ (weight - w).T)
+            for w in (pair.product(), best.product())
+        )
+        assert float(mine) == pytest.approx(float(least), rel=1e-4)
+        compared += 1
+    assert compared > 7
+
+
+def test_dobi_puts_the_model_back_after_an_error():
+    model = tiny_model("llama")
+    before = tree(model)
+
+    def stop(step):
+        assert tree(model) != before
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, on_step=stop)
+    assert tree(model) == before
+
+
+def test_dobi_on_bfloat16():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    found, history, _, _ = fit(model)
+    pairs = [pair for pair in found.values() if pair is not None]
+    assert pairs
+    assert {pair.up.dtype for pair in pairs} == {torch.bfloat16}
+    assert all(step.loss < 1e3 for step in history)
+
+
+def test_dobi_checkpointed_and_in_micro_batches():
+    plain, _, _, _ = fit(tiny_model("llama"), DobiSVD(steps=3, batch_size=4, micro_batch=2))
+    method = DobiSVD(steps=3, batch_size=4, micro_batch=2, checkpointing=True)
+    again, _, _, _ = fit(tiny_model("llama"), method)
+    for first, second in zip(plain.values(), again.values(), strict=True):
+        assert (first is None) == (second is None)
+        if first is not None and second is not None:
+            torch.testing.assert_close(first.product(), second.product(), atol=1e-5, rtol=1e-4)
+
+
+def test_dobi_compares_an_encoder_by_its_hidden_states():
+    model = tiny_model("bert").base_model
+    assert isinstance(objective_for(model, tokens(1)), HiddenStates)
+    found, _, _, _ = fit(model)
+    assert any(pair is not None for pair in found.values())
+
+
+class Routed(nn.Module):
+    """Two experts in blocks; the router sends every token to the first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(96, 12)
+        self.blocks: Any = nn.ModuleList(
+            nn.ModuleDict({"used": nn.Linear(12, 12), "idle": nn.Linear(12, 12)}) for _ in range(1)
+        )
+        self.head = nn.Linear(12, 96)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids).reshape(-1, 12)
+        first, second = x, x[:0]
+        x = torch.cat([self.blocks[0]["used"](first), self.blocks[0]["idle"](second)])
+        return type("Output", (), {"logits": self.head(x).reshape(*input_ids.shape, 96)})
+
+
+def test_dobi_names_layers_without_tokens_and_cuts_them_plainly():
+    model = Routed().eval()
+    with pytest.warns(UserWarning, match=r"1 layers saw no calibration token.*blocks\.0\.idle"):
+        found, _, targets, _ = fit(model)
+    pair = found["blocks.0.idle"]
+    assert pair is not None
+    weight = weight_of(targets["blocks.0.idle"]).detach()
+    plain = SVD().spectrum(weight, {}, name="w").truncate(pair.up.shape[1]).product()
+    torch.testing.assert_close(pair.product(), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_dobi_shrinks_a_batch_that_is_too_large():
+    with pytest.warns(UserWarning, match="has 3 sequences, fewer than one batch of 4"):
+        found, _, _, _ = fit(tiny_model("llama"), DobiSVD(steps=1), windows=tokens(3))
+    assert any(pair is not None for pair in found.values())
+
+
+def test_dobi_says_nothing_when_all_is_well():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(tiny_model("llama"))

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
 from soco.modules import LowRankLinear
-from soco.sequential import collect_behind, stages, standing
+from soco.sequential import collect_behind, stages
 from soco.surgery import bias_of, find_linears, replace_module, weight_of
 from tiny_models import tiny_model
 
@@ -110,21 +109,3 @@ def test_broken_inputs_are_named():
     block, names = stages(model, layers)[1]
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj hold NaN or Inf behind"):
         collect_behind(model, layers, block, names, WINDOWS, 2)
-
-
-def test_standing_swaps_every_place_and_back():
-    shared = nn.Linear(2, 2)
-    model = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared, "d": nn.Linear(2, 2)})})
-    new = nn.Linear(2, 2)
-    seen = []
-
-    def fail():
-        with standing(model, {"a": shared}, {"a": new}):
-            seen.extend([model["a"], model["b"]["c"]])
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert seen == [new, new]
-    assert model["a"] is shared
-    assert model["b"]["c"] is shared

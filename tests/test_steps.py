@@ -1,10 +1,20 @@
 """What loops share: batches in order, models frozen and given back as they were."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import nn
 
-from soco.steps import Step, checkpointed, endless_batches, frozen
+from soco.objectives import Objective
+from soco.steps import (
+    Step,
+    checkpointed,
+    dense_outputs,
+    endless_batches,
+    frozen,
+    half_cosine,
+)
 
 
 def test_every_window_comes_once_before_any_comes_again():
@@ -62,3 +72,39 @@ def test_checkpointed_computes_again_in_backward_and_ends():
 
 def test_a_step_has_no_held_out_loss_unless_measured():
     assert Step("coarse", 1, 2, 0.5, 0.5, 1.0).held_out is None
+
+
+class Layer:
+    dense = False
+
+
+class Watching:
+    """An objective that notes whether its layers were dense and gradients were off."""
+
+    def __init__(self, layers, fails=False):
+        self.layers, self.fails = layers, fails
+
+    def outputs(self, model, ids):
+        if self.fails:
+            raise RuntimeError("in the middle")
+        dense = all(layer.dense for layer in self.layers)
+        return torch.tensor([dense, torch.is_grad_enabled()])
+
+
+def test_dense_outputs_switch_and_switch_back():
+    layers = [Layer(), Layer()]
+    seen = dense_outputs(nn.Identity(), iter(layers), cast(Any, Watching(layers)), torch.zeros(1))
+    assert seen.tolist() == [True, False]
+    assert not any(layer.dense for layer in layers)
+
+
+def test_dense_outputs_switch_back_after_an_error():
+    layers = [Layer()]
+    objective = cast(Objective, Watching(layers, fails=True))
+    with pytest.raises(RuntimeError, match="in the middle"):
+        dense_outputs(nn.Identity(), layers, objective, torch.zeros(1))
+    assert not layers[0].dense
+
+
+def test_half_cosine():
+    assert [half_cosine(step, 4, 1.0, 0.2) for step in (0, 2, 4)] == pytest.approx([1.0, 0.6, 0.2])

@@ -15,6 +15,7 @@ from soco.surgery import (
     output_head,
     replace_module,
     replace_modules,
+    replaced,
     shape_of,
     untie_head,
     weight_of,
@@ -275,3 +276,33 @@ def test_context_length(name, length):
 
 def test_every_tiny_model_is_tested():
     assert CONFIGS.keys() == COUNTS.keys() | {"mixtral", "qwen2_moe"}
+
+
+def test_replaced_puts_every_module_back():
+    """Twins too, each in its own place, and after an error."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
+    model["b"].weight, model["b"].bias = model["a"].weight, model["a"].bias
+    before = dict(model.named_children())
+    newcomer = nn.Identity()
+
+    def fail():
+        with replaced(model, {"a": newcomer}):
+            assert model["a"] is newcomer
+            assert model["b"] is newcomer
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert list(model.named_children()) == list(before.items())
+    with replaced(model, {"c": newcomer}):
+        assert model["c"] is newcomer
+    assert model["c"] is before["c"]
+
+
+def test_replaced_puts_back_when_a_name_is_wrong():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3)})
+    first = model["a"]
+    newcomers = {"a": nn.Identity(), "z": nn.Identity()}
+    with pytest.raises(ValueError, match="has no module z"), replaced(model, newcomers):
+        pass
+    assert model["a"] is first

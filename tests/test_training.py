@@ -13,12 +13,12 @@ from soco.linalg import whitened_svd
 from soco.objectives import TokenDistribution
 from soco.ranks import is_dense
 from soco.spectral import SpectralLinear
+from soco.steps import checkpointed
 from soco.training import (
     SOFT_STAGES,
     STAGES,
     Stage,
     TrainingSettings,
-    checkpointed,
     choose_components,
     kept_params,
     polarization,

@@ -117,7 +117,7 @@ def test_a_probe_is_the_divergence_with_one_layer_cut(bench):
 
 def test_a_probe_is_asked_once(bench, monkeypatch):
     found = bench.probe(Plain(), (Q0,), 3)
-    monkeypatch.setattr(soco.workbench, "standing", None)
+    monkeypatch.setattr(soco.workbench, "replaced", None)
     assert bench.probe(Plain(), (Q0,), 3) == found
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from soco.methods.bases import FisherWeighted, Plain, Scaled, TwoSided, Whitened
 from soco.methods.basis_sharing import BasisSharing
+from soco.methods.dobi import DobiSVD
 from soco.methods.fitted import AASVD, SAESSVD, TFWSVD, AdaSVD
 from soco.methods.protocol import (
     Basis,
@@ -15,7 +16,15 @@ from soco.methods.protocol import (
     TrainedMethod,
 )
 from soco.methods.soco import SoCo
-from soco.methods.weighted import ASVD, FWSVD, KFACSVD, SVD, SVDLLM, SVDLLMV2
+from soco.methods.weighted import (
+    ASVD,
+    FWSVD,
+    KFACSVD,
+    SVD,
+    SVDLLM,
+    SVDLLMV2,
+    SVDSurgeonMethod,
+)
 
 METHODS: Mapping[str, Callable[..., Method]] = {
     cls.name: cls
@@ -28,9 +37,11 @@ METHODS: Mapping[str, Callable[..., Method]] = {
         SVDLLMV2,
         AdaSVD,
         BasisSharing,
+        DobiSVD,
         KFACSVD,
         AASVD,
         SAESSVD,
+        SVDSurgeonMethod,
         SoCo,
     )
 }
@@ -49,11 +60,13 @@ __all__ = [
     "AdaSVD",
     "Basis",
     "BasisSharing",
+    "DobiSVD",
     "FisherWeighted",
     "FittedMethod",
     "Method",
     "Plain",
     "RankLearner",
+    "SVDSurgeonMethod",
     "Scaled",
     "SequentialMethod",
     "SharingMethod",

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from soco.linalg import Factors, Spectrum
 from soco.objectives import Objective
-from soco.training import Step, TrainingSettings
+from soco.steps import Step
+from soco.training import TrainingSettings
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """Methods that cut one singular value decomposition off: plain, weighted, or whitened."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -9,6 +9,7 @@ from soco.fitting import refit_up
 from soco.linalg import Factors
 from soco.methods.bases import FisherWeighted, Plain, Scaled, TwoSided, Whitened
 from soco.methods.protocol import ClosedForm
+from soco.surgeon import SVDSurgeon
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,25 @@ class KFACSVD(ClosedForm):
     def components(self) -> TwoSided:
         """Components of the loss."""
         return TwoSided(self.input_shrinkage, self.output_shrinkage)
+
+
+@dataclass(frozen=True)
+class SVDSurgeonMethod(ClosedForm):
+    """SVD-LLM, then the scales of the components that stay are updated in closed form.
+
+    With ``H_SS`` and ``H_SC`` the second moments of the gradients by the scales of the components
+    kept and removed, the scales change by ``(H_SS + damping)^-1 H_SC 1``: the minimum of the
+    second-order loss. ``soco.surgeon`` has it for factors of any method
+    (``soco.compress(..., surgeon=True)``), and says what validation does.
+
+    Source: SVD-Surgeon, arXiv:2606.23568.
+    """
+
+    name: ClassVar[str] = "svd-surgeon"
+
+    surgeon: SVDSurgeon = field(default_factory=SVDSurgeon)  # the update
+
+    @property
+    def components(self) -> Whitened:
+        """Components of the outputs."""
+        return Whitened()
