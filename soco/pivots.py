@@ -26,6 +26,10 @@ class Pivoted(NamedTuple):
     rows: Tensor  # (rank, in), the pivot rows
     pivots: Tensor  # (rank,), int64, ascending: which rows those are
 
+    def to(self, dtype: torch.dtype) -> "Pivoted":
+        """Round to ``dtype`` what is no index."""
+        return Pivoted(self.rest.to(dtype), self.rows.to(dtype), self.pivots)
+
     def product(self) -> Tensor:
         """The weight (out, in).
 
