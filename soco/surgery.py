@@ -87,8 +87,9 @@ def low_rank_layers(model: nn.Module) -> dict[str, CompressedLinear]:
 def fused_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The experts that a mixture keeps as one parameter (experts, ..., ...), in the blocks.
 
-    They are no linear layers and stay dense. A parameter of three dimensions is taken for experts
-    when its first size is a count of experts that its module or the model's config speaks of.
+    They are no linear layers, and stay dense unless ``soco.experts`` splits them. A parameter of
+    three dimensions is taken for experts when its first size is a count of experts that its module
+    or the model's config speaks of.
 
     Returns:
         parameter name to shape, in the tree's order.

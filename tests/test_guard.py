@@ -9,6 +9,7 @@ from torch import nn
 import soco
 from soco import pipeline
 from soco.checkpoint import mark_compressed
+from soco.experts import experts_split, join_experts
 from soco.guard import Clock, unchanged_on_error
 from soco.linalg import whitened_svd
 from soco.methods import SoCo
@@ -23,7 +24,7 @@ from soco.surgery import (
     untie_head,
     weight_of,
 )
-from tiny_models import logits, tiny_model
+from tiny_models import NEEDS_5, logits, tiny_mixture, tiny_model
 
 ERRORS = [ValueError, KeyboardInterrupt]
 
@@ -314,3 +315,18 @@ def test_peak_memory(device):
     assert of == ("process" if device == "cpu" else device)
     if device == "cuda":
         assert Clock(torch.device(device)).peak()[0] < peak
+
+
+@NEEDS_5
+def test_layers_of_experts_that_are_fused_again():
+    """They were targets, and are in the model no more."""
+    model = unlike(tiny_mixture("mixtral"))
+    before = everything(model)
+    with experts_split(model) as fused:
+        targets = find_linears(model)
+        with unchanged_on_error(model, targets):
+            name = "model.layers.0.self_attn.q_proj"
+            replace_module(model, name, LowRankLinear(32, 32, 2, bias=False))
+            replace_module(model, name, targets[name])
+            join_experts(model, fused)
+    assert everything(model) == before

@@ -399,6 +399,9 @@ def test_configs_that_mean_nothing():
     config = SocoConfig.from_dict(good)
     assert isinstance(config, SocoConfig)
     assert config.to_dict() == good | {"report": None}
+    config = SocoConfig.from_dict(good | {"experts": ["a"], "format_version": 2})
+    assert isinstance(config, SocoConfig)
+    assert config.to_dict() == good | {"report": None, "experts": ["a"], "format_version": 2}
     where = "quantization_config in config.json"
     bad = {
         "has no format_version": {k: v for k, v in good.items() if k != "format_version"},
@@ -819,6 +822,9 @@ def test_split_and_fused_experts_in_one_model(tmp_path):
     assert torch.equal(logits(aligned(loaded)), logits(model))
     assert list(find_experts(loaded)) == ["model.layers.0.mlp.experts"]
     assert type(loaded.get_submodule("model.layers.1.mlp.experts")).__name__ == "Qwen2MoeExperts"
+    again = pickle.loads(pickle.dumps(loaded))  # with what transformers keeps for saving it
+    again.save_pretrained(tmp_path / "again", max_shard_size="12KB")
+    assert read_headers(weight_files(tmp_path / "again")).keys() == entries.keys()
 
 
 @NEEDS_5

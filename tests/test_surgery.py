@@ -202,7 +202,9 @@ def test_many_at_once():
     other.weight, other.bias = one.weight, one.bias
     tower = Tower(shared, one, shared, other).train()
     news = [LowRankLinear(8, 8, 2).eval() for _ in range(3)]
-    places = dict(zip(("blocks.0.layer", "blocks.3.layer", "heads.0"), news, strict=True))
+    places: dict[str, nn.Module] = dict(
+        zip(("blocks.0.layer", "blocks.3.layer", "heads.0"), news, strict=True)
+    )
     with pytest.raises(ValueError, match=r"Tower has no module blocks\.4"):
         replace_modules(tower, places | {"blocks.4": nn.Identity()})
     assert not any(isinstance(module, LowRankLinear) for module in tower.modules())
