@@ -29,7 +29,7 @@ from soco.surgeon import SVDSurgeon, rescale, saliency
 from soco.surgery import bias_of, find_linears, replace_module, shape_of, weight_of
 
 OBJECTIVE = TokenDistribution()
-CHOICES = ("svd, uniform", "svd-llm, uniform", "svd-llm, energy", "svd-llm, saliency")
+CHOICES = ("svd-llm, energy", "svd-llm, uniform", "svd-llm, saliency", "svd, uniform")
 
 
 @dataclass
@@ -134,7 +134,7 @@ def measure(
     model = setting.load()
     install(model, updated)
     note("svd-surgeon", model, seconds, settings=asdict(settings))
-    for steps in arguments.steps if label != CHOICES[0] else ():
+    for steps in arguments.steps if label != CHOICES[-1] else ():
         tuning = Refinement(steps=steps)
         model = setting.load()
         pairs = install(model, factors)

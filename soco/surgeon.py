@@ -7,14 +7,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from soco.linalg import Factors, Spectrum
 from soco.objectives import Objective
 from soco.steps import checkpointed, frozen
-from soco.surgery import transformer_blocks, weight_of
+from soco.surgery import bias_of, transformer_blocks, weight_of
 
 # The fractions of ``strength`` that validation chooses from.
 FRACTIONS = (0.0, 0.1, 0.25, 0.5, 1.0)
+
+# What the whole update is multiplied by, where the divergence on held-out text decides.
+MULTIPLES = (0.0, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class SVDSurgeon:
     strength: float = 1.0  # the fraction of the update that is applied; an upper bound if validated
     validation: Literal["layer", "model", "none"] = "layer"  # where the fraction is chosen by
     # two-fold cross-validation over the sequences: in each layer, for all layers together, nowhere
+    held_out: float = 0.1  # fraction of the sequences, the last ones, on which the divergence
+    # decides how much of the update of all layers stays, and whether any does; 0: it is not asked
     clip: float | None = 0.5  # largest relative change of a component, below 1; None: no bound
     samples: int | None = None  # sequences used, from the start; None: all
     labels: int = 2  # draws from the dense model per sequence: each is a sample, and a backward
@@ -45,6 +51,8 @@ class SVDSurgeon:
             raise ValueError(f"damping must be at least 0, got {self.damping}")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, got {self.strength}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be at least 0 and below 1, got {self.held_out}")
         if self.clip is not None and not 0 < self.clip < 1:
             raise ValueError(f"clip must be above 0 and below 1, or None, got {self.clip}")
         if self.validation not in ("layer", "model", "none"):
@@ -89,10 +97,13 @@ def rescale(
     With fewer samples than components the update fits the samples rather than the loss. So with
     ``validation``, the update from either half of the sequences is tried on the quadratic of the
     other, at each of ``FRACTIONS`` of the strength; what is lowest over both decides, and it may be
-    none.
+    none. Each layer is updated as if the others were dense, and the second order holds for small
+    changes only. So with ``held_out`` the update of all layers is then tried, at each of
+    ``MULTIPLES``, by the divergence of the compressed model on text that it was not made from; on
+    that text the model is never worse than before.
 
-    Each layer is updated as if the others were dense. All targets get their gradients from the same
-    passes. Memory: two matrices (rank, rank) in float32 per layer and half.
+    All targets get their gradients from the same passes. Memory: two matrices (rank, rank) in
+    float32 per layer and half.
 
     Args:
         model: the dense model; left as it was.
@@ -116,16 +127,29 @@ def rescale(
     _check(factors, targets)
     generator = torch.Generator().manual_seed(settings.seed)
     windows = _samples(windows, settings)
+    held_out = windows[:0]
+    if settings.held_out:
+        count = max(1, round(settings.held_out * len(windows)))
+        windows, held_out = _samples(windows[:-count], settings), windows[-count:]
     result = dict(factors)
     for before in range(0, settings.rounds * len(windows), len(windows)):
         sums = _collect(
             model, result, targets, windows, objective, settings, generator,
             lambda done, before=before: on_batch(before + done),
         )  # fmt: skip
-        for name, delta in _deltas(sums, settings).items():
-            up, down = result[name]
-            scale = (1 + delta).to(up.device)
-            result[name] = Factors((up.double() * scale).to(up.dtype), down)
+        deltas = _deltas(sums, settings)
+        multiple = 1.0
+        if len(held_out):
+            losses = [
+                _divergence(
+                    model, _scaled(result, deltas, each), targets, held_out, objective, settings
+                )
+                for each in MULTIPLES
+            ]
+            # The first of equals, and a loss that is not a number is never the least.
+            multiple = min(zip(losses, MULTIPLES, strict=True), key=lambda pair: pair[0])[1]
+        if multiple:
+            result = _scaled(result, deltas, multiple)
     return result
 
 
@@ -170,10 +194,7 @@ def saliency(
 
     Source: SVD-Surgeon, arXiv:2606.23568; Optimal Brain Surgeon, Hassibi and Stork, 1993.
     """
-    layers = {
-        name: Factors(spectrum.up * spectrum.sigma, spectrum.down)
-        for name, spectrum in spectra.items()
-    }
+    layers = {name: Factors(spectrum.up, spectrum.down) for name, spectrum in spectra.items()}
     _check(layers, targets)
     generator = torch.Generator().manual_seed(settings.seed)
     windows = _samples(windows, settings)
@@ -182,11 +203,12 @@ def saliency(
     )
     tokens = windows.numel() * settings.labels
     values = {}
-    for name, (up, _) in layers.items():
+    for name, spectrum in spectra.items():
+        sigma = spectrum.sigma.double()
         if name not in sums:
-            values[name] = torch.zeros(up.shape[1], device=up.device)
+            values[name] = torch.zeros_like(sigma).float()
         else:
-            curvature = sums[name].curvature[0] / tokens
+            curvature = sums[name].curvature[0] * (sigma[:, None] * sigma / tokens)
             values[name] = removal_cost(curvature, settings.damping).float()
     return values
 
@@ -288,6 +310,50 @@ def _applied(delta: Tensor, fraction: float, settings: SVDSurgeon) -> Tensor:
     return delta if settings.clip is None else delta.clamp(-settings.clip, settings.clip)
 
 
+def _scaled(
+    factors: Mapping[str, Factors], deltas: Mapping[str, Tensor], multiple: float
+) -> dict[str, Factors]:
+    """The factors with their components scaled by ``1 + multiple delta``."""
+    result = dict(factors)
+    for name, delta in deltas.items():
+        up, down = factors[name]
+        scale = 1 + multiple * delta.to(up.device)
+        result[name] = Factors((up.double() * scale).to(up.dtype), down)
+    return result
+
+
+@torch.no_grad()
+def _divergence(
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    targets: Mapping[str, nn.Module],
+    windows: Tensor,
+    objective: Objective,
+    settings: SVDSurgeon,
+) -> float:
+    """The divergence of the model with these factors from the dense one, inf where it is NaN."""
+
+    def replacing(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        up, down = (part.to(weight_of(targets[name]).dtype) for part in factors[name])
+        bias = bias_of(targets[name])
+        return lambda module, inputs, output: F.linear(F.linear(inputs[0], down), up, bias)
+
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64)
+    with frozen(model):
+        for batch in windows.split(settings.batch_size):
+            ids = batch.to(device)
+            dense = objective.outputs(model, ids)
+            hooks = [targets[n].register_forward_hook(replacing(n)) for n in factors]
+            try:
+                student = objective.outputs(model, ids)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            total += objective.divergence(dense, student).double().cpu() * (len(ids) / len(windows))
+    return math.inf if bool(total.isnan()) else float(total)
+
+
 def _damped(curvature: Tensor, damping: float) -> Tensor:
     wide = curvature.double()
     return wide + torch.eye(len(wide)).to(wide) * (damping * wide.diagonal().mean())
@@ -307,14 +373,15 @@ def _collect(
     """Run the dense model over the windows, forward and backward; the sums of the layers reached.
 
     Sequence k belongs to fold ``k mod folds``. A layer that sees its tokens without a batch
-    dimension gives one sample per batch, whose fold is the batch's number ``mod folds``.
+    dimension gives one sample per batch, whose fold is the batch's number ``mod folds``. With one
+    fold, for saliency, nothing is removed and ``pull`` is 0.
     """
     recorder = _Recorder()
     device = next(model.parameters()).device
     probe = torch.zeros((), device=device, requires_grad=True)  # the one leaf gradients flow to
     hooks = [
         targets[name].register_forward_hook(
-            recorder.hook(name, factors, weight_of(targets[name]), probe)
+            recorder.hook(name, factors, weight_of(targets[name]) if folds > 1 else None, probe)
         )
         for name, factors in layers.items()
     ]
@@ -369,20 +436,21 @@ class _Recorder:
         self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def hook(
-        self, name: str, factors: Factors, weight: Tensor, probe: Tensor
+        self, name: str, factors: Factors, weight: Tensor | None, probe: Tensor
     ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         """The forward hook of the layer ``name``: its output, with an ear in its backward.
 
         With x_t the inputs and e_t the gradients of the outputs, ``G = sum_t e_t x_t^T``, so
-        ``g_i = sum_t (u_i . e_t) (d_i . x_t)`` and ``r = sum_t e_t^T W x_t - sum_i g_i``. No
-        gradient of the size of a weight is made.
+        ``g_i = sum_t (u_i . e_t) (d_i . x_t)`` and ``r = sum_t e_t^T W x_t - sum_i g_i`` (0 without
+        a weight). No gradient of the size of a weight is made.
         """
-        up, down = factors.up.float(), factors.down.float()
 
         def note(x: Tensor, grad: Tensor) -> None:
             x, grad = self._by_sequence(x), self._by_sequence(grad)
-            g = ((x @ down.T) * (grad @ up)).sum(1)  # (sequences, rank)
-            r = ((grad @ weight.float()) * x).sum((1, 2)) - g.sum(1)  # (sequences,)
+            g = ((x @ factors.down.float().T) * (grad @ factors.up.float())).sum(1)
+            r = g.new_zeros(len(g))
+            if weight is not None:
+                r = ((grad @ weight.float()) * x).sum((1, 2)) - g.sum(1)
             self._rows.setdefault(name, []).append((g, r))
 
         def observe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -420,7 +488,7 @@ class _Listen(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.note = note
-        return y.view_as(y)
+        return y.clone()  # not a view: models may write into it
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
