@@ -135,12 +135,8 @@ class Report:
         Raises:
             ImportError: matplotlib is missing (``pip install "soco-llm[plots]"``).
         """
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise ImportError('plots need matplotlib: pip install "soco-llm[plots]"') from error
         trained = bool(self.history)
-        figure = Figure(figsize=(12 if trained else 7, 4.5), layout="constrained")
+        figure = new_figure(12 if trained else 7, 4.5, layout="constrained")
         axes = figure.subplots(1, 2 if trained else 1, squeeze=False)[0]
         _draw_kept(axes[0], self.layers)
         axes[0].set_title(f"{self.method}: {self.removed:.1%} of the parameters removed")
@@ -176,8 +172,26 @@ def format_bytes(count: int) -> str:
     return f"{size:.2f} TB"
 
 
-def _draw_kept(axes: Any, layers: Sequence[LayerReport]) -> None:
-    """Heat map of the kept fraction: a column per block, a row per kind of layer."""
+def new_figure(width: float, height: float, **options: Any) -> Any:
+    """An empty figure of matplotlib, in inches; it belongs to no window.
+
+    Raises:
+        ImportError: matplotlib is missing (``pip install "soco-llm[plots]"``).
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError('plots need matplotlib: pip install "soco-llm[plots]"') from error
+    return Figure(figsize=(width, height), **options)
+
+
+def kept_grid(layers: Sequence[LayerReport]) -> tuple[list[str], list[str], list[list[float]]]:
+    """Kept fractions by place.
+
+    Returns:
+        Kinds of layers; blocks; and a row for each kind of the kept fractions in each block, NaN
+        where there is no such layer.
+    """
     kinds: dict[str, dict[str, float]] = {}
     blocks: dict[str, None] = {}
     for layer in layers:
@@ -188,14 +202,28 @@ def _draw_kept(axes: Any, layers: Sequence[LayerReport]) -> None:
         kinds.setdefault(kind, {})[block] = layer.kept
         blocks[block] = None
     grid = [[row.get(block, float("nan")) for block in blocks] for row in kinds.values()]
+    return list(kinds), list(blocks), grid
+
+
+def draw_grid(
+    axes: Any, kinds: Sequence[str], blocks: Sequence[str], grid: Sequence[Sequence[float]]
+) -> Any:
+    """Draw what ``kept_grid`` gave as a heat map, and return its image, for a colour bar."""
     image = axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-    axes.set_yticks(range(len(kinds)), list(kinds))
+    axes.set_yticks(range(len(kinds)), kinds)
     labels = [block.rpartition(".")[2] for block in blocks]
     axes.set_xticks(range(len(labels)), labels)
     if len(labels) > 20:
         axes.set_xticks(range(0, len(labels), 4), labels[::4])
     axes.set_xlabel("block")
-    if len(labels) <= 12:
+    return image
+
+
+def _draw_kept(axes: Any, layers: Sequence[LayerReport]) -> None:
+    """Heat map of the kept fraction: a column per block, a row per kind of layer."""
+    kinds, blocks, grid = kept_grid(layers)
+    image = draw_grid(axes, kinds, blocks, grid)
+    if len(blocks) <= 12:
         for y, row in enumerate(grid):
             for x, kept in enumerate(row):
                 if kept == kept:

@@ -19,8 +19,9 @@ FLOORS = [
     {"calibration", "contents", "guard", "sequential", "training"},
     {"archive", "methods", "plugin"},
     {"checkpoint", "evaluation", "reporting", "workbench"},
-    {"factorization", "preparation"},
-    {"pipeline"},
+    {"factorization", "preparation", "record"},
+    {"pipeline", "plots"},
+    {"comparison", "rendering"},
     {"bench", "cli"},
 ]
 OUTSIDE = {"__init__", "_autoload"}  # public names; the standard library only
