@@ -1,43 +1,56 @@
-"""Methods side by side: the same text, the same sizes, one evaluation, one table."""
+"""Methods side by side: the same text, the same sizes, one evaluation, one record."""
 
 import copy
 import hashlib
+import inspect
 import json
 import math
-import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from soco.allocators import ALLOCATORS
 from soco.archive import key_of
+from soco.data import cut_windows, token_ids
 from soco.diagnosis import describe_machine
-from soco.evaluation import Evaluation, evaluate
-from soco.headers import read_json
+from soco.evaluation import DEFAULT_LENGTH, Evaluation, evaluate
+from soco.factorization import kind_of
 from soco.methods import METHODS
-from soco.pipeline import compress, needs_of
-from soco.preparation import prepare
+from soco.methods.bases import Plain, Whitened
+from soco.pipeline import compress, needs_of, reads_text
+from soco.preparation import noted, prepare
+from soco.record import RECORD, Comparison, Row
 from soco.reporting import report
+from soco.surgery import context_length
 from soco.workbench import Workbench
 
-RECORD = "compare.json"
-FORMAT = 1
-
 # What is compared where nobody says otherwise, most of it in the order of the papers.
-DEFAULT_METHODS = (
-    "svd", "fwsvd", "tfwsvd", "asvd", "svd-llm", "svd-llm-v2", "adasvd", "basis-sharing",
-    "dobi-svd", "aa-svd", "saes", "svd-surgeon", "svd-llm@energy", "kfac-svd", "soco",
+DEFAULT_METHODS = tuple(
+    entry
+    for entry in (
+        "svd", "fwsvd", "tfwsvd", "asvd", "svd-llm", "svd-llm-v2", "adasvd", "basis-sharing",
+        "dobi-svd", "aa-svd", "saes", "svd-surgeon", "svd-llm@energy", "kfac-svd", "soco",
+    )
+    if entry.partition("@")[0] in METHODS
 )  # fmt: skip
 DEFAULT_RATIOS = (0.2, 0.4, 0.6)
 
-OPTIONS = ("pivoted", "surgeon", "refine")
+# Switches of ``compress`` that an entry may turn on.
+OPTIONS = tuple(
+    option
+    for option in ("pivoted", "surgeon", "refine")
+    if option in inspect.signature(compress).parameters
+)
+
+_SPECTRUM_POINTS = 256  # of a layer's singular values in the record
 
 
 @dataclass(frozen=True)
@@ -59,10 +72,10 @@ class Entry:
         Entry(method='svd-llm', allocator='energy', options=('pivoted',))
         """
         named, *options = text.strip().split("+")
-        method, _, allocator = named.partition("@")
+        method, at, allocator = named.partition("@")
         for what, given, known in (
             ("method", [method], METHODS),
-            ("allocator", [allocator] if allocator else [], ALLOCATORS),
+            ("allocator", [allocator] if at else [], ALLOCATORS),
             ("option", options, OPTIONS),
         ):
             for name in given:
@@ -84,48 +97,6 @@ class Entry:
         return given if self.allocator is None else {**given, "allocator": self.allocator}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What ``compare`` measured."""
-
-    setup: dict[str, Any]  # what the rows depend on
-    dense: dict[str, Any]  # the dense model, measured like the rows
-    rows: tuple[dict[str, Any], ...]
-    machine: dict[str, Any] = field(default_factory=dict)
-    date: str = ""  # UTC, ISO 8601
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data, as compare.json has it."""
-        return {
-            "format": FORMAT,
-            "date": self.date,
-            "machine": self.machine,
-            "setup": self.setup,
-            "dense": self.dense,
-            "rows": list(self.rows),
-        }
-
-    @classmethod
-    def read(cls, path: Path) -> "Comparison":
-        """Read a compare.json.
-
-        Raises:
-            ValueError: it is none, or of another format.
-        """
-        data = read_json(path)
-        if data.get("format") != FORMAT:
-            raise ValueError(f"{path} is of format {data.get('format')!r}, not {FORMAT}")
-        kinds = {"setup": dict, "dense": dict, "rows": list, "machine": dict, "date": str}
-        for name, kind in kinds.items():
-            if not isinstance(data.get(name), kind):
-                raise ValueError(f"{path} has no {name}, or not as a {kind.__name__}")
-        for row in data["rows"]:
-            if not isinstance(row, dict) or not {"method", "ratio"} <= row.keys():
-                raise ValueError(f"{path} has a row without method or ratio")
-        values = {name: data[name] for name in kinds if name != "rows"}
-        return cls(rows=tuple(data["rows"]), **values)
-
-
 def compare(
     model: nn.Module,
     methods: Iterable[str] = DEFAULT_METHODS,
@@ -144,7 +115,8 @@ def compare(
     exclude: str | Iterable[str] | None = None,
     stats: str | PathLike[str] | None = None,
     name: str | None = None,
-    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    command: str = "",
+    on_row: Callable[[Row], None] = lambda row: None,
     tell: Callable[[str], None] = lambda text: None,
     progress: bool | None = None,
 ) -> Comparison:
@@ -152,7 +124,8 @@ def compare(
 
     All methods see the same calibration windows. Statistics are collected in one pass for all of
     them, and every weight is taken apart once for every basis. After each row the whole record is
-    written to ``output/compare.json``; rows that are there already are not run again.
+    written to ``output/compare.json``; rows that are there already are not made again. A method
+    that cannot do what is asked of it (``ValueError``) gives a row that says why.
 
     Args:
         model: a dense transformers model; it stays as it is. Copies are made of it.
@@ -171,75 +144,146 @@ def compare(
         include: glob patterns of the layers to compress.
         exclude: glob patterns of layers to leave alone.
         stats: a folder for calibration statistics; see ``soco.compress``.
-        name: of the model, for the record.
+        name: of the model, for the record; None: as its config calls it.
+        command: that was given, for the record.
         on_row: called with every row, also with those that were there already.
         tell: called with a sentence on what comes next.
         progress: whether to show progress bars; None: where stderr is a terminal.
 
     Returns:
-        The comparison. A row has ``method``, ``ratio``, ``perplexity``, ``kl`` (nats per token),
-        ``top1`` (fraction), ``kept_params`` and ``target_params`` (of the layers compressed),
-        ``bytes`` (of all parameters), ``seconds`` (from statistics to the compressed model, a
-        decomposition that another row had already made included), ``peak_bytes``, ``ranks`` (layer
-        to rank, None is dense), ``texts`` (measurements on the further texts) and ``warnings``.
+        The comparison, with all rows of the record. A row has
+
+        - ``method`` (the entry) and ``ratio``;
+        - ``perplexity``, ``kl`` (nats per token), ``top1`` (fraction), ``distance`` and ``tokens``,
+          measured on the main text, each None where the model has no such thing; under ``texts``
+          the same for the further ones;
+        - ``kept_params``, ``target_params``, ``removed``: of the layers compressed; ``bytes``: of
+          all parameters of the model;
+        - ``ranks`` (layer to rank, None is dense) and ``params`` (layer to what it keeps);
+        - ``seconds``: from statistics to the compressed model, decompositions and probes that
+          another row had already made included, statistics not; ``phases``: of this run;
+        - ``peak_bytes``: highest memory use meanwhile, with the model and all that rows share;
+          ``peak_of``: of what;
+        - ``settings``, ``warnings``, ``versions``;
+        - or, instead of all that, ``error``: why there is nothing.
 
     Raises:
-        ValueError: an entry or ratio makes no sense; or the record in ``output`` is of another
-            model, text or setting, which is named.
+        ValueError: an entry or ratio makes no sense, a text cannot be read; or the record in
+            ``output`` is of another model, text or setting, which is named.
+
+    Warns:
+        UserWarning: a text has less than was asked for; or what methods warn of, each once.
     """
-    entries = [Entry.parse(each) for each in methods]
-    if not entries:
-        raise ValueError("there is no method to compare")
-    sizes = list(dict.fromkeys(float(ratio) for ratio in ratios))
-    for ratio in sizes:
-        if not 0 < ratio < 1:
-            raise ValueError(f"ratios must be above 0 and below 1, got {ratio}")
-    texts = dict(text) if isinstance(text, Mapping) else {"text": text}
-    folder = Path(output)
-    tell("reading the calibration text")
-    bench = prepare(
-        model,
-        tokenizer=tokenizer,
-        calibration=calibration,
-        samples=samples,
-        length=length,
-        seed=seed,
-        include=include,
-        exclude=exclude,
-        batch_size=batch_size,
-        stats=stats,
-        progress=progress,
-    )
-    measure = _Measure(model, texts, tokenizer, length or bench.source.get("length"), windows)
-    setup = _setup(name, bench, measure, seed)
-    record = folder / RECORD
-    done = Comparison.read(record) if record.is_file() else None
-    if done is not None:
-        _check_same(done.setup, setup, record)
-    rows = {(row["method"], row["ratio"]): row for row in (done.rows if done else ())}
-    result = Comparison(setup, done.dense if done else {}, tuple(rows.values()), describe_machine())
+    entries = list({str(each): each for each in map(Entry.parse, methods)}.values())
+    sizes = list(dict.fromkeys(map(_checked_ratio, ratios)))
+    if not entries or not sizes:
+        raise ValueError(f"there is no {'ratio' if entries else 'method'} to compare at")
+    needs = {str(entry): needs_of(**entry.arguments()) for entry in entries}
+    readers = [str(each) for each in entries if reads_text(each.method, each.allocator)]
+    if calibration is None and readers:
+        raise ValueError(f"method {readers[0]} learns from text: give calibration=")
+    texts = dict(text) if isinstance(text, Mapping) else {_title(text): text}
+    notes: list[str] = []
+    with noted(notes):
+        tell("reading the texts")
+        bench = prepare(
+            model,
+            tokenizer=tokenizer,
+            calibration=calibration,
+            samples=samples,
+            length=length,
+            seed=seed,
+            include=include,
+            exclude=exclude,
+            batch_size=batch_size,
+            stats=stats,
+            progress=progress,
+        )
+        length = length or bench.source.get("length") or _length_for(model)
+        measure = _Measure(texts, tokenizer, length, windows)
+    setup = _setup(name, bench, measure, length, windows, seed)
+    path = Path(output) / RECORD
+    result = _resumed(path, setup) if path.is_file() else Comparison(setup, {}, ())
+    rows = {(row["method"], row["ratio"]): row for row in result.rows}
     wanted = [(entry, ratio) for ratio in sizes for entry in entries]
-    missing = [each for each in wanted if (str(each[0]), each[1]) not in rows]
+    missing = [(entry, ratio) for entry, ratio in wanted if (str(entry), ratio) not in rows]
     if missing:
-        kinds = frozenset().union(*(needs_of(**entry.arguments()) for entry, _ in missing))
-        tell("collecting statistics for all methods in one pass")
-        begin = time.perf_counter()
-        bench.statistics(kinds)
-        setup["statistics"] = {"kinds": sorted(kinds), "seconds": _seconds(begin)}
+        machine = describe_machine(next(model.parameters()).device.type)
+        result = replace(
+            _moved(result, machine),
+            command=command or result.command,
+            warnings=tuple(dict.fromkeys([*result.warnings, *notes])),
+            shapes={layer: list(shape) for layer, shape in bench.shapes.items()},
+        )
+        rows = {(row["method"], row["ratio"]): row for row in result.rows}
+        kinds = frozenset().union(*(needs[str(entry)] for entry, _ in missing))
+        if kinds:
+            tell("collecting statistics for all methods in one pass")
+            begin = time.perf_counter()
+            bench.statistics(kinds)
+            taken = {"kinds": sorted(kinds), "seconds": _seconds(begin)}
+            result = replace(result, setup={**result.setup, "statistics": taken})
         if not result.dense:
             tell("measuring the dense model")
-            dense = _row_of(measure.all(model, None))
-            result = Comparison(setup, dense, result.rows, result.machine)
+            result = replace(result, dense=_dense_row(model, bench, measure))
+    told: set[str] = set()
     for entry, ratio in wanted:
         key = (str(entry), ratio)
         if key not in rows:
             tell(f"{entry} at {ratio:g}")
-            rows[key] = _run(entry, ratio, model, bench, measure, progress)
+            rows[key] = _run(entry, ratio, model, bench, measure, seed, progress, told)
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            result = Comparison(setup, result.dense, tuple(rows.values()), result.machine, now)
-            _write(record, result)
+            result = replace(result, rows=tuple(rows.values()), date=now)
+            result.write(path)
         on_row(rows[key])
+    if not result.spectra:  # last, so that no row profits from it
+        result = replace(result, spectra=_spectra(bench))
+        result.write(path)
     return result
+
+
+def _checked_ratio(ratio: float) -> float:
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+        raise ValueError(
+            f"ratios are fractions of parameters to remove, above 0 and below 1, got {ratio!r}"
+        )
+    return float(ratio)
+
+
+def _length_for(model: nn.Module) -> int:
+    return min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
+
+
+def _resumed(path: Path, setup: Mapping[str, Any]) -> Comparison:
+    """The record that is there, if rows of this setup may be added to it."""
+    done = Comparison.read(path)
+    for key, value in setup.items():
+        old = done.setup.get(key)
+        if old != value:
+            values = f" ({old!r}, now {value!r})" if len(f"{old!r}{value!r}") < 80 else ""
+            raise ValueError(
+                f"{path} was made with another {_CALLED.get(key, key.replace('_', ' '))}{values}: "
+                f"choose another output folder"
+            )
+    return done
+
+
+_CALLED = {  # fields of the setup whose names do not say it
+    "model_hash": "model: its weights differ",
+    "calibration_hash": "calibration text: its tokens differ",
+    "layers_hash": "choice of layers",
+    "texts": "text to measure on",
+}
+
+
+def _moved(done: Comparison, machine: dict[str, Any]) -> Comparison:
+    """The same on this machine: rows that were made on another one say so."""
+    rows = []
+    for row in done.rows:
+        made_on = row.get("machine", done.machine)
+        rest = {key: value for key, value in row.items() if key != "machine"}
+        rows.append(rest if made_on == machine else {**rest, "machine": made_on})
+    return replace(done, rows=tuple(rows), machine=machine)
 
 
 def _run(
@@ -248,33 +292,48 @@ def _run(
     model: nn.Module,
     bench: Workbench,
     measure: "_Measure",
+    seed: int,
     progress: bool | None,
-) -> dict[str, Any]:
+    told: set[str],
+) -> Row:
     """Compress a copy and measure it."""
     compressed = copy.deepcopy(model)
     before = dict(bench.seconds)
     bench.last_used.clear()
     begin = time.perf_counter()
-    compress(compressed, ratio, shared=bench, progress=progress, **entry.arguments())
-    seconds = time.perf_counter() - begin
+    failure = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            compress(
+                compressed, ratio, shared=bench, seed=seed, progress=progress, **entry.arguments()
+            )
+            seconds = time.perf_counter() - begin
+            found = measure.all(compressed, model)
+        except ValueError as error:
+            failure = {"method": str(entry), "ratio": ratio, "error": str(error)}
+    for warning in caught:  # all rows warn of the same calibration
+        if str(warning.message) not in told:
+            told.add(str(warning.message))
+            warnings.warn(str(warning.message), warning.category, stacklevel=3)
+    if failure is not None:
+        return failure
     made = report(compressed)
-    # A decomposition that an earlier row has made counts as if this one had.
+    # What an earlier row has computed counts as if this one had.
     seconds += sum(before[key] for key in bench.last_used & before.keys())
-    found = measure.all(compressed, model)
     return {
         "method": str(entry),
         "ratio": ratio,
-        **_row_of(found),
+        **_measurements(found),
         "kept_params": made.params_after,
         "target_params": made.params_before,
         "removed": made.removed,
         "bytes": made.model_bytes_after,
-        "bytes_before": made.model_bytes_before,
         "seconds": round(seconds, 3),
         "peak_bytes": made.peak_bytes,
         "peak_of": made.peak_of,
         "ranks": {layer.name: layer.rank for layer in made.layers},
-        "shapes": {layer.name: list(layer.shape) for layer in made.layers},
+        "params": {layer.name: layer.params for layer in made.layers},
         "settings": made.settings,
         "phases": made.seconds,
         "warnings": list(made.warnings),
@@ -283,28 +342,41 @@ def _run(
 
 
 class _Measure:
-    """The evaluation that every row goes through."""
+    """The evaluation that every row goes through, of the same windows of tokens."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        texts: Mapping[str, Any],
-        tokenizer: Any,
-        length: int | None,
-        windows: int | None,
+        self, texts: Mapping[str, Any], tokenizer: Any, length: int, windows: int | None
     ) -> None:
-        self.texts = texts
-        self.options = {"tokenizer": tokenizer, "length": length, "windows": windows}
+        self.length = length
+        self.windows: dict[str, Tensor] = {}
+        self.about: dict[str, dict[str, Any]] = {}  # text to what the record says of it
+        wanted = None if windows is None else windows * length
+        for title, text in texts.items():
+            ids = token_ids(text, tokenizer, tokens=wanted, name="evaluation")
+            cut = cut_windows(ids, length, name="evaluation")[:windows]
+            if windows is not None and len(cut) < windows:
+                warnings.warn(
+                    f"the evaluation data {title} has {ids.numel()} tokens: {len(cut)} windows of "
+                    f"{length}, fewer than the {windows} asked for",
+                    stacklevel=3,
+                )
+            self.windows[title] = cut
+            self.about[title] = {
+                "source": _title(text),
+                "windows": len(cut),
+                "tokens": cut.numel(),
+                "hash": hashlib.sha256(cut.contiguous().numpy().data).hexdigest()[:16],
+            }
 
     def all(self, model: nn.Module, dense: nn.Module | None) -> dict[str, Evaluation]:
         """Text to what was measured on it."""
         return {
-            title: evaluate(model, text, dense=dense, progress=False, **self.options)
-            for title, text in self.texts.items()
+            title: evaluate(model, ids, dense=dense, length=self.length, progress=False)
+            for title, ids in self.windows.items()
         }
 
 
-def _row_of(found: Mapping[str, Evaluation]) -> dict[str, Any]:
+def _measurements(found: Mapping[str, Evaluation]) -> Row:
     """The measurements on the main text, and under ``texts`` those on the others."""
     rows = {
         title: {
@@ -322,25 +394,67 @@ def _row_of(found: Mapping[str, Evaluation]) -> dict[str, Any]:
 
 def _finite(value: float | None) -> float | None:
     """JSON has no infinity: a perplexity that overflowed is the largest number there is."""
-    return None if value is None else min(value, 1e308) if not math.isnan(value) else None
+    return None if value is None or math.isnan(value) else min(value, 1e308)
 
 
-def _setup(name: str | None, bench: Workbench, measure: _Measure, seed: int) -> dict[str, Any]:
-    """What the rows depend on, as plain JSON data."""
-    windows = bench.windows if bench.windows is not None else torch.zeros(0, 0)
-    key = key_of(bench.model, windows, bench.batch_size, seed)
-    layers = json.dumps({name: list(shape) for name, shape in bench.shapes.items()})
+def _dense_row(model: nn.Module, bench: Workbench, measure: _Measure) -> Row:
+    params = sum(rows * columns for rows, columns in bench.shapes.values())
     return {
-        "model": name or type(bench.model).__name__,
-        "model_hash": key.model[:16],
-        "calibration": bench.source,
-        "calibration_hash": key.data[:16],
+        **_measurements(measure.all(model, None)),
+        "kept_params": params,
+        "target_params": params,
+        "params": sum(p.numel() for p in model.parameters()),
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+    }
+
+
+def _spectra(bench: Workbench) -> dict[str, dict[str, list]]:
+    """Singular values of one layer of every kind, from the middle of the model."""
+    kinds: dict[str, list[str]] = {}
+    for name in bench.targets:
+        kinds.setdefault(kind_of(name), []).append(name)
+    groups = [(names[len(names) // 2],) for names in kinds.values()]
+    bases = {"plain": Plain(), **({} if bench.windows is None else {"whitened": Whitened()})}
+    found: dict[str, dict[str, list]] = {}
+    for title, basis in bases.items():
+        for name, spectrum in bench.spectra(basis, groups).items():
+            sigma = spectrum.sigma
+            points = min(len(sigma), _SPECTRUM_POINTS)
+            places = torch.linspace(0, len(sigma) - 1, points).round().long().tolist()
+            values = sigma.double().tolist()
+            found.setdefault(name, {"at": [place + 1 for place in places]})
+            found[name][title] = [float(f"{values[place]:.5g}") for place in places]
+    return found
+
+
+def _setup(
+    name: str | None,
+    bench: Workbench,
+    measure: _Measure,
+    length: int,
+    windows: int | None,
+    seed: int,
+) -> dict[str, Any]:
+    """What the rows depend on, as plain JSON data."""
+    model = bench.model
+    ids = bench.windows if bench.windows is not None else torch.zeros(0, 0, dtype=torch.long)
+    key = key_of(model, ids, bench.batch_size, seed)
+    layers = json.dumps({name: list(shape) for name, shape in bench.shapes.items()})
+    called = Path(str(getattr(getattr(model, "config", None), "name_or_path", ""))).name
+    return {
+        "model": name or called or type(model).__name__,
+        "class": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "layers": len(bench.targets),
-        "layers_hash": hashlib.sha256(layers.encode()).hexdigest()[:16],
-        "texts": {title: _title(text) for title, text in measure.texts.items()},
-        "length": measure.options["length"],
-        "windows": measure.options["windows"],
+        "calibration": bench.source,
+        "length": length,
+        "windows": windows,
         "seed": seed,
+        "batch_size": bench.batch_size,
+        "texts": measure.about,
+        "model_hash": key.model[:16],
+        "calibration_hash": key.data[:16],
+        "layers_hash": hashlib.sha256(layers.encode()).hexdigest()[:16],
     }
 
 
@@ -348,23 +462,6 @@ def _title(text: Any) -> str:
     if isinstance(text, str | PathLike):
         return Path(text).name
     return type(text).__name__
-
-
-def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], record: Path) -> None:
-    """Refuse to add rows to a record of something else."""
-    for field_name, value in new.items():
-        if old.get(field_name) != value:
-            raise ValueError(
-                f"{record} was made with another {field_name.replace('_', ' ')} "
-                f"({old.get(field_name)!r:.60}, now {value!r:.60}): choose another output folder"
-            )
-
-
-def _write(record: Path, comparison: Comparison) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    partial = record.with_suffix(".tmp")
-    partial.write_text(json.dumps(comparison.to_dict(), indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, record)
 
 
 def _seconds(begin: float) -> float:

@@ -139,17 +139,13 @@ class Report:
         Raises:
             ImportError: matplotlib is missing (``pip install "soco-llm[plots]"``).
         """
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise ImportError('plots need matplotlib: pip install "soco-llm[plots]"') from error
         rows, blocks = _grid(self.layers)
         width, height = 3 + min(6.0, max(2.5, 0.45 * len(blocks))), 1.5 + 0.35 * len(rows)
         widths = [width, 6.5] if self.history else [width]
         height = max(height, 4.5 if self.history else 2.2)
-        figure = Figure(figsize=(sum(widths), height), layout="constrained")
+        figure = new_figure(sum(widths), height, layout="constrained")
         axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-        _draw_kept(axes[0], rows, blocks)
+        _draw_kept(axes[0], self.layers)
         axes[0].set_title(f"{self.method}: {self.removed:.1%} of the parameters removed")
         if self.history:
             _draw_history(axes[1], self.history)
@@ -258,17 +254,51 @@ def _kept(layers: Sequence[LayerReport]) -> float:
     return sum(layer.params for layer in layers) / dense
 
 
-def _draw_kept(axes: Any, rows: Mapping[str, Row], blocks: Sequence[str]) -> None:
-    """Heat map of the kept fraction: a column per block, a row per kind of layer."""
+def new_figure(width: float, height: float, **options: Any) -> Any:
+    """An empty figure of matplotlib, in inches; it belongs to no window.
+
+    Raises:
+        ImportError: matplotlib is missing (``pip install "soco-llm[plots]"``).
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError('plots need matplotlib: pip install "soco-llm[plots]"') from error
+    return Figure(figsize=(width, height), **options)
+
+
+def kept_grid(layers: Sequence[LayerReport]) -> tuple[list[str], list[str], list[list[float]]]:
+    """Kept fractions by place.
+
+    Returns:
+        Kinds of layers; blocks; and a row for each kind of the kept fractions in each block, NaN
+        where there is no such layer. A layer outside of the blocks has its fraction in all of them.
+    """
+    rows, blocks = _grid(layers)
     columns = max(1, len(blocks))
     grid = [
         [row[None]] * columns if None in row else [row.get(block, math.nan) for block in blocks]
         for row in rows.values()
     ]
+    return list(rows), blocks, grid
+
+
+def draw_grid(
+    axes: Any, kinds: Sequence[str], blocks: Sequence[str], grid: Sequence[Sequence[float]]
+) -> Any:
+    """Draw what ``kept_grid`` gave as a heat map, and return its image, for a colour bar."""
     image = axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-    axes.figure.colorbar(image, ax=axes, label="kept parameters", format=lambda x, _: f"{x:.0%}")
-    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_yticks(range(len(kinds)), list(kinds))
     _name_blocks(axes, blocks)
+    return image
+
+
+def _draw_kept(axes: Any, layers: Sequence[LayerReport]) -> None:
+    """Heat map of the kept fraction: a column per block, a row per kind of layer."""
+    rows, blocks = _grid(layers)
+    columns = max(1, len(blocks))
+    image = draw_grid(axes, *kept_grid(layers))
+    axes.figure.colorbar(image, ax=axes, label="kept parameters", format=lambda x, _: f"{x:.0%}")
     for y, row in enumerate(rows.values()):
         for block, kept in row.items():
             if block is not None and columns > 12:

@@ -46,7 +46,7 @@ class Workbench:
     source: dict[str, Any] = field(default_factory=dict)  # of the calibration, for reports
     seconds: dict[tuple, float] = field(
         default_factory=dict
-    )  # (basis, groups) to its decomposition
+    )  # (basis, groups) to its decomposition; (basis, group, rank) to its probe
     last_used: set[tuple] = field(default_factory=set)  # of these, since it was last emptied
     _statistics: dict[str, Statistics] = field(default_factory=dict)
     _spectra: dict[tuple, Spectrum] = field(default_factory=dict)
@@ -174,7 +174,9 @@ class Workbench:
         vocabulary is large.
         """
         key = (components, group, rank)
+        self.last_used.add(key)
         if key not in self._probed:
+            begin = time.perf_counter()
             spectrum = self.spectra(components, [group])[group[0]]
             dtype = weight_of(self.targets[group[0]]).dtype
             factors = self.split(group, spectrum.truncate(rank).to(dtype))
@@ -192,6 +194,7 @@ class Workbench:
                     student = self.objective.outputs(self.model, batch)
                     total += self.objective.divergence(dense, student).item() * len(batch)
             self._probed[key] = total / len(ids)
+            self.seconds[key] = time.perf_counter() - begin
         return self._probed[key]
 
     def _probe_ids(self) -> Tensor:
