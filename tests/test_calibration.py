@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from soco.calibration import collect, sample_from_model, uncalled
+from soco.calibration import KINDS, collect, sample_from_model, uncalled
+from soco.objectives import TokenDistribution
 from soco.surgery import find_linears
 from tiny_models import CONFIGS, tiny_model
 
@@ -493,3 +494,130 @@ def test_an_error_leaves_the_generation_config_alone():
     with pytest.raises(KeyboardInterrupt):
         sample_from_model(model, 2, 2, on_batch=stop)
     assert model.generation_config is own
+
+
+# ---- statistics beyond the Gram matrix -----------------------------------------------------------
+
+
+def plain_statistics(model, name, windows):
+    """Everything of one layer by plain autograd, sequence by sequence, for given labels."""
+    layer = model.get_submodule(name)
+    generator = torch.Generator().manual_seed(0)
+    objective = TokenDistribution()
+    with torch.no_grad():
+        dense = objective.outputs(model, windows)
+    inputs, gradients = [], []
+
+    def watch(module, given, output):
+        inputs.append(given[0].detach())
+        output = output + torch.zeros(1, requires_grad=True)
+        output.retain_grad()
+        gradients.append(output)
+        return output
+
+    hook = layer.register_forward_hook(watch)
+    student = objective.outputs(model, windows)
+    objective.surprise(dense, student, generator).backward()
+    hook.remove()
+    return inputs[0].double(), gradients[0].grad.double()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "bert"])
+def test_every_statistic_against_plain_autograd(name):
+    model = tiny_model(name)
+    model.requires_grad_(False)
+    layers = find_linears(model)
+    windows = torch.randint(3, 96, (4, 7), generator=torch.Generator().manual_seed(3))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = collect(model, layers, windows, 4, kinds=KINDS)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for layer in list(layers)[:: max(1, len(layers) // 4)]:
+        x, g = plain_statistics(model, layer, windows)
+        flat, flat_g = x.flatten(0, 1), g.flatten(0, 1)
+        each = found[layer]
+        close = {"atol": 1e-5, "rtol": 1e-4}
+        torch.testing.assert_close(each.gram, flat.T @ flat, **close)
+        torch.testing.assert_close(each.abs_mean, flat.abs().sum(0), **close)
+        torch.testing.assert_close(each.root.T @ each.root, flat.T @ flat, **close)
+        assert torch.equal(each.root, each.root.triu())
+        mean = x.mean(0)
+        torch.testing.assert_close(each.stacked_gram, mean.T @ mean, **close)
+        torch.testing.assert_close(each.grad_gram, flat_g.T @ flat_g, **close)
+        per_sequence = torch.einsum("sto,sti->soi", g, x)
+        torch.testing.assert_close(each.fisher, per_sequence.square().sum(0), **close)
+        assert (each.tokens, each.sequences) == (28, 4)
+
+
+def test_batches_do_not_matter_but_to_stacks():
+    model = tiny_model("llama")
+    layers = find_linears(model)
+    windows = torch.randint(3, 96, (6, 7), generator=torch.Generator().manual_seed(3))
+    one = collect(model, layers, windows, 6, kinds={"gram", "abs_mean", "root"})
+    two = collect(model, layers, windows, 2, kinds={"gram", "abs_mean", "root"})
+    for name in layers:
+        torch.testing.assert_close(one[name].gram, two[name].gram, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one[name].abs_mean, two[name].abs_mean, atol=1e-5, rtol=1e-5)
+        square = two[name].root.T @ two[name].root
+        torch.testing.assert_close(square, one[name].gram, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_that_stand_in_several_places_add_their_gradients_up():
+    """ALBERT runs one block twice: the gradient of a sequence is the sum over both."""
+    model = tiny_model("albert")
+    layers = find_linears(model)
+    windows = torch.randint(3, 96, (3, 6), generator=torch.Generator().manual_seed(3))
+    found = collect(model, layers, windows, 3, kinds={"fisher"})
+    name, layer = next(iter(layers.items()))
+    objective = TokenDistribution()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        dense = objective.outputs(model, windows)
+    student = objective.outputs(model, windows)
+    losses = []  # of each sequence by itself, for the labels that all were drawn with
+
+    chances = dense.exp().flatten(0, -2).cumsum(-1)
+    point = torch.rand(len(chances), 1, generator=generator)
+    labels = torch.searchsorted(chances, point * chances[:, -1:], right=True).clamp_max(
+        chances.shape[-1] - 1
+    )
+    scores = -student.flatten(0, -2).gather(-1, labels).view(3, 6).sum(1)
+    for loss in scores:
+        (gradient,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
+        losses.append(gradient.double().square())
+    wanted = torch.stack(losses).sum(0)
+    torch.testing.assert_close(found[name].fisher, wanted, atol=1e-6, rtol=1e-3)
+
+
+def test_gradients_that_are_not_finite_are_named():
+    model = tiny_model("llama")
+    layers = find_linears(model)
+    name = list(layers)[-1]
+
+    class Broken(TokenDistribution):
+        def surprise(self, dense, student, generator):
+            return super().surprise(dense, student, generator) * float("inf")
+
+    with pytest.raises(ValueError, match=r"the gradients at .* hold NaN or Inf"):
+        collect(
+            model, {name: layers[name]}, torch.full((2, 5), 7), kinds={"fisher"}, objective=Broken()
+        )
+
+
+def test_unknown_statistics_are_named():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="there is no statistic 'hessian': choose from"):
+        collect(model, find_linears(model), torch.full((1, 5), 7), kinds={"hessian"})
+
+
+def test_the_seed_draws_the_labels():
+    model = tiny_model("llama")
+    layers = find_linears(model)
+    windows = torch.randint(3, 96, (4, 7), generator=torch.Generator().manual_seed(3))
+    name = next(iter(layers))
+    first, again, other = (
+        collect(model, layers, windows, kinds={"grad_gram"}, seed=seed)[name].grad_gram
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -1,0 +1,101 @@
+"""Trained methods on a model: the dense layers come back, ranks and scores are what was learned."""
+
+import pytest
+import torch
+
+from soco.learning import learn_positions, learn_ranks, learn_scores
+from soco.linalg import Factors
+from soco.methods import DobiSVD, SoCo, Whitened
+from soco.ranks import layer_params, parameter_budget
+from soco.surgery import find_linears
+from soco.workbench import Workbench
+from tiny_models import logits, tiny_model
+
+WINDOWS = torch.randint(3, 96, (8, 10), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def bench():
+    model = tiny_model("llama")
+    model.requires_grad_(False)
+    return Workbench(model, find_linears(model), WINDOWS, batch_size=4)
+
+
+def spectra(bench):
+    return dict(bench.spectra(Whitened(), [(name,) for name in bench.targets]))
+
+
+def kept(bench, ranks, pivoted=False):
+    return sum(layer_params(bench.shapes[name], rank, pivoted) for name, rank in ranks.items())
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_scores_meet_the_budget_and_the_model_is_back(bench, pivoted):
+    before, places = logits(bench.model), dict(bench.model.named_modules())
+    budget = parameter_budget(bench.shapes, 0.5)
+    result, scores, history = learn_scores(
+        bench.model, SoCo(steps=6, fisher_warmup=1), bench.targets, spectra(bench), bench, budget,
+        pivoted=pivoted, progress=False,
+    )  # fmt: skip
+    assert dict(bench.model.named_modules()) == places
+    assert torch.equal(logits(bench.model), before)
+    ranks = {
+        name: found.up.shape[1] if isinstance(found, Factors) else min(found.shape)
+        for name, (found, _) in result.items()
+    }
+    assert 0 <= budget - kept(bench, ranks, pivoted) < max(map(sum, bench.shapes.values()))
+    assert len(history) == 6
+    assert all(0 <= low <= high <= 2 for low, high in scores.values())
+
+
+def test_pivoted_budgets_hold_more_rank(bench):
+    budget = parameter_budget(bench.shapes, 0.5)
+    total = {}
+    for pivoted in (False, True):
+        result, _, _ = learn_scores(
+            bench.model, SoCo(steps=3, fisher_warmup=1), bench.targets, spectra(bench), bench,
+            budget, pivoted=pivoted, progress=False,
+        )  # fmt: skip
+        total[pivoted] = sum(
+            found.up.shape[1] for found, _ in result.values() if isinstance(found, Factors)
+        )
+    assert total[True] > total[False]
+
+
+def test_learned_ranks(bench, monkeypatch):
+    monkeypatch.setattr(
+        "soco.learning.SoCo", lambda seed: SoCo(steps=6, fisher_warmup=1, seed=seed)
+    )
+    budget = parameter_budget(bench.shapes, 0.5)
+    ranks = learn_ranks(bench, spectra(bench), budget, pivoted=False, progress=False)
+    assert list(ranks) == list(bench.targets)
+    assert kept(bench, ranks) <= budget
+    grouped = {name: each for name, each in spectra(bench).items() if ".0." in name}
+    with pytest.raises(ValueError, match='"learned" takes a method without shared bases'):
+        learn_ranks(bench, grouped, budget, pivoted=False, progress=False)
+
+
+def test_positions(bench):
+    budget = parameter_budget(bench.shapes, 0.5)
+    before = logits(bench.model)
+    method = DobiSVD(steps=2)
+    found, history = learn_positions(
+        bench.model, method, bench.targets, bench, budget, pivoted=False, progress=False
+    )
+    assert found.keys() == bench.targets.keys()
+    assert len(history) == 2
+    assert torch.equal(logits(bench.model), before)
+    with pytest.raises(ValueError, match="dobi-svd cannot count pivoted factors"):
+        learn_positions(
+            bench.model, method, bench.targets, bench, budget, pivoted=True, progress=False
+        )
+
+
+def test_a_short_calibration_is_told(bench):
+    bench.windows = WINDOWS[:3]
+    budget = parameter_budget(bench.shapes, 0.5)
+    with pytest.warns(UserWarning, match="3 sequences, fewer than one batch of 8"):
+        learn_scores(
+            bench.model, SoCo(steps=3, fisher_warmup=1), bench.targets, spectra(bench), bench,
+            budget, pivoted=False, progress=False,
+        )  # fmt: skip
