@@ -49,8 +49,9 @@ def unchanged_on_error(model: nn.Module, targets: Mapping[str, nn.Module]) -> It
         raise
     finally:
         places = dict(model.named_modules(remove_duplicate=False))
-        for name in flags.keys() & places.keys():  # fused again experts have no such layers
-            of_weight, of_bias = flags[name]
+        for name, (of_weight, of_bias) in flags.items():
+            if name not in places:  # a layer of experts that were fused again
+                continue
             now = places[name].train(modes[targets[name]])
             for key, parameter in now.named_parameters():
                 parameter.requires_grad_(of_bias if key == "bias" else of_weight)
