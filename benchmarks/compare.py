@@ -1,0 +1,76 @@
+"""Record `soco compare` on the trained models: every method, one protocol, one file per model.
+
+    python benchmarks/compare.py --data DIR --output benchmarks/results --models babyllama105
+
+``DIR`` holds ``models/``, ``text/`` and ``books/``. Writes ``OUTPUT/compare-MODEL/compare.json``, with the commit
+and this command in it, and the report and pictures beside it. Rows that are there are kept.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from quality import BOOKS, LENGTH, SAMPLES, STORIES, WINDOWS, commit
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import soco
+from soco.comparison import compare
+
+# model: calibration text, evaluation text, ratios
+RUNS = {
+    "babyllama105": (*STORIES, (0.2, 0.4, 0.6)),
+    "stories260K": (*STORIES, (0.2, 0.4, 0.6)),
+    "books-llama-6m": (*BOOKS, (0.4, 0.6, 0.8)),
+}
+METHODS = (
+    "svd", "fwsvd", "tfwsvd", "asvd@uniform", "svd-llm", "svd-llm-v2", "adasvd", "basis-sharing",
+    "aa-svd", "saes", "svd-surgeon", "svd@energy", "svd-llm@energy", "svd-llm@effective-rank",
+    "kfac-svd@uniform", "kfac-svd", "kfac-svd+pivoted", "kfac-svd+surgeon", "asvd",
+    "svd-llm@lems", "kfac-svd@lems",
+)  # fmt: skip
+TRAINED = ("soco", "kfac-svd+refine", "dobi-svd")
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of models and texts")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--models", nargs="*", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--methods", nargs="*", default=[*METHODS, *TRAINED])
+    parser.add_argument("--ratios", nargs="*", type=float, help="instead of the model's own")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    arguments = parser.parse_args()
+    made = " ".join(["python", "benchmarks/compare.py", *sys.argv[1:]])
+    made = made.replace(str(arguments.data), "DIR").replace(
+        str(arguments.output), "benchmarks/results"
+    )
+    for name in arguments.models:
+        train, valid, ratios = RUNS[name]
+        folder = arguments.data / "models" / name
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        compare(
+            model.to(arguments.device),
+            arguments.methods,
+            arguments.ratios or ratios,
+            calibration=arguments.data / train,
+            text={Path(valid).name: arguments.data / valid},
+            output=arguments.output / f"compare-{name}",
+            tokenizer=PreTrainedTokenizerFast.from_pretrained(folder),
+            samples=SAMPLES,
+            length=LENGTH,
+            windows=WINDOWS,
+            name=name,
+            command=f"{made} (soco {soco.__version__}, commit {commit()})",
+            on_row=lambda row: print(
+                row["ratio"], row["method"], row.get("perplexity"), row.get("kl"),
+                row.get("seconds"), row.get("error", ""), flush=True,
+            ),
+            tell=print,
+            progress=False,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
