@@ -2,8 +2,8 @@
 
     python benchmarks/compare.py --data DIR --output benchmarks/results --models babyllama105
 
-``DIR`` holds ``models/``, ``text/`` and ``books/``. Writes ``OUTPUT/compare-MODEL/compare.json``, with the commit
-and this command in it, and the report and pictures beside it. Rows that are there are kept.
+``DIR`` holds ``models/``, ``text/`` and ``books/``. Writes ``OUTPUT/compare-MODEL/compare.json``,
+with the commit and this command in it. Rows that are there already are kept.
 """
 
 import argparse

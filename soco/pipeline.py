@@ -124,7 +124,7 @@ def compress(
 
     Source: SoCo, arXiv:2502.15092; for the other methods see their classes.
     """
-    chosen = _method(method, seed)
+    chosen = find_method(method, seed)
     choices = _Choices(
         chosen,
         _allocator(allocator, chosen),
@@ -322,7 +322,12 @@ def _refine(
         return refine_factors(run.model, pairs, run.windows, run.shared.objective, settings, show)
 
 
-def _method(method: str | Method, seed: int) -> Method:
+def find_method(method: str | Method, seed: int) -> Method:
+    """A method by its name, with a seed where it takes one; an instance is returned as it is.
+
+    Raises:
+        ValueError: there is no such method.
+    """
     if isinstance(method, str):
         if method not in METHODS:
             known = ", ".join(sorted(METHODS))
@@ -359,7 +364,7 @@ def needs_of(
     method: str | Method, allocator: str | Allocator | None = None, **_: object
 ) -> frozenset[str]:
     """The calibration statistics that ``compress`` reads for these of its arguments."""
-    chosen = _method(method, 0)
+    chosen = find_method(method, 0)
     return chosen.needs | _allocator(allocator, chosen).needs
 
 
@@ -371,7 +376,7 @@ def reads_text(
     **_: object,
 ) -> bool:
     """Whether ``compress`` takes calibration text for these of its arguments."""
-    chosen = _method(method, 0)
+    chosen = find_method(method, 0)
     rule = _allocator(allocator, chosen)
     trains = isinstance(chosen, TrainedMethod | RankLearner | SequentialMethod)
     probes = rule.name in ("learned", "sensitivity", "lems")

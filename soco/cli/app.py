@@ -47,6 +47,8 @@ class MethodName(str, Enum):
     svd_llm_v2 = "svd-llm-v2"
     aa_svd = "aa-svd"
     saes = "saes"
+    svd_surgeon = "svd-surgeon"
+    dobi_svd = "dobi-svd"
     basis_sharing = "basis-sharing"
     adasvd = "adasvd"
     asvd = "asvd"
@@ -285,6 +287,21 @@ def compress(
             help="Store pivot rows and what combines them: the same layer in fewer parameters.",
         ),
     ] = False,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine",
+            help="At the end, train all factors together to give what the dense model gives.",
+        ),
+    ] = False,
+    surgeon: Annotated[
+        bool,
+        typer.Option(
+            "--surgeon",
+            help="Scale the components that stay so that they make up for those that went.",
+            rich_help_panel=_CLOSED,
+        ),
+    ] = False,
     stats: Annotated[
         Path | None,
         typer.Option(
@@ -317,15 +334,14 @@ def compress(
         "checkpointing": checkpointing or None,
     }
     training = {name: value for name, value in training.items() if value is not None}
-    if method is MethodName.soco and allocator is not None:
-        raise ValueError("--allocator is for other methods: method soco finds its ranks itself")
+    for option, given in (("allocator", allocator is not None), ("surgeon", surgeon)):
+        if method is MethodName.soco and given:
+            raise ValueError(f"--{option} is for other methods: method soco trains for itself")
     if method is not MethodName.soco and training:
         option = next(iter(training)).replace("_", "-")
         raise ValueError(f"--{option} is for method soco: method {method.value} has no training")
     from soco.cli import commands
 
-    if method is MethodName.soco:
-        training["seed"] = seed
     commands.compress(
         commands.Compression(
             model=model,
@@ -340,6 +356,8 @@ def compress(
             exclude=exclude,
             allocator=None if allocator is None else allocator.value,
             pivoted=pivoted,
+            refine=refine,
+            surgeon=surgeon,
             stats=stats,
             batch_size=batch_size,
             dtype=dtype.value,

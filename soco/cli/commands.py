@@ -8,9 +8,9 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -33,9 +33,9 @@ from soco.diagnosis import diagnose
 from soco.evaluation import Evaluation
 from soco.evaluation import evaluate as evaluate_model
 from soco.headers import read_json
-from soco.methods import METHODS, Method, SoCo
+from soco.methods import Method, SoCo
 from soco.pipeline import compress as compress_model
-from soco.pipeline import reads_text
+from soco.pipeline import find_method, reads_text
 from soco.reporting import Report, format_bytes
 from soco.reporting import report as report_of
 from soco.tasks import evaluate_tasks
@@ -57,6 +57,8 @@ class Compression:
     exclude: list[str] | None
     allocator: str | None
     pivoted: bool
+    refine: bool
+    surgeon: bool
     stats: Path | None
     batch_size: int
     dtype: str
@@ -70,7 +72,7 @@ def compress(wanted: Compression) -> None:
     begin = time.perf_counter()
     find_model(wanted.model)
     check_output(wanted.output, replace=True)
-    method = METHODS[wanted.method](**wanted.training)
+    method = replace(cast(Any, find_method(wanted.method, wanted.seed)), **wanted.training)
     options = _compress_options(wanted, method)
     device = find_device(wanted.device)
     tell = _say_nothing if wanted.quiet else say
@@ -103,13 +105,14 @@ def compress(wanted: Compression) -> None:
 def _compress_options(wanted: Compression, method: Method) -> dict[str, Any]:
     """The arguments for ``soco.compress``: those that were given, and what the demo has instead."""
     names = (
-        "calibration", "samples", "length", "include", "exclude", "allocator", "pivoted", "stats",
+        "calibration", "samples", "length", "include", "exclude", "stats",
+        "allocator", "pivoted", "surgeon", "refine",
     )  # fmt: skip
     options = {name: value for name in names if (value := getattr(wanted, name))}
     if wanted.model == DEMO:
         options = {**demo.OPTIONS, **options}
     text = options.get("calibration")
-    if text is None and reads_text(method, options.get("allocator")):
+    if text is None and reads_text(method, **options):
         raise ValueError(
             f"method {method.name} learns from text: give --calibration FILE, or --calibration "
             f"self for text that the model writes itself"
