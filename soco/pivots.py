@@ -75,9 +75,9 @@ def pivot_factors(factors: Factors, *, name: str) -> Pivoted:
             dense weight has no more numbers; or a factor is not finite.
 
     Source:
-        PIFA: Zhao et al., Pivoting Factorization, ICML 2025 (arXiv 2501.19090), Section 3, with the
-        pivots taken from the weight itself by QR. The exchanges are maxvol: Goreinov et al., How to
-        find a good submatrix, 2010.
+        PIFA: Zhao et al., Pivoting Factorization, ICML 2025 (arXiv 2501.19090), which
+        takes the pivots by QR of the weight itself. The exchanges are maxvol: Goreinov et al., How
+        to Find a Good Submatrix, 2010.
     """
     up, down = (factor.detach().to("cpu", torch.float64) for factor in factors)
     (out_features, rank), in_features = up.shape, down.shape[1]

@@ -418,7 +418,7 @@ def _stored_pivots(entries: Mapping[str, Entry], key: str, rank: int) -> torch.T
     if entry is None or entry.shape != (rank,) or entry.dtype != "I64":
         return torch.full((rank,), -1)
     with safe_open(entry.file, framework="pt") as file:
-        return file.get_tensor(key)
+        return file.get_tensor(key).clone()  # the file may be written anew
 
 
 def _share_bases(

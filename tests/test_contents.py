@@ -180,3 +180,12 @@ def test_renamed_tensors_of_other_kinds(compressed, tmp_path):
     drop(tmp_path, next(key for key in entries if key.endswith(f"1.mlp.up_proj.{last}")))
     with pytest.raises(ValueError, match=rf"lacks .*1\.mlp\.up_proj\.{last}"):
         load(tmp_path)
+
+
+def test_a_basis_too_much_is_found_in_every_class(tmp_path):
+    compress_shared(tiny_model("llama")).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    more = {f"{UP_PROJ}.down.weight": torch.ones(4, 32)}
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"holds {UP_PROJ}\.down\.weight, which the model has no"):
+        AutoModel.from_pretrained(tmp_path)
