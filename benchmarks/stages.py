@@ -29,7 +29,7 @@ from soco.surgeon import SVDSurgeon, rescale, saliency
 from soco.surgery import bias_of, find_linears, replace_module, shape_of, weight_of
 
 OBJECTIVE = TokenDistribution()
-CHOICES = ("svd-llm, energy", "svd-llm, uniform", "svd-llm, saliency", "svd, uniform")
+CHOICES = ("svd-llm, uniform", "svd-llm, energy", "svd-llm, saliency")
 
 
 @dataclass
@@ -83,12 +83,10 @@ def keep(spectrum: Spectrum, order: Tensor, rank: int) -> Factors:
 
 def truncate(setting: Setting, label: str, ratio: float) -> dict[str, Factors]:
     """The factors of all layers that do not stay dense."""
-    method, choice = label.split(", ")
+    choice = label.split(", ")[1]
     targets = find_linears(setting.dense)
-    grams = {}
-    if method == "svd-llm":
-        grams = {n: s.gram for n, s in collect(setting.dense, targets, setting.windows).items()}
-    spectra = {n: whitened_svd(weight_of(m), grams.get(n)) for n, m in targets.items()}
+    stats = collect(setting.dense, targets, setting.windows)
+    spectra = {n: whitened_svd(weight_of(m), stats[n].gram) for n, m in targets.items()}
     shapes = {name: shape_of(module) for name, module in targets.items()}
     budget = parameter_budget(shapes, ratio)
     orders = {name: torch.arange(len(each.sigma)) for name, each in spectra.items()}
@@ -118,7 +116,7 @@ def measure(
         row |= {**setting.score(model), "seconds": round(seconds, 1), **more}
         done[setting.name, ratio, row["method"]] = row
         write(arguments, done)
-        print({k: v for k, v in row.items() if k not in ("settings", "history")}, flush=True)
+        print({k: v for k, v in row.items() if k not in ("settings", "held_out")}, flush=True)
 
     begin = time.perf_counter()
     factors = truncate(setting, label, ratio)
@@ -126,15 +124,7 @@ def measure(
     model = setting.load()
     install(model, factors)
     note("nothing", model, seconds)
-    settings = SVDSurgeon()
-    targets = find_linears(setting.dense)
-    begin = time.perf_counter()
-    updated = rescale(setting.dense, factors, targets, setting.windows, OBJECTIVE, settings)
-    seconds = time.perf_counter() - begin
-    model = setting.load()
-    install(model, updated)
-    note("svd-surgeon", model, seconds, settings=asdict(settings))
-    for steps in arguments.steps if label != CHOICES[-1] else ():
+    for steps in arguments.steps:
         tuning = Refinement(steps=steps)
         model = setting.load()
         pairs = install(model, factors)
@@ -149,6 +139,14 @@ def measure(
             held_out=[round(s.held_out, 5) for s in history if s.held_out is not None],
             settings=asdict(tuning),
         )
+    settings = SVDSurgeon()
+    targets = find_linears(setting.dense)
+    begin = time.perf_counter()
+    updated = rescale(setting.dense, factors, targets, setting.windows, OBJECTIVE, settings)
+    seconds = time.perf_counter() - begin
+    model = setting.load()
+    install(model, updated)
+    note("svd-surgeon", model, seconds, settings=asdict(settings))
 
 
 def main() -> None:

@@ -123,7 +123,8 @@ def refine(
 
     Returns:
         The history. Its first entry is step 0, whose losses are those of the held-out text before
-        training; the others are optimizer steps, ``held_out`` given where it was measured.
+        training; the others are optimizer steps, ``held_out`` given where it was measured. ``kept``
+        counts the layers in ``pairs`` only.
 
     Raises:
         ValueError: no layers; a compressed layer that is not in the model; no parameter to train;

@@ -26,6 +26,8 @@ class SVDSurgeon:
     """Everything that the update, and the saliency, can be told."""
 
     damping: float = 0.1  # added to the curvature's diagonal, as a fraction of its mean
+    saliency_damping: float = 10.0  # the same for ``saliency``, where the others' making up is less
+    # to be relied on: a component is worth nearly what it is worth alone
     strength: float = 1.0  # the fraction of the update that is applied; an upper bound if validated
     validation: Literal["layer", "model", "none"] = "layer"  # where the fraction is chosen by
     # two-fold cross-validation over the sequences: in each layer, for all layers together, nowhere
@@ -47,8 +49,10 @@ class SVDSurgeon:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
         if self.samples is not None and (not isinstance(self.samples, int) or self.samples < 2):
             raise ValueError(f"samples must be at least 2, or None, got {self.samples!r}")
-        if not 0 <= self.damping < math.inf:
-            raise ValueError(f"damping must be at least 0, got {self.damping}")
+        for name in ("damping", "saliency_damping"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, got {self.strength}")
         if not 0 <= self.held_out < 1:
@@ -167,9 +171,10 @@ def saliency(
     Removing component i is ``delta_i = -1``; with the best delta of the others, the quadratic of
     ``rescale`` rises to ``1 / (2 [H^-1]_ii)``. In units of sigma instead of relative ones it is
     the published ``sigma_i^2 / (2 [Hs^-1]_ii)``, the same number. The damping holds the others, and
-    not the one that goes: with ``M = H + damping mean(diag H) I`` the value is
-    ``(1 / [M^-1]_ii - damping mean(diag H)) / 2``. It is at most ``H_ii / 2``, the value without
-    any making up, and reaches it as the damping grows.
+    not the one that goes: with ``M = H + d mean(diag H) I``, ``d = saliency_damping``, the value is
+    ``(1 / [M^-1]_ii - d mean(diag H)) / 2``. It is at most ``H_ii / 2``, the value without any
+    making up, and reaches it as the damping grows. That is also the better one to allocate ranks by
+    where there are fewer samples than components.
 
     The values are for ``ranks.allocate``; a layer of rank k then keeps the k components that are
     worth most, which need not be the first k of the spectrum.
@@ -180,8 +185,8 @@ def saliency(
         targets: name to the dense layer in the model.
         windows: token ids (sequences, length), on the CPU.
         objective: of the model; draws the labels.
-        settings: ``damping``, ``samples``, ``labels``, ``batch_size``, ``checkpointing`` and
-            ``seed`` are read.
+        settings: ``saliency_damping``, ``samples``, ``labels``, ``batch_size``, ``checkpointing``
+            and ``seed`` are read.
         on_batch: called with the number of sequences done, after each batch.
 
     Returns:
@@ -209,7 +214,7 @@ def saliency(
             values[name] = torch.zeros_like(sigma).float()
         else:
             curvature = sums[name].curvature[0] * (sigma[:, None] * sigma / tokens)
-            values[name] = removal_cost(curvature, settings.damping).float()
+            values[name] = removal_cost(curvature, settings.saliency_damping).float()
     return values
 
 

@@ -8,10 +8,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from soco.calibration import sample_from_model
-from soco.linalg import Factors, Spectrum, whitened_svd
+from soco.calibration import collect, sample_from_model
+from soco.linalg import Factors, whitened_svd
 from soco.modules import LowRankLinear
 from soco.objectives import HiddenStates, TokenDistribution
+from soco.ranks import (
+    allocate,
+    is_dense,
+    parameter_budget,
+    relative_energy,
+    uniform_ranks,
+)
 from soco.steps import frozen
 from soco.surgeon import (
     SVDSurgeon,
@@ -26,7 +33,7 @@ from soco.surgeon import (
     saliency,
     scale_update,
 )
-from soco.surgery import bias_of, find_linears, replace_module, weight_of
+from soco.surgery import bias_of, find_linears, replace_module, shape_of, weight_of
 from tiny_models import tiny_model
 
 PLAIN = SVDSurgeon(damping=0.0, validation="none", held_out=0.0, clip=None)
@@ -457,14 +464,14 @@ def test_saliency_of_uncorrelated_components_is_the_fisher_information():
     name = "model.layers.0.mlp.up_proj"
     targets = {name: find_linears(model)[name]}
     spectrum = whitened_svd(weight_of(targets[name]), None)
-    settings = SVDSurgeon(damping=1e5, labels=2)
+    settings = SVDSurgeon(saliency_damping=1e5, labels=2)
     values = saliency(model, {name: spectrum}, targets, ids, TokenDistribution(), settings)[name]
     G = torch.stack([grad[name] for grad in drawn(TokenDistribution(), model, ids, 0, labels=2)])
     g = torch.einsum("noi,or,ri->nr", G, spectrum.up * spectrum.sigma, spectrum.down)
     expected = g.square().sum(0) / (2 * ids.numel() * 2)
     torch.testing.assert_close(values, expected, rtol=2e-3, atol=1e-4 * float(expected.max()))
     closer = saliency(
-        model, {name: spectrum}, targets, ids, TokenDistribution(), SVDSurgeon(damping=0.1)
+        model, {name: spectrum}, targets, ids, TokenDistribution(), SVDSurgeon(saliency_damping=0.1)
     )[name]
     assert bool((closer <= values * 1.001).all())
     assert float(closer.sum()) < 0.99 * float(values.sum())
@@ -517,21 +524,27 @@ def test_held_out_text_keeps_an_overfit_update_out(demo):
     assert losses[2] <= losses[0] * (1 + 1e-5)
 
 
-def test_saliency_finds_what_matters(demo):
-    model, ids, other, targets, spectra = demo
-    values = saliency(model, spectra, targets, ids, TokenDistribution(), SVDSurgeon(labels=1))
-
-    def keep(name, order):
-        spectrum = spectra[name]
-        rank = len(spectrum.sigma) // 3
-        chosen = order[:rank].sort().values
-        part = Spectrum(spectrum.up[:, chosen], spectrum.sigma[chosen], spectrum.down[chosen])
-        return part.truncate(rank)
-
-    by_size = {name: keep(name, torch.arange(len(v))) for name, v in values.items()}
-    by_value = {name: keep(name, v.argsort(descending=True)) for name, v in values.items()}
-    losses = [divergence(model, each, other) for each in (by_size, by_value)]
-    assert losses[1] < 0.97 * losses[0]
+def test_ranks_by_saliency_beat_uniform_and_energy(demo):
+    model, ids, other, targets, _ = demo
+    stats = collect(model, targets, ids)
+    spectra = {n: whitened_svd(weight_of(m), stats[n].gram) for n, m in targets.items()}
+    shapes = {name: shape_of(module) for name, module in targets.items()}
+    budget = parameter_budget(shapes, 0.4)
+    values = saliency(model, spectra, targets, ids, TokenDistribution(), SVDSurgeon())
+    energy = relative_energy({name: each.sigma for name, each in spectra.items()})
+    losses = []
+    for ranks in (
+        uniform_ranks(shapes, budget),
+        allocate(energy, shapes, budget),
+        allocate(values, shapes, budget),
+    ):
+        kept = {
+            name: spectra[name].truncate(rank)
+            for name, rank in ranks.items()
+            if not is_dense(shapes[name], rank)
+        }
+        losses.append(divergence(model, kept, other))
+    assert losses[2] < 0.85 * min(losses[:2])
 
 
 def test_half_precision_models_work():
