@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from soco.checkpoint import export_dense as export_dense
     from soco.checkpoint import load as load
     from soco.checkpoint import save as save
+    from soco.comparison import compare as compare
     from soco.evaluation import Evaluation as Evaluation
     from soco.evaluation import evaluate as evaluate
     from soco.pipeline import compress as compress
+    from soco.preparation import prepare as prepare
     from soco.reporting import Report as Report
     from soco.reporting import report as report
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Evaluation",
     "Report",
+    "compare",
     "compress",
     "data",
     "diagnosis",
@@ -41,6 +44,7 @@ __all__ = [
     "methods",
     "modules",
     "ops",
+    "prepare",
     "report",
     "save",
 ]
@@ -48,10 +52,12 @@ __all__ = [
 _HOME = {  # public name to the file it lives in
     "Evaluation": "evaluation",
     "Report": "reporting",
+    "compare": "comparison",
     "compress": "pipeline",
     "evaluate": "evaluation",
     "export_dense": "checkpoint",
     "load": "checkpoint",
+    "prepare": "preparation",
     "report": "reporting",
     "save": "checkpoint",
 }
