@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from soco.checkpoint import export_dense as export_dense
     from soco.checkpoint import load as load
     from soco.checkpoint import save as save
+    from soco.comparison import compare as compare
     from soco.evaluation import Evaluation as Evaluation
     from soco.evaluation import evaluate as evaluate
     from soco.pipeline import compress as compress
+    from soco.preparation import prepare as prepare
     from soco.reporting import Report as Report
     from soco.reporting import report as report
     from soco.tasks import TaskScore as TaskScore
@@ -36,6 +38,7 @@ __all__ = [
     "Report",
     "TaskScore",
     "TaskScores",
+    "compare",
     "compress",
     "data",
     "diagnosis",
@@ -47,6 +50,7 @@ __all__ = [
     "methods",
     "modules",
     "ops",
+    "prepare",
     "report",
     "save",
 ]
@@ -56,11 +60,13 @@ _HOME = {  # public name to the file it lives in
     "Report": "reporting",
     "TaskScore": "tasks",
     "TaskScores": "tasks",
+    "compare": "comparison",
     "compress": "pipeline",
     "evaluate": "evaluation",
     "evaluate_tasks": "tasks",
     "export_dense": "checkpoint",
     "load": "checkpoint",
+    "prepare": "preparation",
     "report": "reporting",
     "save": "checkpoint",
 }

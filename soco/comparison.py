@@ -199,9 +199,9 @@ def compare(
             stats=stats,
             progress=progress,
         )
-        length = length or bench.source.get("length") or _length_for(model)
-        measure = _Measure(texts, tokenizer, length, windows)
-    setup = _setup(name, bench, measure, length, windows, seed)
+        tokens = int(length or bench.source.get("length") or _length_for(model))
+        measure = _Measure(texts, tokenizer, tokens, windows)
+    setup = _setup(name, bench, measure, windows, seed)
     path = Path(output) / RECORD
     result = _resumed(path, setup) if path.is_file() else Comparison(setup, {}, ())
     rows = {(row["method"], row["ratio"]): row for row in result.rows}
@@ -296,28 +296,37 @@ def _run(
     progress: bool | None,
     told: set[str],
 ) -> Row:
+    """A row, or one that says why there is none; warnings that were told already are not again."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            row = _make(entry, ratio, model, bench, measure, seed, progress)
+        except ValueError as error:
+            row = {"method": str(entry), "ratio": ratio, "error": str(error)}
+    for warning in caught:
+        if str(warning.message) not in told:
+            told.add(str(warning.message))
+            warnings.warn(str(warning.message), warning.category, stacklevel=3)
+    return row
+
+
+def _make(
+    entry: Entry,
+    ratio: float,
+    model: nn.Module,
+    bench: Workbench,
+    measure: "_Measure",
+    seed: int,
+    progress: bool | None,
+) -> Row:
     """Compress a copy and measure it."""
     compressed = copy.deepcopy(model)
     before = dict(bench.seconds)
     bench.last_used.clear()
     begin = time.perf_counter()
-    failure = None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            compress(
-                compressed, ratio, shared=bench, seed=seed, progress=progress, **entry.arguments()
-            )
-            seconds = time.perf_counter() - begin
-            found = measure.all(compressed, model)
-        except ValueError as error:
-            failure = {"method": str(entry), "ratio": ratio, "error": str(error)}
-    for warning in caught:  # all rows warn of the same calibration
-        if str(warning.message) not in told:
-            told.add(str(warning.message))
-            warnings.warn(str(warning.message), warning.category, stacklevel=3)
-    if failure is not None:
-        return failure
+    compress(compressed, ratio, shared=bench, seed=seed, progress=progress, **entry.arguments())
+    seconds = time.perf_counter() - begin
+    found = measure.all(compressed, model)
     made = report(compressed)
     # What an earlier row has computed counts as if this one had.
     seconds += sum(before[key] for key in bench.last_used & before.keys())
@@ -431,7 +440,6 @@ def _setup(
     name: str | None,
     bench: Workbench,
     measure: _Measure,
-    length: int,
     windows: int | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -447,7 +455,7 @@ def _setup(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "layers": len(bench.targets),
         "calibration": bench.source,
-        "length": length,
+        "length": measure.length,
         "windows": windows,
         "seed": seed,
         "batch_size": bench.batch_size,

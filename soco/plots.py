@@ -79,7 +79,8 @@ def looks(comparison: Comparison) -> dict[str, Look]:
         if method not in known:
             known.append(method)
         place = known.index(method)
-        line = _LINES[variants[method] % len(_LINES)]
+        turn = 0 if method == "soco" else place // len(_MUTED)
+        line = _LINES[(turn + variants[method]) % len(_LINES)]
         marker = _MARKERS[(place + variants[method]) % len(_MARKERS)]
         variants[method] += 1
         color = _MUTED[place % len(_MUTED)]
@@ -123,7 +124,8 @@ def draw_quality(comparison: Comparison, path: Path) -> None:
     panels = [key for key in _TITLES if any(row[key] is not None for row in rows)]
     entries = list(dict.fromkeys(row["method"] for row in rows))
     longest = max(map(len, entries))
-    wide, labels, left, bottom, top = 4.2, 0.35 + 0.075 * longest, 0.75, 0.75, 0.75  # inches
+    wide = 4.2 if len({row["ratio"] for row in rows}) > 1 else 2.2  # inches, as all of these
+    labels, left, bottom, top = 0.35 + 0.075 * longest, 0.75, 0.75, 0.75
     high = max(3.6, 0.165 * (len(entries) + 1))
     width = len(panels) * (left + wide + labels) + 0.1
     height = bottom + high + top
@@ -190,7 +192,7 @@ def _draw_lines(
     for (name, x, y, look), place in zip(ends, spread(fractions, gap), strict=True):
         axes.annotate(
             name, xy=(x, y), xycoords="data", xytext=(1.045, place), textcoords="axes fraction",
-            color=look.color, fontsize=8, fontweight="bold" if look.strong else "normal",
+            color=_ink(look.color), fontsize=8, fontweight="bold" if look.strong else "normal",
             va="center", annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-", "color": look.color, "linewidth": 0.6, "alpha": 0.6,
@@ -229,7 +231,7 @@ def draw_ranks(comparison: Comparison, ratio: float, path: Path) -> None:
     rows = [row for row in comparison.at(ratio) if "error" not in row]
     grids = [kept_grid(comparison.layers(row)) for row in rows]
     kinds, blocks, _ = grids[0]
-    wide = min(4.5, max(2.1, 0.1 * len(blocks)))  # inches of a panel
+    wide = min(4.0, max(2.1, 0.08 * len(blocks)))  # inches of a panel
     high = max(0.9, 0.15 * len(kinds))
     names = 0.2 + 0.075 * max(map(len, kinds))
     columns = max(1, min(len(rows), int((13 - names) / (wide + 0.1))))
@@ -243,7 +245,7 @@ def draw_ranks(comparison: Comparison, ratio: float, path: Path) -> None:
     for axes, row, (_, _, grid) in zip(panels.flat, rows, grids, strict=False):
         image = draw_grid(axes, kinds, blocks, grid)
         dense = [(x, y) for y, line in enumerate(grid) for x, kept in enumerate(line) if kept == 1]
-        size = min(9.0, 1200 * wide * wide / len(blocks) ** 2 / 40)
+        size = min(12.0, (25 * wide / len(blocks)) ** 2)  # a third of a cell, in square points
         if dense:
             axes.scatter(*zip(*dense, strict=True), s=size, color="black", linewidths=0)
         axes.set_title(_with_loss(comparison, row), fontsize=8.5, loc="left")
@@ -252,16 +254,14 @@ def draw_ranks(comparison: Comparison, ratio: float, path: Path) -> None:
     for axes in list(panels.flat)[len(rows) :]:
         axes.set_visible(False)
     for column in range(columns):  # the lowest panel there is in each column
-        lowest = [
-            panels[line][column] for line in range(lines) if line * columns + column < len(rows)
-        ]
-        lowest[-1].set_xlabel("block", fontsize=8)
-        lowest[-1].tick_params(labelbottom=True)
+        lowest = panels[(len(rows) - 1 - column) // columns][column]
+        lowest.set_xlabel("block", fontsize=8)
+        lowest.tick_params(labelbottom=True)
     bar = figure.colorbar(image, ax=panels.ravel().tolist(), aspect=30, pad=0.015)
-    bar.set_label("kept parameters of a layer (dot: kept dense)", fontsize=8)
+    bar.set_label("kept parameters", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(
-        f"{comparison.setup['model']}, {ratio:.0%} of the parameters removed",
+        f"{comparison.setup['model']}, {ratio:.0%} of the parameters removed (dot: kept dense)",
         fontsize=11, fontweight="bold", ha="left", x=0.01,
     )  # fmt: skip
     figure.savefig(path, dpi=_DPI)
@@ -302,8 +302,9 @@ def draw_spectra(comparison: Comparison, path: Path) -> None:
     handles, titles = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, titles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     ratio = comparison.middle or 0
+    joint = " " if columns > 2 else "\n"
     figure.suptitle(
-        f"{comparison.setup['model']}: singular values, and the rank that is kept where "
+        f"{comparison.setup['model']}: singular values, and the rank that is kept where{joint}"
         f"{ratio:.0%} of the parameters are removed (hollow: kept dense)",
         fontsize=11, fontweight="bold", ha="left", x=0.01,
     )  # fmt: skip
@@ -353,7 +354,7 @@ def _draw_marks(
     axes.set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=7.5)
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         look = styles[row["method"]]
-        label.set_color(look.color)
+        label.set_color(_ink(look.color))
         label.set_fontweight("bold" if look.strong else "normal")
     axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", length=0)
@@ -364,10 +365,13 @@ def _draw_marks(
 
 
 def _log_ticks(axes: Any, span: float) -> None:
-    """Ticks that say plain numbers: 1, 2, 5 of each decade, or 1 where there are many."""
+    """Ticks that say plain numbers: some of each decade, one where there are many."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 3e3 else (1.0,)))
+    subs = (1.0,)
+    if span < 3e3:
+        subs = (1.0, 2.0, 5.0) if span > 20 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=8)
@@ -388,6 +392,14 @@ def _short(name: str) -> str:
     parts = name.split(".")
     place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return name if place is None else f"{'.'.join(parts[place + 1 :])} of block {parts[place]}"
+
+
+def _ink(color: str) -> str:
+    """The color, or a darker one where text in it would be hard to read on white."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    light = 0.3 * red + 0.59 * green + 0.11 * blue
+    part = min(1.0, 125 / light) if light else 1.0
+    return f"#{int(red * part):02X}{int(green * part):02X}{int(blue * part):02X}"
 
 
 def _number(value: float) -> str:

@@ -70,6 +70,10 @@ class AllocatorName(str, Enum):
     learned = "learned"
 
 
+# The switches of ``soco.comparison.OPTIONS``.
+ENTRY_OPTIONS = ("pivoted",)
+
+
 class Basis(str, Enum):
     """Whose components SoCo learns to weigh."""
 
@@ -486,6 +490,162 @@ def evaluate(
         device=device,
         as_json=as_json,
         quiet=quiet,
+    )
+
+
+@app.command()
+def compare(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder, an id on the Hugging Face hub, or demo.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for report.md, pictures and compare.json. What an earlier run of the same "
+            "left undone there is done, and nothing twice.",
+            show_default=False,
+        ),
+    ],
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            "-m",
+            metavar="NAMES",
+            help="With commas between them: METHOD, METHOD@ALLOCATOR, and +OPTION behind either, "
+            "as in svd,svd-llm@energy,soco. Methods: "
+            f"{', '.join(name.value for name in MethodName)}. Allocators: "
+            f"{', '.join(name.value for name in AllocatorName)}. Options: "
+            f"{', '.join(ENTRY_OPTIONS)}.",
+            show_default="each method once, and svd-llm@energy",
+        ),
+    ] = None,
+    ratios: Annotated[
+        str,
+        typer.Option(
+            "--ratios",
+            "-r",
+            metavar="X,X",
+            help="Fractions of the compressed layers' parameters to remove.",
+        ),
+    ] = "0.2,0.4,0.6",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            "-c",
+            metavar="FILE|self",
+            help="Text to learn from, as for soco compress.",
+            show_default="self for demo, else none",
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            "-t",
+            metavar="FILE",
+            help="Text to measure on, as for soco evaluate; more of them may follow, such as one "
+            "of another kind than the calibration.",
+            show_default="demo for demo, else none",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Sequences of calibration text.",
+            show_default="128 for demo, else 256",
+        ),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Tokens in each, and in each window that is measured on.",
+            show_default="256 for demo, else the model's context, at most 2048",
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Measure on at most so many of each text.", show_default="all"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of all that is random.")] = 0,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Compress the layers that this glob matches; may be repeated.",
+            show_default="all linear layers in the blocks",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave alone what this glob matches; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print compare.json.")] = False,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder in which calibration statistics are stored, and looked for.",
+            show_default=False,
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Sequences at a time through the model to calibrate.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = 8,
+    dtype: _DtypeOption = Dtype.auto,
+    device: _DeviceOption = None,
+    quiet: _QuietOption = False,
+) -> None:
+    """Compare methods: the same text and sizes for all, one table, pictures."""
+    from soco.cli import comparing
+
+    comparing.compare(
+        comparing.Wanted(
+            model=model,
+            output=output,
+            methods=methods,
+            ratios=ratios,
+            calibration=calibration,
+            texts=text or [],
+            samples=samples,
+            length=length,
+            windows=windows,
+            seed=seed,
+            include=include,
+            exclude=exclude,
+            stats=stats,
+            batch_size=batch_size,
+            dtype=dtype.value,
+            device=device,
+            as_json=as_json,
+            quiet=quiet,
+        )
     )
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from soco.checkpoint import CONFIG, export_dense, save
 from soco.cli import demo
-from soco.cli.messages import quiet_libraries, say
+from soco.cli.messages import console, quiet_libraries, say
 from soco.cli.sources import (
     DEMO,
     check_output,
@@ -93,7 +93,7 @@ def compress(wanted: Compression) -> None:
             ) from error
         save(model, wanted.output, tokenizer)
         seconds = time.perf_counter() - begin
-        out = _console()
+        out = console()
         out.print(f"{wanted.model}, compressed and written in {seconds:.0f} s", style="bold")
         out.print(report_of(model).summary(), markup=False)
         if dense is not None:
@@ -212,7 +212,7 @@ def evaluate(
     if as_json:
         print(json.dumps({k: None if v == math.inf else v for k, v in values.items()}, indent=1))
     else:
-        _console().print("\n\n".join(told), markup=False)
+        console().print("\n\n".join(told), markup=False)
 
 
 def _lines(found: Evaluation) -> str:
@@ -261,11 +261,6 @@ def _check_compressed(folder: Path) -> None:
         raise ValueError(f"there is no folder {str(folder)!r}")
     if not is_compressed(folder):
         raise ValueError(f"{folder} is not the folder of a model compressed by soco")
-
-
-def _console() -> Console:
-    """Where results go: as they are, without guesses at what to highlight or where to break."""
-    return Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def _shows_bars(quiet: bool) -> bool:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 
 import typer
+from rich.console import Console
 
 FAILED = 2  # exit code of everything that the user can put right
 INTERRUPTED = 130  # and of Ctrl-C, as shells have it
@@ -28,6 +29,11 @@ _FOR_DEVELOPERS = (
 def say(text: str) -> None:
     """One line on stderr."""
     print(f"soco: {text}", file=sys.stderr, flush=True)
+
+
+def console() -> Console:
+    """Where results go: as they are, without guesses at what to highlight or where to break."""
+    return Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 @contextlib.contextmanager
