@@ -269,13 +269,13 @@ def _check_fields(data: Mapping[str, object]) -> None:
             )
         if layer.get("bias", True) is not True:
             raise ValueError(f"{where} can only have true for the bias of layer {name}")
+        if layer.get("pivoted", True) is not True:
+            raise ValueError(f"{where} can only have true for pivoted of layer {name}")
     experts = data.get("experts", [])
     if not isinstance(experts, list | tuple) or not all(isinstance(name, str) for name in experts):
         raise ValueError(f"{where} must have a list of names for its experts, got {experts!r}")
     if len(set(experts)) < len(experts):
         raise ValueError(f"{where} names the same experts twice: {experts!r}")
-        if layer.get("pivoted", True) is not True:
-            raise ValueError(f"{where} can only have true for pivoted of layer {name}")
     for name, layer in layers.items():
         if "basis" in layer:
             _check_basis(layers, name, where)

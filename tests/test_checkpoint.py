@@ -697,12 +697,12 @@ OTHER_DEFECTS = {
     "older version": (
         "pivoted",
         in_described(lambda described: described.update(format_version=1)),
-        r"config\.json has format_version 1, which knows no pivoted layers and .*: it must be 2",
+        r"config\.json has format_version 1, which knows no pivoted layers, .*: it must be 2",
     ),
     "older version with a basis": (
         "shared",
         in_described(lambda described: described.update(format_version=1)),
-        r"config\.json has format_version 1, which knows no pivoted layers and .*: it must be 2",
+        r"config\.json has format_version 1, which knows no pivoted layers, .*: it must be 2",
     ),
     "basis that is not there": (
         "shared",

@@ -427,7 +427,7 @@ def test_configs_that_mean_nothing():
         | {"layers": {"a.b": {"pivoted": True}}},
         "can only have true for pivoted of layer a.b": good
         | {"layers": {"a.b": {"rank": 3, "pivoted": 1}}},
-        "has format_version 1, which knows no pivoted layers and no shared basis": good
+        "has format_version 1, which knows no pivoted layers, no shared basis": good
         | {"layers": {"a.b": {"rank": 3, "pivoted": True}}},
         "can only have true for the bias of layer a.b": good
         | {"layers": {"a.b": {"rank": 3, "bias": False}}},
