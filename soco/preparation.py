@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from soco.calibration import Statistics, sample_from_model, uncalled
+from soco.calibration import Statistics, uncalled
 from soco.data import token_windows
 from soco.experts import split_experts
 from soco.guard import unchanged_on_error
+from soco.sampling import sample_from_model
 from soco.steps import Step
 from soco.surgery import context_length, find_linears
 from soco.workbench import Workbench

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from soco.calibration import collect, sample_from_model
+from soco.calibration import collect
 from soco.linalg import Factors, whitened_svd
 from soco.modules import LowRankLinear
 from soco.objectives import HiddenStates, TokenDistribution
@@ -19,6 +19,7 @@ from soco.ranks import (
     relative_energy,
     uniform_ranks,
 )
+from soco.sampling import sample_from_model
 from soco.steps import frozen
 from soco.surgeon import (
     SVDSurgeon,

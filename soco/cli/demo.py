@@ -10,12 +10,12 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from soco.calibration import sample_from_model
 from soco.cli.sources import DEMO_TEXT
 from soco.data import token_windows
 from soco.evaluation import Evaluation, evaluate
 from soco.pipeline import compress
 from soco.reporting import report
+from soco.sampling import sample_from_model
 
 # What the demo takes where nothing else is asked for: two minutes on two cores.
 OPTIONS: Mapping[str, Any] = {"calibration": "self", "samples": 128, "length": 256}

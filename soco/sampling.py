@@ -1,0 +1,93 @@
+"""Text that a model writes itself, for when there is none to calibrate on."""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+def sample_from_model(
+    model: nn.Module,
+    samples: int,
+    length: int,
+    *,
+    start: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] = lambda sequences: None,
+) -> Tensor:
+    """Calibration text written by the model itself, for when there is none.
+
+    Args:
+        model: a causal language model with ``generate``.
+        samples: sequences.
+        length: tokens of each.
+        start: the id every sequence begins with (it is not part of it); None: a random one that the
+            model's config does not name as special.
+        seed: the same seed gives the same text; the global random state is left alone.
+        batch_size: sequences at a time.
+        on_batch: called with the number of sequences done, after each batch.
+
+    Returns:
+        Token ids (samples, length), on the CPU, drawn at temperature 1 from the whole vocabulary,
+        whatever the model's ``generation_config`` says.
+
+    Raises:
+        ValueError: the model cannot generate.
+    """
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is None or not can_generate():
+        raise ValueError(
+            f'calibration="self" takes a model that can generate text, and {type(model).__name__} '
+            f"cannot: give a text instead"
+        )
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    ordinary = torch.tensor(sorted(set(range(vocabulary)) - _special_ids(model)))
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    own = model.generation_config
+    plain = type(own)(  # type: ignore[operator]
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length,
+        pad_token_id=0,
+        decoder_start_token_id=own.decoder_start_token_id,  # type: ignore[union-attr]
+    )
+    sources = [torch.default_generator]  # torch.manual_seed would seed every CUDA device
+    if device.type == "cuda":
+        sources.append(torch.cuda.default_generators[cast(int, device.index)])
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        for source in sources:
+            source.manual_seed(seed)
+        try:
+            model.generation_config = plain  # type: ignore[assignment] # generate fills gaps from it
+            for done in range(0, samples, batch_size):
+                count = min(batch_size, samples - done)
+                chosen = torch.randint(len(ordinary), (count, 1), generator=generator)
+                first = ordinary[chosen] if start is None else torch.full((count, 1), start)
+                first = first.to(device)
+                ids = model.generate(  # type: ignore[operator]
+                    first, attention_mask=torch.ones_like(first), generation_config=plain
+                )
+                parts.append(ids[:, 1:].cpu())
+                on_batch(done + count)
+        finally:
+            model.generation_config = own
+    return torch.cat(parts)
+
+
+def _special_ids(model: nn.Module) -> set[int]:
+    """Token ids that the model's config gives a meaning of their own."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    values = [getattr(model.config, name, None) for name in names]
+    return {
+        each
+        for value in values
+        for each in (value if isinstance(value, list) else [value])
+        if isinstance(each, int)
+    }
