@@ -15,7 +15,7 @@ from typing import Any
 DEFINITION = "task.yaml"  # file with the definition of a task whose data is in a folder
 IN_DEFINITION = "task"  # stands for a split where a task's definition holds its own examples
 
-# What a task says of its documents that may be the bare name of a column.
+# What a task makes of a document: templates of Jinja, bare names of columns, or functions.
 _FIELDS = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
 # What the code of a task raises about rows that do not have the form it was written for.
@@ -270,11 +270,16 @@ def _fitting(plan: Plan) -> Iterator[None]:
 
 
 def _check_columns(plan: Plan, columns: Any) -> None:
-    """Refuse what the harness takes for a text of its own: the name of a column that is missing."""
+    """Refuse a missing column: the harness takes its bare name for a text, or leaves a hole."""
+    environment = imported("jinja2").Environment()
+    undeclared = imported("jinja2.meta").find_undeclared_variables
     for key in _FIELDS:
         field = plan.config.get(key)
-        if isinstance(field, str) and field.isidentifier() and field not in columns:
-            raise KeyError(field)
+        if not isinstance(field, str) or " is defined" in field:
+            continue
+        used = {field} if field.isidentifier() else undeclared(environment.parse(field))
+        for name in sorted(used - set(environment.globals) - set(columns)):
+            raise KeyError(name)
 
 
 def _check_answer(task: Any, doc: Mapping[str, Any], number: int) -> None:

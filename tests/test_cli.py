@@ -252,6 +252,59 @@ def test_evaluate_by_dtype(run, place):
     assert (told["dtype"], told["windows"], told["tokens"]) == ("bfloat16", 2, 30)
 
 
+def write_task(folder, *rows):
+    folder.mkdir(exist_ok=True)
+    (folder / "piqa.validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+PIQA = {"goal": "sit", "sol1": "on the mat", "sol2": "in the sky", "label": 0}
+
+
+@pytest.fixture
+def questions(place):
+    """A folder with two questions of a task."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    write_task(place / "data", PIQA, {**PIQA, "goal": "see", "label": 1})
+    return ["--tasks", "piqa", "--task-data", "data"]
+
+
+def test_evaluate_tasks(run, questions):
+    code, out, err = run("evaluate", "small", *questions, "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained("small")
+    found = soco.evaluate_tasks(soco.load("small"), "piqa", tokenizer=tokenizer, data="data")
+    told["tasks"]["seconds"] = 0
+    expected = {"model": "small", "text": None, "dense": None, "tasks": found.to_dict()}
+    expected["tasks"]["seconds"] = 0
+    assert told == expected
+    code, out, err = run("evaluate", "small", *questions)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[:-1] == str(found).splitlines()[:-1]
+    assert out.splitlines()[-1].startswith(f"lm_eval {found.lm_eval}, all questions, float32, ")
+
+
+def test_evaluate_tasks_with_options(run, questions):
+    words = ["--limit", "1", "--num-fewshot", "1", "--batch-size", "2", "--dtype", "bfloat16"]
+    told = json.loads(run("evaluate", "dense", *questions, *words, "--json")[1])["tasks"]
+    assert (told["limit"], told["batch_size"], told["dtype"]) == (1, 2, "bfloat16")
+    assert [(s["questions"], s["fewshot"]) for s in told["scores"]] == [(1, 1)] * 2
+
+
+def test_evaluate_a_text_and_tasks_of_two_models(run, questions):
+    text = ["--text", "text.txt", "--length", "16", "--windows", "2"]
+    words = ["evaluate", "small", "--dense", "dense", *text, *questions]
+    told = json.loads(run(*words, "--json")[1])
+    assert told["windows"] == 2
+    assert told["kl"] > 0
+    assert len(told["tasks"]["scores"]) == len(told["dense_tasks"]["scores"]) == 2
+    assert told["tasks"] != told["dense_tasks"]
+    text, small, dense = run(*words)[1].split("\n\n")
+    assert text.startswith("perplexity")
+    assert small.startswith("task ")
+    assert dense.startswith("dense model\ntask ")
+
+
 def test_report(run, place):
     expected = soco.report(soco.load("small"))
     assert run("report", "small") == (0, f"{expected}\n", "")
@@ -361,7 +414,6 @@ def test_what_compress_refuses(fails, place, words, expected):
     ("words", "expected"),
     [
         (["magic"], "No such command 'magic'. `soco --help` lists the options."),
-        (["evaluate", "small"], "Missing option '--text'"),
         (["evaluate", "small", "--text", "absent.txt"], "there is no file 'absent.txt'"),
         (["evaluate", "./absent", "--text", "text.txt"], "there is no folder './absent'"),
         (["evaluate", "small", "-t", "text.txt", "--dense", "./absent"], "no folder './absent'"),
@@ -455,6 +507,64 @@ def test_broken_compressed_folders(fails, place, damage, expected):
     damage(place / "small")
     assert expected in fails("evaluate", "small", "--text", "text.txt", "--length", "16")
     assert expected in fails("export", "small", "--dense", *OUT)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--tasks", "piqqa"], "lm_eval has no task 'piqqa': did you mean piqa"),
+        (["--tasks", "qqqqqq"], "lm_eval has no task 'qqqqqq' (groups are not taken)"),
+        (["--tasks", "piqa,"], "tasks must be names of tasks, got 'piqa,'"),
+        (["--tasks", "hellaswag"], "task hellaswag has no questions: data holds no hellaswag.val"),
+        (["--task-data", "nowhere"], "there is no folder 'nowhere'"),
+        (["--num-fewshot", "2"], "task piqa: 2 examples are wanted, and there are 1"),
+        (["--num-fewshot", "-1"], "Invalid value for '--num-fewshot'"),
+        (["--limit", "0"], "Invalid value for '--limit'"),
+        (["--length", "16"], "--length is for --text"),
+        (["--windows", "1"], "--windows is for --text"),
+    ],
+)
+def test_what_evaluate_refuses_of_tasks(fails, questions, words, expected):
+    assert expected in fails("evaluate", "dense", *questions, *words)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([], "piqa.validation.jsonl is empty: it has no questions"),
+        ([{"goal": "sit", "sol1": "a", "label": 0}], "does not fit task piqa: it has no 'sol2'"),
+        ([{"goal": "sit", "sol1": "a", "sol2": "b"}], "does not fit task piqa: it has no 'label'"),
+        ([{**PIQA, "label": 7}], "piqa.validation.jsonl does not fit task piqa: list index out of"),
+        ([PIQA, {**PIQA, "label": 7}], "the answer 7 of question 2 is not a choice"),
+    ],
+)
+def test_broken_questions(fails, questions, place, rows, expected):
+    write_task(place / "data", *rows)
+    assert expected in fails("evaluate", "dense", *questions)
+
+
+def test_models_that_cannot_answer(fails, questions, place):
+    tiny_model("bert").save_pretrained(place / "bert")
+    write_tokenizer(place / "bert")
+    expected = "tasks take a model that predicts the next token, and BertForMaskedLM does not"
+    assert fails("evaluate", "bert", *questions) == expected
+    for file in (place / "dense").glob("tokenizer*"):
+        file.unlink()
+    assert "dense has no tokenizer" in fails("evaluate", "dense", *questions)
+
+
+def test_tasks_without_the_harness(fails, place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    expected = 'tasks need lm-evaluation-harness: pip install "soco-llm[eval]"'
+    assert fails("evaluate", "dense", "--tasks", "piqa", "--task-data", ".") == expected
+
+
+def test_evaluate_on_nothing(fails, place):
+    expected = "say what to measure on: --text FILE, --tasks NAMES, or both"
+    assert fails("evaluate", "dense") == expected
+    for option, value in (("--limit", "1"), ("--num-fewshot", "1"), ("--task-data", ".")):
+        told = fails("evaluate", "dense", "--text", "text.txt", option, value)
+        assert told == f"{option} is for --tasks"
 
 
 def test_a_report_that_is_missing_or_broken(fails, place):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from soco.sampling import sample_from_model
 from tiny_models import tiny_model
