@@ -7,7 +7,7 @@ import struct
 import pytest
 from torch import nn
 
-from soco.reporting import LayerReport, Report, format_bytes, report
+from soco.reporting import LayerReport, Report, format_bytes, kept_grid, report
 
 LAYERS = (
     LayerReport("model.layers.0.self_attn.q_proj", (8, 8), 2, 32, 0.5, 1.5),
@@ -119,6 +119,17 @@ def test_plot_of_odd_models(tmp_path):
     example(layers=(head,)).plot(tmp_path / "one.png")
     example(layers=(*many, head)).plot(tmp_path / "many.png")
     assert png_size(tmp_path / "one.png") == png_size(tmp_path / "many.png")
+
+
+def test_grid_has_a_row_for_each_kind_and_a_column_for_each_block():
+    head = LayerReport("lm_head", (8, 8), 2, 32)
+    kinds, blocks, grid = kept_grid((*LAYERS, head))
+    assert kinds == ["self_attn.q_proj", "mlp.up_proj", "lm_head"]
+    assert blocks == ["model.layers.0", "model.layers.1", "-"]
+    assert [[kept for kept in row if kept == kept] for row in grid] == [
+        [0.5, 0.25], [1.0, 72 / 128], [0.5]
+    ]  # fmt: skip
+    assert [str(kept) for kept in grid[2]] == ["nan", "nan", "0.5"]
 
 
 def test_no_report():
