@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from torch import nn
 
-from soco.reporting import MOST_ROWS, LayerReport, Report, format_bytes, report
+from soco.reporting import MOST_ROWS, LayerReport, Report, format_bytes, kept_grid, report
 
 LAYERS = (
     LayerReport("model.layers.0.self_attn.q_proj", (8, 8), 2, 32, 0.5, 1.5),
@@ -314,6 +314,14 @@ def test_plot_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "soco-llm\[plots\]"'):
         example().plot(tmp_path / "picture.png")
+
+
+def test_grid_has_a_row_for_each_kind_and_a_column_for_each_block():
+    head = LayerReport("lm_head", (8, 8), 2, 32)
+    kinds, blocks, grid = kept_grid((*LAYERS, head))
+    assert kinds == ["self_attn.q_proj", "mlp.up_proj", "lm_head"]
+    assert blocks == ["model.layers.0", "model.layers.1"]
+    assert grid == [[0.5, 0.25], [1.0, 72 / 128], [0.5, 0.5]]
 
 
 def test_no_report():
