@@ -43,7 +43,7 @@ def install(
         Name to the layers that are low-rank now.
     """
     head = output_head(model)
-    if head in placed and placed[head][0] is not None:
+    if head is not None and head in placed and placed[head][0] is not None:
         untie_head(model)
     made: dict[str, CompressedLinear] = {}
     for name, module in targets.items():

@@ -47,6 +47,7 @@ def test_round_trip(made):
 def test_shared_sums_are_stored_and_read_once(made):
     directory, key, shapes, _ = made
     found = fetch(directory, key, shapes)
+    assert found is not None
     q, k = (f"model.layers.0.self_attn.{kind}_proj" for kind in "qk")
     assert found[q].gram is found[k].gram
     tensors = load_file(directory / key.folder / TENSORS)

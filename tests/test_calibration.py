@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -380,14 +381,14 @@ def test_every_statistic_against_plain_autograd(name):
     layers = find_linears(model)
     windows = torch.randint(3, 96, (4, 7), generator=torch.Generator().manual_seed(3))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    found = collect(model, layers, windows, 4, kinds=KINDS)
+    found: dict[str, Any] = dict(collect(model, layers, windows, 4, kinds=KINDS))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     for layer in list(layers)[:: max(1, len(layers) // 4)]:
         x, g = plain_statistics(model, layer, windows)
         flat, flat_g = x.flatten(0, 1), g.flatten(0, 1)
         each = found[layer]
-        close = {"atol": 1e-5, "rtol": 1e-4}
+        close: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}
         torch.testing.assert_close(each.gram, flat.T @ flat, **close)
         torch.testing.assert_close(each.abs_mean, flat.abs().sum(0), **close)
         torch.testing.assert_close(each.root.T @ each.root, flat.T @ flat, **close)
@@ -405,7 +406,9 @@ def test_batches_do_not_matter_but_to_stacks():
     layers = find_linears(model)
     windows = torch.randint(3, 96, (6, 7), generator=torch.Generator().manual_seed(3))
     one = collect(model, layers, windows, 6, kinds={"gram", "abs_mean", "root"})
-    two = collect(model, layers, windows, 2, kinds={"gram", "abs_mean", "root"})
+    two: dict[str, Any] = dict(
+        collect(model, layers, windows, 2, kinds={"gram", "abs_mean", "root"})
+    )
     for name in layers:
         torch.testing.assert_close(one[name].gram, two[name].gram, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(one[name].abs_mean, two[name].abs_mean, atol=1e-5, rtol=1e-5)
@@ -425,6 +428,7 @@ def test_layers_that_stand_in_several_places_add_their_gradients_up():
     with torch.no_grad():
         dense = objective.outputs(model, windows)
     student = objective.outputs(model, windows)
+    weight = layer.get_parameter("weight")
     losses = []  # of each sequence by itself, for the labels that all were drawn with
 
     chances = dense.exp().flatten(0, -2).cumsum(-1)
@@ -434,7 +438,7 @@ def test_layers_that_stand_in_several_places_add_their_gradients_up():
     )
     scores = -student.flatten(0, -2).gather(-1, labels).view(3, 6).sum(1)
     for loss in scores:
-        (gradient,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
+        (gradient,) = torch.autograd.grad(loss, [weight], retain_graph=True)
         losses.append(gradient.double().square())
     wanted = torch.stack(losses).sum(0)
     torch.testing.assert_close(found[name].fisher, wanted, atol=1e-6, rtol=1e-3)
@@ -466,9 +470,10 @@ def test_the_seed_draws_the_labels():
     layers = find_linears(model)
     windows = torch.randint(3, 96, (4, 7), generator=torch.Generator().manual_seed(3))
     name = next(iter(layers))
-    first, again, other = (
-        collect(model, layers, windows, kinds={"grad_gram"}, seed=seed)[name].grad_gram
+    found = [
+        collect(model, layers, windows, kinds={"grad_gram"}, seed=seed)[name].parts()["grad_gram"]
         for seed in (1, 1, 2)
-    )
+    ]
+    first, again, other = found
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

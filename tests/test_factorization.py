@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,9 @@ def bench_of(name="llama", **changes):
     return Workbench(model, find_linears(model), WINDOWS, batch_size=4)
 
 
-def run(bench, method, ratio=0.4, rule=None, pivoted=False):
+def run(
+    bench, method, ratio=0.4, rule=None, pivoted=False
+) -> tuple[dict[str, int], dict[str, Any]]:
     """Ranks by unit and factors by layer."""
     groups = groups_of(method, bench)
     bench.statistics(method.needs | {"gram"})

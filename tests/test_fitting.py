@@ -103,7 +103,7 @@ def test_the_truncation_is_the_best_of_its_rank(share, rank):
     aim = share * CROSS + (1 - share) * GRAM_BEHIND
     best = float("inf")
     for seed in range(4):
-        down = random(rank, 6, seed=seed)
+        up, down = random(7, rank), random(rank, 6, seed=seed)
         for _ in range(400):
             up = refit_up(WEIGHT, down, GRAM_BEHIND, aim)
             target = anchored_target(WEIGHT, GRAM_BEHIND, CROSS, share, 0.0)

@@ -73,7 +73,7 @@ def test_a_weight_is_set_and_a_new_bias_is_told():
     weight = torch.randn(48, 32)
     placed = {FIRST: (cut(targets[FIRST], 3), torch.ones(48)), SECOND: (weight, None)}
     made = install(model, targets, placed, (), pivoted=False)
-    assert torch.equal(targets[SECOND].weight, weight)
+    assert torch.equal(weight_of(targets[SECOND]), weight)
     assert new_biases(targets, made) == [FIRST]
     one, two = layer_reports(targets, made, (), {FIRST: (0.5, 1.5)})
     assert (one.rank, one.score_min, one.score_max) == (3, 0.5, 1.5)

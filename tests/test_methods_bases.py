@@ -90,9 +90,15 @@ def test_a_layer_that_saw_nothing_has_its_plain_components():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: Whitened("cholesky"), 'route must be "output", "eigen" or "qr"'),
+        (
+            lambda: Whitened("cholesky"),  # type: ignore[arg-type]
+            'route must be "output", "eigen" or "qr"',
+        ),
         (lambda: Scaled(-1.0), "alpha must be at least 0, got -1"),
-        (lambda: FisherWeighted("both"), 'side must be "input" or "output"'),
+        (
+            lambda: FisherWeighted("both"),  # type: ignore[arg-type]
+            'side must be "input" or "output"',
+        ),
         (lambda: TwoSided(1.0), "input_shrinkage must be from 0 to below 1, got 1"),
         (lambda: TwoSided(0, -0.1), "output_shrinkage must be from 0 to below 1"),
     ],

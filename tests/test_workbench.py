@@ -140,7 +140,7 @@ def test_similarity_of_a_scaled_identity_is_one():
     model = tiny_model("llama")
     layers = {Q0: find_linears(model)[Q0]}
     with torch.no_grad():
-        layers[Q0].weight.copy_(3 * torch.eye(32))
+        weight_of(layers[Q0]).copy_(3 * torch.eye(32))
     found = Workbench(model, layers, WINDOWS).similarity([(Q0,)])
     assert found[Q0] == pytest.approx(1)
 
