@@ -172,6 +172,15 @@ def format_bytes(count: int) -> str:
     return f"{size:.2f} TB"
 
 
+def format_percent(fraction: float) -> str:
+    """A fraction for people.
+
+    >>> format_percent(0.2), format_percent(0.995)
+    ('20%', '99.5%')
+    """
+    return f"{100 * fraction:.4g}%"
+
+
 def new_figure(width: float, height: float, **options: Any) -> Any:
     """An empty figure of matplotlib, in inches; it belongs to no window.
 

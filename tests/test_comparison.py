@@ -6,6 +6,7 @@ import json
 import re
 import time
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tiny_models import tiny_model
 
 TOKENS = torch.randint(3, 96, (600,), generator=torch.Generator().manual_seed(0))
 TEXT, OTHER = TOKENS[:100], TOKENS[100:180]
-SETTINGS = dict(
+SETTINGS: dict[str, Any] = dict(
     calibration=TOKENS[200:], text={"main": TEXT, "other": OTHER}, samples=6, length=16, windows=4
 )
 
@@ -100,9 +101,8 @@ def test_a_row_is_what_compress_and_evaluate_say(model, done):
         calibration=SETTINGS["calibration"], samples=6, length=16,
     )  # fmt: skip
     report = soco.report(made)
-    measures = dict(dense=model, length=16, windows=4, progress=False)
     for text, told in ((TEXT, row), (OTHER, row["texts"]["other"])):
-        found = soco.evaluate(made, text, **measures)
+        found = soco.evaluate(made, text, dense=model, length=16, windows=4, progress=False)
         for name in ("perplexity", "kl", "top1", "distance", "tokens"):
             assert told[name] == getattr(found, name)
     assert row["ranks"] == {layer.name: layer.rank for layer in report.layers}
