@@ -4,6 +4,12 @@
 
 writes the table between the ``results`` markers of README.md and docs/methods.md, and
 docs/images/quality.png.
+
+    python benchmarks/tables.py benchmarks/results/compare-*.json
+
+takes what ``soco compare`` wrote (its compare.json under another name) and writes a table of every
+model between the ``compare`` markers of docs/methods.md, and docs/images/compare-MODEL.png. Both
+kinds may be given at once.
 """
 
 import argparse
@@ -13,7 +19,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+from soco import plots
+from soco.record import Comparison
+from soco.rendering import about, across, notes
+
+ROOT = Path(__file__).parents[1]
 # Okabe and Ito's colours, told apart by everybody, and a marker each.
 LOOKS = {
     "svd, uniform ranks": ("#999999", "v"),
@@ -97,31 +107,76 @@ def draw(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def insert(file: Path, text: str) -> None:
+def compared(comparison: Comparison) -> str:
+    """A section of docs/methods.md on one model: its picture, a table for each text, what it is."""
+    model = comparison.setup["model"]
+    main, *others = comparison.setup["texts"]
+    failures = [f"- {note}" for note in notes(comparison) if "failed:" in note or "keeps" in note]
+    parts = [
+        f"### {model}",
+        f"![{model}: loss against kept parameters, a line for each method]"
+        f"(images/{picture(comparison)})",
+        f"On {main}:",
+        across(comparison),
+        *(part for title in others for part in (f"On {title}:", across(comparison, title))),
+        "\n".join([about(comparison), *failures]),
+    ]
+    return "\n\n".join(parts)
+
+
+def picture(comparison: Comparison) -> str:
+    """The name of a comparison's picture in docs/images/."""
+    return f"compare-{comparison.setup['model'].replace('/', '-')}.png"
+
+
+def insert(file: Path, marker: str, text: str) -> None:
     """Put ``text`` between the markers of a Markdown file."""
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
     content = file.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise SystemExit(f"{file} must have {BEGIN} and {END} once each")
-    before, rest = content.split(BEGIN)
-    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise SystemExit(f"{file} must have {begin} and {end} once each")
+    before, rest = content.split(begin)
+    file.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def main() -> None:
     """Update the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+", help="JSON of benchmarks/quality.py")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="JSON of benchmarks/quality.py, or of soco compare"
+    )
     arguments = parser.parse_args()
-    parts = [json.loads(path.read_text()) for path in arguments.results]
+    parts = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in arguments.results]
+    measured = [part for _, part in parts if "setup" not in part]
+    comparisons = [Comparison.from_dict(part, str(path)) for path, part in parts if "setup" in part]
+    if measured:
+        write_results(measured)
+    if comparisons:
+        write_comparisons(comparisons)
+
+
+def write_results(parts: list[dict]) -> None:
+    """Update what benchmarks/quality.py measured."""
     result = {
         **parts[0],
         "rows": [row for part in parts for row in part["rows"]],
         "commit": "`, `".join(dict.fromkeys(part["commit"] for part in parts)),
         "command": "` and `".join(part["command"] for part in parts),
     }
-    root = Path(__file__).parents[1]
-    for file in (root / "README.md", root / "docs" / "methods.md"):
-        insert(file, table(result))
-    draw(result, root / "docs" / "images" / "quality.png")
+    for file in (ROOT / "README.md", ROOT / "docs" / "methods.md"):
+        insert(file, "results", table(result))
+    draw(result, ROOT / "docs" / "images" / "quality.png")
+
+
+def write_comparisons(comparisons: list[Comparison]) -> None:
+    """Update what soco compare measured: one comparison for each model."""
+    names = [picture(comparison) for comparison in comparisons]
+    if len(set(names)) < len(names):
+        raise SystemExit("give one comparison for each model")
+    for name, comparison in zip(names, comparisons, strict=True):
+        plots.draw_quality(comparison, ROOT / "docs" / "images" / name)
+    text = "\n\n".join(compared(comparison) for comparison in comparisons)
+    insert(ROOT / "docs" / "methods.md", "compare", text)
 
 
 if __name__ == "__main__":

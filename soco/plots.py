@@ -11,7 +11,7 @@ from scipy.optimize import isotonic_regression
 
 from soco.methods import METHODS
 from soco.record import Comparison, Row
-from soco.reporting import draw_grid, kept_grid, new_figure
+from soco.reporting import draw_grid, format_percent, kept_grid, new_figure
 
 QUALITY, SPECTRA = "quality.png", "spectra.png"
 
@@ -218,7 +218,9 @@ def _kept_axis(axes: Any, comparison: Comparison, rows: Sequence[Row]) -> None:
     for ratio in ratios:
         if not places or places[-1] - (1 - ratio) >= nearest:
             places.append(1 - ratio)
-    axes.set_xticks(places, [f"{p:.0%}\n{_count(p * total)}" for p in places], fontsize=8)
+    axes.set_xticks(
+        places, [f"{format_percent(p)}\n{_count(p * total)}" for p in places], fontsize=8
+    )
     axes.set_xlabel("parameters kept in the compressed layers", fontsize=9)
 
 
@@ -261,7 +263,8 @@ def draw_ranks(comparison: Comparison, ratio: float, path: Path) -> None:
     bar.set_label("kept parameters", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(
-        f"{comparison.setup['model']}, {ratio:.0%} of the parameters removed (dot: kept dense)",
+        f"{comparison.setup['model']}, {format_percent(ratio)} of the parameters removed "
+        f"(dot: kept dense)",
         fontsize=11, fontweight="bold", ha="left", x=0.01,
     )  # fmt: skip
     figure.savefig(path, dpi=_DPI)
@@ -305,7 +308,7 @@ def draw_spectra(comparison: Comparison, path: Path) -> None:
     joint = " " if columns > 2 else "\n"
     figure.suptitle(
         f"{comparison.setup['model']}: singular values, and the rank that is kept where{joint}"
-        f"{ratio:.0%} of the parameters are removed (hollow: kept dense)",
+        f"{format_percent(ratio)} of the parameters are removed (hollow: kept dense)",
         fontsize=11, fontweight="bold", ha="left", x=0.01,
     )  # fmt: skip
     figure.savefig(path, dpi=_DPI)

@@ -8,7 +8,7 @@ from typing import Any
 
 from soco import plots
 from soco.record import Comparison, Row, exceeds
-from soco.reporting import format_bytes
+from soco.reporting import format_bytes, format_percent
 
 REPORT = "report.md"
 NONE = "-"  # in a table: not measured, or the model has no such thing
@@ -49,7 +49,10 @@ def markdown(comparison: Comparison, pictures: Sequence[str] = ()) -> str:
     parts.append(about(comparison))
     parts += [_picture(name) for name in pictures if name == plots.QUALITY]
     for ratio in comparison.ratios:
-        parts += [f"## {ratio:.0%} of the parameters removed", ratio_table(comparison, ratio)]
+        parts += [
+            f"## {format_percent(ratio)} of the parameters removed",
+            ratio_table(comparison, ratio),
+        ]
         parts += [_picture(name) for name in pictures if name == f"ranks-{ratio:g}.png"]
     _, *others = comparison.setup["texts"]
     for title in others:
@@ -176,7 +179,7 @@ def across(comparison: Comparison, title: str | None = None) -> str:
         return f"**{shown}**" if entry == best[ratio] else shown
 
     what = "KL" if yardstick == "kl" else "distance"
-    head = [f"{ratio:.0%} removed" for ratio in ratios]
+    head = [f"{format_percent(ratio)} removed" for ratio in ratios]
     first = f"perplexity / {what}" if has_perplexity else what
     lines = [f"| {first} | " + " | ".join(head) + " |", "|---" + "|--:" * len(head) + "|"]
     if has_perplexity:
@@ -208,13 +211,12 @@ def notes(comparison: Comparison) -> list[str]:
     for row in made:
         if exceeds(row):
             found.append(
-                f"{row['method']} at {row['ratio']:.0%} keeps {row['kept_params']:,} parameters, "
-                f"more than its ratio allows ({row['removed']:.2%} removed): it is not compared "
-                f"with the others."
+                f"{_name(row)} keeps {row['kept_params']:,} parameters, more than its ratio "
+                f"allows ({row['removed']:.2%} removed): it is not compared with the others."
             )
     for row in comparison.rows:
         if "error" in row:
-            found.append(f"{row['method']} at {row['ratio']:.0%} failed: {row['error']}.")
+            found.append(f"{_name(row)} failed: {row['error']}.")
     others = {_machine(row["machine"]): None for row in comparison.rows if "machine" in row}
     for machine in others:
         named = [_name(r) for r in comparison.rows if _machine(r.get("machine", {})) == machine]
@@ -244,7 +246,7 @@ def number(value: float) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row['method']} at {row['ratio']:.0%}"
+    return f"{row['method']} at {format_percent(row['ratio'])}"
 
 
 def _picture(name: str) -> str:

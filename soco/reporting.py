@@ -179,6 +179,15 @@ def format_bytes(count: int) -> str:
     return f"{size:.2f} TB"
 
 
+def format_percent(fraction: float) -> str:
+    """A fraction for people.
+
+    >>> format_percent(0.2), format_percent(0.995)
+    ('20%', '99.5%')
+    """
+    return f"{100 * fraction:.4g}%"
+
+
 def _read(cls: type, data: Any, path: str) -> Any:
     """The dataclass ``cls`` from the JSON data at a path, every field of the kind it declares."""
     if not isinstance(data, Mapping):

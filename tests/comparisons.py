@@ -1,7 +1,6 @@
 """A comparison that nobody has run, for tests of its record, its pictures and its report."""
 
 import math
-from typing import Any
 
 from soco.ranks import layer_params
 from soco.record import Comparison
@@ -63,13 +62,13 @@ def made_up(methods=("svd", "svd-llm", "soco"), ratios=(0.2, 0.4), blocks=2, **c
 def row(method, ratio, kl, shapes):
     """A row with a given KL, whose ranks are within the ratio."""
     first = next(iter(shapes))
-    ranks: dict[str, Any] = {
+    ranks: dict[str, int | None] = {
         name: max(1, int((1 - ratio) * a * b / (a + b))) for name, (a, b) in shapes.items()
     }
     if method == "soco":
         ranks = {name: None if name == first else 1 for name in ranks}
     params = {
-        name: layer_params((a, b), min(a, b) if ranks[name] is None else ranks[name])
+        name: layer_params((a, b), min(a, b) if (rank := ranks[name]) is None else rank)
         for name, (a, b) in shapes.items()
     }
     total = sum(a * b for a, b in shapes.values())

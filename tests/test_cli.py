@@ -19,10 +19,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import soco
-from soco.cli import commands, demo, main, sources
-from soco.cli.app import Basis, Dtype, MethodName
+from soco.allocators import ALLOCATORS
+from soco.cli import commands, comparing, demo, main, sources
+from soco.cli.app import ENTRY_OPTIONS, AllocatorName, Basis, Dtype, MethodName
 from soco.cli.messages import sentence
+from soco.comparison import DEFAULT_METHODS, OPTIONS
 from soco.methods import METHODS, SoCo
+from soco.record import Comparison
 from tiny_models import tiny_model
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,"
@@ -112,19 +115,24 @@ def test_version(run):
     assert run("--version") == (0, f"soco-llm {soco.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", [None, "compress", "evaluate", "report", "export", "info"])
+@pytest.mark.parametrize(
+    "command", [None, "compress", "evaluate", "compare", "report", "export", "info"]
+)
 def test_help(run, command):
     code, out, err = run(*([command] if command else []), "--help")
     assert (code, err) == (0, "")
     assert "Usage: soco" in out
     if command is None:
         assert run()[1] == out
-        for each in ("compress", "evaluate", "report", "export", "info"):
+        for each in ("compress", "evaluate", "compare", "report", "export", "info"):
             assert f" {each} " in out
 
 
 def test_names_and_defaults_in_help_are_those_of_the_library(run):
     assert {name.value for name in MethodName} == set(METHODS)
+    assert {name.value for name in AllocatorName} == set(ALLOCATORS)
+    assert ENTRY_OPTIONS == OPTIONS
+    assert set(DEFAULT_METHODS) - set(METHODS) == {"svd-llm@energy"}
     assert all(SoCo(basis=basis.value) for basis in Basis)
     assert all(hasattr(torch, dtype.value) for dtype in Dtype if dtype is not Dtype.auto)
     out = " ".join(run("compress", "--help")[1].split())
@@ -305,6 +313,100 @@ def test_evaluate_a_text_and_tasks_of_two_models(run, questions):
     assert dense.startswith("dense model\ntask ")
 
 
+COMPARE = ["-c", "text.txt", "-t", "text.txt", *SMALL, "--windows", "4"]
+
+
+def test_compare(run, place):
+    (place / "other.txt").write_text(SENTENCE[::-1] * 20)
+    words = ["compare", "dense", "-m", "svd,svd-llm@energy", "-r", "0.4,0.999", "-o", "an out"]
+    code, out, err = run(*words, *COMPARE, "--text", "other.txt", "--exclude", "*o_proj")
+    assert code == 0
+    assert err.splitlines() == [
+        "soco: loading dense",
+        "soco: reading the texts",
+        "soco: collecting statistics for all methods in one pass",
+        "soco: measuring the dense model",
+        *(f"soco: {entry} at {x}" for x in ("0.4", "0.999") for entry in words[3].split(",")),
+    ]
+    names = ["compare.json", "quality.png", "ranks-0.4.png", "report.md", "spectra.png"]
+    assert sorted(path.name for path in (place / "an out").iterdir()) == names
+    assert all(f"  {name} (" in out for name in names)
+    done = Comparison.read(place / "an out" / "compare.json")
+    table = [line.split() for line in out.splitlines() if line.startswith("    40%")]
+    best, second = done.at(0.4)
+    assert [row[1] for row in table] == [best["method"], second["method"]]
+    assert float(table[0][3]) == pytest.approx(best["kl"], abs=1e-4)
+    assert "svd at 0.999 failed: ratio 0.999 leaves" in out
+    assert done.setup["model"] == "dense"
+    assert list(done.setup["texts"]) == ["text.txt", "other.txt"]
+    assert done.setup["calibration"]["source"] == "text.txt"
+    assert done.setup["layers"] == 12
+    command = shlex.split(done.command)
+    assert command[-2:] == ["--output", "an out"]
+    again = run(*command[1:], "--quiet", "--json")
+    assert (again[0], again[2]) == (0, "")
+    assert json.loads(again[1]) == json.loads((place / "an out" / "compare.json").read_text())
+
+
+def test_compare_gives_away_no_places(run, place):
+    words = [place / "dense", "-m", "svd", "-c", place / "text.txt", "-t", place / "text.txt"]
+    assert run("compare", *words, *SMALL, "-r", "0.5", "-o", place / "out" / "one")[0] == 0
+    for name in ("compare.json", "report.md"):
+        assert str(place) not in (place / "out" / "one" / name).read_text()
+
+
+def test_compare_of_the_demo_needs_nothing_but_a_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+
+    def fake(model, methods, ratios, **options):
+        seen.update(options, methods=tuple(methods), ratios=list(ratios))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(comparing, "compare_methods", fake)
+    assert run("compare", "demo", "-o", "out")[0] == 2
+    assert seen["methods"] == DEFAULT_METHODS
+    assert seen["ratios"] == [0.2, 0.4, 0.6]
+    assert (seen["calibration"], seen["samples"], seen["length"]) == ("self", 128, 256)
+    assert seen["text"] == {sources.DEMO_TEXT.name: sources.DEMO_TEXT}
+    assert seen["command"] == "soco compare demo --ratios 0.2,0.4,0.6 --output out"
+
+
+def test_compare_goes_on_after_ctrl_c(run, place, monkeypatch):
+    from soco import comparison
+
+    def interrupt(model, ratio, **options):
+        if options["method"] == "asvd":
+            raise KeyboardInterrupt
+        return compress(model, ratio, **options)
+
+    compress = comparison.compress
+    monkeypatch.setattr(comparison, "compress", interrupt)
+    words = ["compare", "dense", "-m", "svd,asvd", "-r", "0.5", "-o", "out", *COMPARE, "-q"]
+    assert run(*words) == (
+        130,
+        "",
+        "soco: rows that are done are in out; the same command does the rest\nsoco: interrupted\n",
+    )
+    monkeypatch.setattr(comparison, "compress", compress)
+    code, out, _ = run(*words)
+    assert code == 0
+    assert "asvd" in out
+    rows = Comparison.read(place / "out" / "compare.json").rows
+    assert [row["method"] for row in rows] == ["svd", "asvd"]
+
+
+def test_texts_of_the_same_name_are_told_apart(place):
+    (place / "sub").mkdir()
+    shutil.copy("text.txt", "sub/text.txt")
+    texts = comparing.titled([Path("text.txt"), Path("sub/text.txt"), Path("short.txt")])
+    assert texts == {
+        "text.txt": Path("text.txt"),
+        "sub/text.txt": Path("sub/text.txt"),
+        "short.txt": Path("short.txt"),
+    }
+
+
 def test_report(run, place):
     expected = soco.report(soco.load("small"))
     assert run("report", "small") == (0, f"{expected}\n", "")
@@ -408,6 +510,63 @@ def test_what_compress_refuses(fails, place, words, expected):
     assert expected in fails("compress", *words)
     assert state(place) == before
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["dense"], "Missing option '--output'"),
+        (["dense", *OUT, "-m", "svd,magic"], "'magic' names no method 'magic': choose from aa-svd"),
+        (["dense", *OUT, "-m", "svd@magic"], "'svd@magic' names no allocator 'magic'"),
+        (["dense", *OUT, "-m", "svd+magic"], "'svd+magic' names no option 'magic'"),
+        (["dense", *OUT, "-m", "soco@energy"], "method soco finds its ranks by training"),
+        (["dense", *OUT, "-m", ","], "--methods names no method"),
+        (["dense", *OUT, "-r", "abc"], "--ratios takes fractions of parameters to remove, above 0"),
+        (["dense", *OUT, "-r", "0.5,0"], "with commas between them, got '0'"),
+        (["dense", *OUT, "-r", "1"], "with commas between them, got '1'"),
+        (["dense", *OUT, "-r=-1"], "with commas between them, got '-1'"),
+        (["dense", *OUT, "-r", "nan"], "with commas between them, got 'nan'"),
+        (["dense", *OUT, "-r", "0.5,"], "with commas between them, got ''"),
+        (["dense", *OUT], "method fwsvd learns from text: give --calibration FILE, or"),
+        (["dense", *OUT, "-m", "svd"], "there is no text to measure on: give --text FILE"),
+        (["dense", *OUT, "-c", "self", "-t", "absent.txt"], "there is no file 'absent.txt'"),
+        (["dense", *OUT, "-c", "absent.txt", "-t", "text.txt"], "there is no file 'absent.txt'"),
+        (["dense", *OUT, "-m", "svd", "-t", "short.txt"], "the evaluation data has 16 tokens"),
+        (["dense", *OUT, "-m", "svd", "-t", "text.txt", "--include", "*x*"], "matches no linear"),
+        (["dense", "-o", "small", "-m", "svd", "-t", "text.txt"], "small exists and is not empty"),
+        (["dense", "-o", "text.txt", "-m", "svd", "-t", "text.txt"], "text.txt is a file"),
+        (["dense", "-o", "broken", "-m", "svd", "-t", "text.txt"], "compare.json is of format 9"),
+        (["small", *OUT, "-m", "svd", "-t", "text.txt"], "compressed already (soco)"),
+        (["./absent", *OUT, "-m", "svd", "-t", "text.txt"], "there is no folder './absent'"),
+    ],
+)
+def test_what_compare_refuses(fails, place, words, expected):
+    (place / "broken").mkdir()
+    (place / "broken" / "compare.json").write_text('{"format": 9}')
+    before = state(place)
+    assert expected in fails("compare", *words)
+    assert state(place) == before
+    assert not (place / "out").exists()
+
+
+def test_a_comparison_is_not_continued_with_another_setting(fails, run, place):
+    words = ["compare", "dense", "-m", "svd", "-r", "0.5", "-o", "out", "-t", "text.txt", *SMALL]
+    assert run(*words)[0] == 0
+    before = state(place)
+    said = fails(*words, "--seed", "1", "-q")
+    assert said == (
+        "out/compare.json was made with another seed (0, now 1): choose another output folder"
+    )
+    assert state(place) == before
+
+
+def test_a_full_gpu_leaves_the_rows(fails, place, monkeypatch):
+    def overflow(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(comparing, "compare_methods", overflow)
+    said = fails("compare", "demo", *OUT)
+    assert "try a smaller --batch-size or --length" in said
 
 
 @pytest.mark.parametrize(

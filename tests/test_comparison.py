@@ -101,9 +101,8 @@ def test_a_row_is_what_compress_and_evaluate_say(model, done):
         calibration=SETTINGS["calibration"], samples=6, length=16,
     )  # fmt: skip
     report = soco.report(made)
-    measures: dict[str, Any] = dict(dense=model, length=16, windows=4, progress=False)
     for text, told in ((TEXT, row), (OTHER, row["texts"]["other"])):
-        found = soco.evaluate(made, text, **measures)
+        found = soco.evaluate(made, text, dense=model, length=16, windows=4, progress=False)
         for name in ("perplexity", "kl", "top1", "distance", "tokens"):
             assert told[name] == getattr(found, name)
     assert row["ranks"] == {layer.name: layer.rank for layer in report.layers}

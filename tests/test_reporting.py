@@ -11,7 +11,15 @@ import pytest
 from matplotlib.figure import Figure
 from torch import nn
 
-from soco.reporting import MOST_ROWS, LayerReport, Report, format_bytes, kept_grid, report
+from soco.reporting import (
+    MOST_ROWS,
+    LayerReport,
+    Report,
+    format_bytes,
+    format_percent,
+    kept_grid,
+    report,
+)
 
 LAYERS = (
     LayerReport("model.layers.0.self_attn.q_proj", (8, 8), 2, 32, 0.5, 1.5),
@@ -333,3 +341,8 @@ def test_bytes_for_people():
     assert [format_bytes(n) for n in (0, 999, 1000, 999_999, 1_234_567, 5 * 10**9, 7 * 10**12)] == [
         "0 B", "999 B", "1.00 kB", "1.00 MB", "1.23 MB", "5.00 GB", "7.00 TB"
     ]  # fmt: skip
+
+
+def test_fractions_for_people():
+    fractions = (0.2, 0.995, 1 / 3, 0.07)
+    assert [format_percent(x) for x in fractions] == ["20%", "99.5%", "33.33%", "7%"]

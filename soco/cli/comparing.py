@@ -28,7 +28,7 @@ from soco.comparison import compare as compare_methods
 from soco.pipeline import needs_of, reads_text
 from soco.record import RECORD, Comparison, Row
 from soco.rendering import columns, render
-from soco.reporting import format_bytes
+from soco.reporting import format_bytes, format_percent
 
 # Of the report's columns, those that a terminal has room for.
 _SHOWN = ("perplexity", "KL", "top-1", "distance", "kept parameters", "seconds")
@@ -143,7 +143,7 @@ def show(comparison: Comparison) -> None:
             failed = "error" in row
             cells = ["failed"] if failed else [cell(row) for _, cell in chosen]
             style = "bold" if row is best else None
-            table.add_row(f"{ratio:.0%}", row["method"], *cells, style=style)
+            table.add_row(format_percent(ratio), row["method"], *cells, style=style)
         table.add_section()
     out.print(table)
     for row in comparison.rows:
@@ -220,13 +220,22 @@ def _calibration(wanted: Wanted, entries: list[Entry]) -> str | Path | None:
 
 
 def _texts(wanted: Wanted) -> dict[str, Path]:
-    """Title to file of the texts to measure on: its name, or all of its path where two share it."""
+    """Title to file of the texts to measure on."""
     given = wanted.texts or ([DEMO] if wanted.model == DEMO else [])
     if not given:
         raise ValueError("there is no text to measure on: give --text FILE")
-    files = list(dict.fromkeys(find_text(text) for text in given))
-    names = [file.name for file in files]
-    return {file.name if names.count(file.name) == 1 else str(file): file for file in files}
+    return titled(list(dict.fromkeys(find_text(text) for text in given)))
+
+
+def titled(files: list[Path]) -> dict[str, Path]:
+    """Files under their names, with folders in front where two share one, as few as will do."""
+    titles = [file.name for file in files]
+    for depth in range(2, 1 + max(len(file.parts) for file in files)):
+        titles = [
+            title if titles.count(title) == 1 else "/".join(file.parts[-depth:])
+            for title, file in zip(titles, files, strict=True)
+        ]
+    return dict(zip(titles, files, strict=True))
 
 
 def _check_folder(folder: Path) -> None:
