@@ -2,11 +2,13 @@
 
     python benchmarks/compare.py --data DIR --output benchmarks/results --models babyllama105
 
-``DIR`` holds ``models/``, ``text/`` and ``books/``. Writes ``OUTPUT/compare-MODEL/compare.json``,
-with the commit and this command in it. Rows that are there already are kept.
+``DIR`` holds ``models/``, ``text/`` and ``books/``. Writes ``OUTPUT/compare-MODEL.json``, with the
+commit and this command in it. The rows go to ``WORK/compare-MODEL/compare.json`` one by one, and
+those that are there already are not made again.
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import soco
 from soco.comparison import compare
+from soco.record import RECORD
 
 # model: calibration text, evaluation text, ratios
 RUNS = {
@@ -37,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of models and texts")
     parser.add_argument("--output", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--work", type=Path, default=Path("build/compare"), help="folder of rows")
     parser.add_argument("--models", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--methods", nargs="*", default=[*METHODS, *TRAINED])
     parser.add_argument("--ratios", nargs="*", type=float, help="instead of the model's own")
@@ -56,7 +60,7 @@ def main() -> None:
             arguments.ratios or ratios,
             calibration=arguments.data / train,
             text={Path(valid).name: arguments.data / valid},
-            output=arguments.output / f"compare-{name}",
+            output=arguments.work / f"compare-{name}",
             tokenizer=PreTrainedTokenizerFast.from_pretrained(folder),
             samples=SAMPLES,
             length=LENGTH,
@@ -70,6 +74,8 @@ def main() -> None:
             tell=print,
             progress=False,
         )  # fmt: skip
+        made_of = arguments.work / f"compare-{name}" / RECORD
+        shutil.copy(made_of, arguments.output / f"compare-{name}.json")
 
 
 if __name__ == "__main__":

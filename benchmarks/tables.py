@@ -2,14 +2,13 @@
 
     python benchmarks/tables.py benchmarks/results/quality-*.json
 
-writes the table between the ``results`` markers of README.md and docs/methods.md, and
-docs/images/quality.png.
+writes the table between the ``results`` markers of docs/methods.md, and docs/images/quality.png.
 
     python benchmarks/tables.py benchmarks/results/compare-*.json
 
 takes what ``soco compare`` wrote (its compare.json under another name) and writes a table of every
-model between the ``compare`` markers of docs/methods.md, and docs/images/compare-MODEL.png. Both
-kinds may be given at once.
+model between the ``compare`` markers of docs/methods.md, a short one of all models between the
+``results`` markers of README.md, and docs/images/compare-MODEL.png. Both kinds may be given at once.
 """
 
 import argparse
@@ -32,6 +31,12 @@ LOOKS = {
     "svd-llm, energy ranks": ("#0072B2", "D"),
     "soco": ("#D55E00", "o"),
 }
+
+# The columns of the short table: what there was, the best closed forms, and what is trained.
+BRIEF = (
+    "svd", "svd-llm", "svd-llm@energy", "kfac-svd", "kfac-svd@lems", "kfac-svd+pivoted", "dobi-svd",
+    "kfac-svd+refine", "soco",
+)  # fmt: skip
 
 
 def table(result: dict) -> str:
@@ -124,6 +129,44 @@ def compared(comparison: Comparison) -> str:
     return "\n\n".join(parts)
 
 
+def brief(comparisons: list[Comparison]) -> str:
+    """Perplexity / KL of some methods on every model: the table of README.md."""
+    entries = [e for e in BRIEF if any(e == row["method"] for c in comparisons for row in c.rows)]
+    lines = [
+        "| model (dense perplexity) | removed | " + " | ".join(f"`{e}`" for e in entries) + " |",
+        "|---" * (len(entries) + 2) + "|",
+    ]
+    for comparison in comparisons:
+        dense = number(comparison.dense["perplexity"])
+        for ratio in comparison.ratios:
+            rows = {row["method"]: row for row in comparison.rows if row["ratio"] == ratio}
+            found = {e: rows[e] for e in entries if e in rows and "error" not in rows[e]}
+            best = min(found, key=lambda e: found[e]["kl"])
+            cells = []
+            for entry in entries:
+                row = found.get(entry)
+                cell = "-" if row is None else f"{number(row['perplexity'])} / {row['kl']:.3f}"
+                cells.append(f"**{cell}**" if entry == best else cell)
+            model = comparison.setup["model"]
+            lines.append(f"| {model} ({dense}) | {ratio:.0%} | " + " | ".join(cells) + " |")
+    first = comparisons[0]
+    calibration = first.setup["calibration"]
+    main = next(iter(first.setup["texts"].values()))
+    commands = "` and `".join(dict.fromkeys(c.command for c in comparisons))
+    lines += [
+        "",
+        f"Perplexity / mean KL divergence to the dense model in nats per token, on held-out text "
+        f"({main['windows']} windows of {first.setup['length']} tokens); lower is better, the best "
+        f"of a row in bold. Removed is the fraction of the parameters of the linears in the blocks; "
+        f"no cell keeps more. All methods saw the same {calibration['sequences']} calibration "
+        f"sequences. `@` names how ranks are shared, `+` what was added; the other methods and the "
+        f"pictures are in [docs/methods.md](docs/methods.md). Measured on {first.date[:10]} by "
+        f"`{commands}`; the table was made by `python benchmarks/tables.py "
+        f"benchmarks/results/compare-*.json`.",
+    ]
+    return "\n".join(lines)
+
+
 def picture(comparison: Comparison) -> str:
     """The name of a comparison's picture in docs/images/."""
     return f"compare-{comparison.setup['model'].replace('/', '-')}.png"
@@ -163,8 +206,7 @@ def write_results(parts: list[dict]) -> None:
         "commit": "`, `".join(dict.fromkeys(part["commit"] for part in parts)),
         "command": "` and `".join(part["command"] for part in parts),
     }
-    for file in (ROOT / "README.md", ROOT / "docs" / "methods.md"):
-        insert(file, "results", table(result))
+    insert(ROOT / "docs" / "methods.md", "results", table(result))
     draw(result, ROOT / "docs" / "images" / "quality.png")
 
 
@@ -177,6 +219,7 @@ def write_comparisons(comparisons: list[Comparison]) -> None:
         plots.draw_quality(comparison, ROOT / "docs" / "images" / name)
     text = "\n\n".join(compared(comparison) for comparison in comparisons)
     insert(ROOT / "docs" / "methods.md", "compare", text)
+    insert(ROOT / "README.md", "results", brief(comparisons))
 
 
 if __name__ == "__main__":
