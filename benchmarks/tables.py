@@ -8,7 +8,8 @@ writes the table between the ``results`` markers of docs/methods.md, and docs/im
 
 takes what ``soco compare`` wrote (its compare.json under another name) and writes a table of every
 model between the ``compare`` markers of docs/methods.md, a short one of all models between the
-``results`` markers of README.md, and docs/images/compare-MODEL.png. Both kinds may be given at once.
+``results`` markers of README.md, and docs/images/compare-MODEL.png. Both kinds may be given at
+once.
 """
 
 import argparse
@@ -157,7 +158,7 @@ def brief(comparisons: list[Comparison]) -> str:
         "",
         f"Perplexity / mean KL divergence to the dense model in nats per token, on held-out text "
         f"({main['windows']} windows of {first.setup['length']} tokens); lower is better, the best "
-        f"of a row in bold. Removed is the fraction of the parameters of the linears in the blocks; "
+        f"of a row in bold. Removed: of the parameters of the linears in the blocks; "
         f"no cell keeps more. All methods saw the same {calibration['sequences']} calibration "
         f"sequences. `@` names how ranks are shared, `+` what was added; the other methods and the "
         f"pictures are in [docs/methods.md](docs/methods.md). Measured on {first.date[:10]} by "

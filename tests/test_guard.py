@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import soco
-from soco import pipeline
+from soco import learning, pipeline, workbench
 from soco.checkpoint import mark_compressed
 from soco.experts import experts_split, join_experts
 from soco.guard import Clock, unchanged_on_error
@@ -261,11 +261,20 @@ def test_a_config_that_no_module_holds():
     assert vars(config.text) == {"layers": 4}
 
 
-@pytest.mark.parametrize("moment", ["collect", "objective_for", "train_scores", "mark_compressed"])
+@pytest.mark.parametrize(
+    ("home", "moment"),
+    [
+        (workbench, "collect"),
+        (workbench, "objective_for"),
+        (learning, "train_scores"),
+        (pipeline, "install"),
+        (pipeline, "mark_compressed"),
+    ],
+)
 @pytest.mark.parametrize("where", ["before", "after"])
-def test_ctrl_c_at_any_time_of_a_real_compression(moment, where, monkeypatch):
+def test_ctrl_c_at_any_time_of_a_real_compression(home, moment, where, monkeypatch):
     """In the middle of ``soco.compress``, with a tied head among its targets."""
-    real = getattr(pipeline, moment)
+    real = getattr(home, moment)
 
     def interrupted(*args, **more):
         if where == "after":
@@ -281,7 +290,7 @@ def test_ctrl_c_at_any_time_of_a_real_compression(moment, where, monkeypatch):
     model = unlike(tiny_model("llama-tied"))
     before = everything(model)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, moment, interrupted)
+        patch.setattr(home, moment, interrupted)
         with pytest.raises(KeyboardInterrupt):
             run()
     after = everything(model)

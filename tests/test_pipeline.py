@@ -1,5 +1,6 @@
 """``soco.compress`` from the outside: trained models, every architecture, every way to fail."""
 
+import importlib
 import itertools
 import json
 
@@ -492,21 +493,28 @@ def test_an_expert_without_a_token_is_decomposed_without_whitening():
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize(
     "where",
-    ["_targets", "parameter_budget", "collect", "_install", "join_experts", "mark_compressed"],
+    [
+        "preparation._targets",
+        "pipeline.parameter_budget",
+        "workbench.collect",
+        "pipeline.install",
+        "pipeline.join_experts",
+        "pipeline.mark_compressed",
+    ],
 )
 def test_an_error_leaves_the_experts_fused(monkeypatch, error, where):
-    from soco import pipeline
-
+    home = importlib.import_module(f"soco.{where.partition('.')[0]}")
+    name = where.partition(".")[2]
     model = tiny_mixture("mixtral").train()
     model.get_submodule(EXPERTS).down_proj.requires_grad_(False)
     before, expected = state(model), logits(model)
-    function = getattr(pipeline, where)
+    function = getattr(home, name)
 
     def interrupt(*args, **options):
         function(*args, **options)
         raise error
 
-    monkeypatch.setattr(pipeline, where, interrupt)
+    monkeypatch.setattr(home, name, interrupt)
     options = {"method": "svd-llm", "calibration": tokens(), "samples": 16}
     with pytest.raises(error):
         compress(model, 0.4, exclude="model.layers.1.mlp.experts*", **options)
