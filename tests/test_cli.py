@@ -469,7 +469,7 @@ def test_what_compress_refuses(fails, place, words, expected):
         (["dense", *OUT, "-r", "abc"], "--ratios takes fractions of parameters to remove, above 0"),
         (["dense", *OUT, "-r", "0.5,0"], "with commas between them, got '0'"),
         (["dense", *OUT, "-r", "1"], "with commas between them, got '1'"),
-        (["dense", *OUT, "-r=-1"], "with commas between them, got '-1'"),
+        (["dense", *OUT, "--ratios=-1"], "with commas between them, got '-1'"),
         (["dense", *OUT, "-r", "nan"], "with commas between them, got 'nan'"),
         (["dense", *OUT, "-r", "0.5,"], "with commas between them, got ''"),
         (["dense", *OUT], "method fwsvd learns from text: give --calibration FILE, or"),
