@@ -212,7 +212,7 @@ def notes(comparison: Comparison) -> list[str]:
         if exceeds(row):
             found.append(
                 f"{_name(row)} keeps {row['kept_params']:,} parameters, more than its ratio "
-                f"allows ({row['removed']:.2%} removed): it is not compared with the others."
+                f"allows ({row['removed']:.2%} removed): it is never marked as the best."
             )
     for row in comparison.rows:
         if "error" in row:
