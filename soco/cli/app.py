@@ -71,7 +71,7 @@ class AllocatorName(str, Enum):
 
 
 # The switches of ``soco.comparison.OPTIONS``.
-ENTRY_OPTIONS = ("pivoted",)
+ENTRY_OPTIONS = ("pivoted", "surgeon", "refine")
 
 
 class Basis(str, Enum):
