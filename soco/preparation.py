@@ -232,6 +232,6 @@ def steps_bar(steps: int, progress: bool | None) -> Iterator[Callable[[Step], No
         def show(step: Step) -> None:
             bar.set_description(step.stage, refresh=False)
             bar.set_postfix(loss=f"{step.loss:.4f}", kept=f"{step.kept:.1%}", refresh=False)
-            bar.update()
+            bar.update(step.step - bar.n)  # a refinement tells of its start, too
 
         yield show
