@@ -239,9 +239,8 @@ def draw_ranks(comparison: Comparison, ratio: float, path: Path) -> None:
     columns = max(1, min(len(rows), int((13 - names) / (wide + 0.1))))
     columns = math.ceil(len(rows) / math.ceil(len(rows) / columns))
     lines = math.ceil(len(rows) / columns)
-    figure = new_figure(
-        names + columns * (wide + 0.1) + 0.9, lines * (high + 0.3) + 1.05, layout="constrained"
-    )
+    width = max(6.5, names + columns * (wide + 0.1) + 0.9)  # its title needs room, too
+    figure = new_figure(width, lines * (high + 0.3) + 1.05, layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     image = None
     for axes, row, (_, _, grid) in zip(panels.flat, rows, grids, strict=False):
@@ -283,7 +282,7 @@ def draw_spectra(comparison: Comparison, path: Path) -> None:
     lines = math.ceil(len(names) / columns)
     strip = 0.15 * len(rows) + 0.1
     figure = new_figure(
-        0.4 + 0.075 * max(len(row["method"]) for row in rows) + 2.8 * columns,
+        max(8.5, 0.4 + 0.075 * max(len(row["method"]) for row in rows) + 2.8 * columns),
         0.9 + lines * (1.5 + strip + 0.55),
         layout="constrained",
     )
@@ -305,7 +304,7 @@ def draw_spectra(comparison: Comparison, path: Path) -> None:
     handles, titles = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, titles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     ratio = comparison.middle or 0
-    joint = " " if columns > 2 else "\n"
+    joint = " " if columns > 3 else "\n"
     figure.suptitle(
         f"{comparison.setup['model']}: singular values, and the rank that is kept where{joint}"
         f"{format_percent(ratio)} of the parameters are removed (hollow: kept dense)",

@@ -171,6 +171,19 @@ def test_deep_models_and_encoders(tmp_path):
     assert len(plots.draw(encoder, tmp_path)) == 4
 
 
+@pytest.mark.parametrize("kinds", [1, 3])
+def test_titles_and_legends_fit(figures, tmp_path, kinds):
+    done = made_up(methods=("svd",), ratios=(0.25, 0.5))
+    done = dataclasses.replace(done, spectra=dict(list(done.spectra.items())[:kinds]))
+    plots.draw(done, tmp_path)
+    for figure in figures:
+        figure.draw_without_rendering()
+        for artist in (*figure.texts, *figure.legends, figure._suptitle):
+            if artist is not None:
+                box = artist.get_window_extent()
+                assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+
+
 def test_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"plots need matplotlib: pip install"):
