@@ -9,8 +9,9 @@ from soco.linalg import Factors, Spectrum, whitened_svd
 # it was summed of float32 products.
 CUTOFF = 1e-8
 
-# Entries of the largest temporary of the weighted fit, (rows, in, rank): 256 MB in float64.
+# Entries of the two largest temporaries of the weighted fit: 256 MB each in float64.
 _ENTRIES = 2**25
+_COLUMNS = 16  # of a triangle, that are made at a time
 
 
 def refit_up(weight: Tensor, down: Tensor, gram: Tensor, cross: Tensor | None = None) -> Tensor:
@@ -197,18 +198,34 @@ def _solve_rows(
 ) -> Tensor:
     """For every row i the x that minimizes ``sum_j F_ij (t_ij - basis_j x)^2``: (rows, rank)."""
     solved = []
-    rank = basis.shape[1]
-    rows = max(1, _ENTRIES // basis.numel())  # at a time
-    eye = torch.eye(rank, dtype=basis.dtype, device=basis.device)
+    rows = max(1, _ENTRIES // basis.shape[1] ** 2)  # at a time
     for t, f, x in zip(target.split(rows), weights.split(rows), start.split(rows), strict=True):
-        normal = torch.einsum("jk,ij,jl->ikl", basis, f, basis)  # (rows, rank, rank)
-        ridge = damping * normal.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * eye
+        normal = _normal(basis, f)
+        diagonal = normal.diagonal(dim1=-2, dim2=-1)
+        ridge = damping * diagonal.mean(-1, keepdim=True)
         # The damping pulls towards where the row was, and not towards zero: it never costs.
-        side = torch.einsum("jk,ij->ik", basis, f * t) + (ridge @ x[..., None])[..., 0]
-        chosen = torch.linalg.solve_ex(normal + ridge, side[..., None]).result[..., 0]
-        usable = chosen.isfinite().all(-1, keepdim=True) & (f.sum(-1, keepdim=True) > 0)
-        solved.append(torch.where(usable, chosen, x))
+        side = (f * t) @ basis + ridge * x
+        diagonal += ridge
+        root, failed = torch.linalg.cholesky_ex(normal)
+        chosen = torch.cholesky_solve(side[..., None], root)[..., 0]
+        usable = (failed == 0) & chosen.isfinite().all(-1) & (f.sum(-1) > 0)
+        solved.append(torch.where(usable[:, None], chosen, x))
     return torch.cat(solved)
+
+
+def _normal(basis: Tensor, weights: Tensor) -> Tensor:
+    """Lower triangles of ``basis^T diag(f) basis`` for each row f of ``weights``: (rows, k, k).
+
+    As few large products: those of one row alone would be too thin to be fast.
+    """
+    rank = basis.shape[1]
+    normal = basis.new_zeros(len(weights), rank, rank)
+    step = min(_COLUMNS, max(1, _ENTRIES // basis.numel()))
+    for begin in range(0, rank, step):
+        end = min(begin + step, rank)
+        pairs = (basis[:, begin:end, None] * basis[:, None, :end]).flatten(1)
+        normal[:, begin:end, :end] = (weights @ pairs).view(-1, end - begin, end)
+    return normal
 
 
 def _pinv(gram: Tensor) -> Tensor:
