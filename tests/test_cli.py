@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedT
 import soco
 from soco.allocators import ALLOCATORS
 from soco.cli import commands, comparing, demo, main, sources
-from soco.cli.app import ENTRY_OPTIONS, AllocatorName, Basis, Dtype, MethodName
 from soco.cli.messages import sentence
+from soco.cli.options import ENTRY_OPTIONS, AllocatorName, Basis, Dtype, MethodName
 from soco.comparison import DEFAULT_METHODS, OPTIONS
 from soco.methods import METHODS, SoCo
 from soco.record import Comparison

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,28 @@ import typer
 from typer.core import TyperGroup
 
 from soco.cli.messages import FAILED, in_one_line, say
+from soco.cli.options import (
+    CLOSED,
+    ENTRY_OPTIONS,
+    RUNNING,
+    TASKS,
+    TRAINING,
+    AllocatorName,
+    Basis,
+    BatchSizeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ExcludeOption,
+    FolderArgument,
+    IncludeOption,
+    JsonOption,
+    MethodName,
+    QuietOption,
+    SamplesOption,
+    StatsOption,
+    between_0_and_1,
+)
 
 # torch, transformers and what needs them are imported in the commands: `soco --help` is quick.
 
@@ -36,104 +57,6 @@ app = typer.Typer(
 
 # A command line that makes no sense. Newer typer has its own copy of click, older ones import it.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-
-
-class MethodName(str, Enum):
-    """The names in ``soco.methods.METHODS``."""
-
-    soco = "soco"
-    kfac_svd = "kfac-svd"
-    svd_llm = "svd-llm"
-    svd_llm_v2 = "svd-llm-v2"
-    aa_svd = "aa-svd"
-    saes = "saes"
-    svd_surgeon = "svd-surgeon"
-    dobi_svd = "dobi-svd"
-    basis_sharing = "basis-sharing"
-    adasvd = "adasvd"
-    asvd = "asvd"
-    fwsvd = "fwsvd"
-    tfwsvd = "tfwsvd"
-    svd = "svd"
-
-
-class AllocatorName(str, Enum):
-    """The names in ``soco.allocators.ALLOCATORS``."""
-
-    uniform = "uniform"
-    energy = "energy"
-    adacr = "adacr"
-    v2 = "v2"
-    effective_rank = "effective-rank"
-    sensitivity = "sensitivity"
-    lems = "lems"
-    learned = "learned"
-
-
-# The switches of ``soco.comparison.OPTIONS``.
-ENTRY_OPTIONS = ("pivoted", "surgeon", "refine")
-
-
-class Basis(str, Enum):
-    """Whose components SoCo learns to weigh."""
-
-    whitened = "whitened"
-    plain = "plain"
-
-
-class Dtype(str, Enum):
-    """In what the weights are loaded."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-def _between_0_and_1(value: float) -> float:
-    if not 0 < value < 1:
-        raise typer.BadParameter(
-            f"{value:g} is not above 0 and below 1 (the fraction of parameters to remove)."
-        )
-    return value
-
-
-_TRAINING = "Training (--method soco)"
-_CLOSED = "Methods without training (--method kfac-svd, svd-llm, ...)"
-_TASKS = "Tasks (--tasks)"
-_RUNNING = "Running"
-
-_DtypeOption = Annotated[
-    Dtype,
-    typer.Option(
-        metavar="DTYPE",
-        help="Of the weights: float32, bfloat16, float16, or auto, as stored.",
-        rich_help_panel=_RUNNING,
-    ),
-]
-_DeviceOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="As torch writes it: cpu, cuda, cuda:1.",
-        show_default="cuda if there is one, else cpu",
-        rich_help_panel=_RUNNING,
-    ),
-]
-_QuietOption = Annotated[
-    bool,
-    typer.Option(
-        "--quiet",
-        "-q",
-        help="Print results and warnings only, no progress.",
-        rich_help_panel=_RUNNING,
-    ),
-]
-_JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_FolderArgument = Annotated[
-    Path,
-    typer.Argument(metavar="DIR", help="Folder that soco compress wrote.", show_default=False),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -181,7 +104,7 @@ def compress(
             "--ratio",
             "-r",
             metavar="X",
-            callback=_between_0_and_1,
+            callback=between_0_and_1,
             help="Fraction of the compressed layers' parameters to remove.",
         ),
     ] = 0.5,
@@ -197,15 +120,7 @@ def compress(
         ),
     ] = None,
     method: Annotated[MethodName, typer.Option(help="How to compress.")] = MethodName.soco,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Sequences of calibration text.",
-            show_default="128 for demo, else 256",
-        ),
-    ] = None,
+    samples: SamplesOption = None,
     length: Annotated[
         int | None,
         typer.Option(
@@ -216,26 +131,12 @@ def compress(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same model.")] = 0,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Compress the layers that this glob matches; may be repeated.",
-            show_default="all linear layers in the blocks",
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Leave alone what this glob matches; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     steps: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Steps.", show_default="240", rich_help_panel=_TRAINING
+            min=1, metavar="N", help="Steps.", show_default="240", rich_help_panel=TRAINING
         ),
     ] = None,
     basis: Annotated[
@@ -243,7 +144,7 @@ def compress(
         typer.Option(
             help="Components of the weight as its inputs see it, or of the weight alone.",
             show_default="whitened",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     deviation: Annotated[
@@ -251,12 +152,12 @@ def compress(
         typer.Option(
             "--deviation",
             help="Train a vector that is added to each layer's outputs.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = False,
     learning_rate: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Of Adam.", show_default="0.02", rich_help_panel=_TRAINING),
+        typer.Option(metavar="X", help="Of Adam.", show_default="0.02", rich_help_panel=TRAINING),
     ] = None,
     micro_batch: Annotated[
         int | None,
@@ -265,7 +166,7 @@ def compress(
             metavar="N",
             help="Sequences of a step to hold in memory at a time.",
             show_default="all 8",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     checkpointing: Annotated[
@@ -273,7 +174,7 @@ def compress(
         typer.Option(
             "--checkpointing",
             help="Compute activations again where they are needed: less memory, a third slower.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = False,
     allocator: Annotated[
@@ -281,7 +182,7 @@ def compress(
         typer.Option(
             help="How the layers share the budget.",
             show_default="the method's own",
-            rich_help_panel=_CLOSED,
+            rich_help_panel=CLOSED,
         ),
     ] = None,
     pivoted: Annotated[
@@ -303,30 +204,14 @@ def compress(
         typer.Option(
             "--surgeon",
             help="Scale the components that stay so that they make up for those that went.",
-            rich_help_panel=_CLOSED,
+            rich_help_panel=CLOSED,
         ),
     ] = False,
-    stats: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder in which calibration statistics are stored, and looked for.",
-            show_default=False,
-            rich_help_panel=_RUNNING,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Sequences at a time through the model to calibrate.",
-            rich_help_panel=_RUNNING,
-        ),
-    ] = 8,
-    dtype: _DtypeOption = Dtype.auto,
-    device: _DeviceOption = None,
-    quiet: _QuietOption = False,
+    stats: StatsOption = None,
+    batch_size: BatchSizeOption = 8,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Compress a model and write it to a folder that transformers loads."""
     training = {
@@ -428,7 +313,7 @@ def evaluate(
             help="Files with the questions, such as ai2_arc_ARC-Easy.test.jsonl: no network is "
             "used.",
             show_default="from the hub",
-            rich_help_panel=_TASKS,
+            rich_help_panel=TASKS,
         ),
     ] = None,
     limit: Annotated[
@@ -438,7 +323,7 @@ def evaluate(
             metavar="N",
             help="At most so many questions per task.",
             show_default="all",
-            rich_help_panel=_TASKS,
+            rich_help_panel=TASKS,
         ),
     ] = None,
     num_fewshot: Annotated[
@@ -448,10 +333,10 @@ def evaluate(
             metavar="N",
             help="Solved examples before each question.",
             show_default="as the task has it",
-            rich_help_panel=_TASKS,
+            rich_help_panel=TASKS,
         ),
     ] = None,
-    as_json: _JsonOption = False,
+    as_json: JsonOption = False,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -459,12 +344,12 @@ def evaluate(
             metavar="N",
             help="Windows, or requests of tasks, at a time.",
             show_default="as many as hold 2048 tokens, 16384 on CUDA; 8 requests",
-            rich_help_panel=_RUNNING,
+            rich_help_panel=RUNNING,
         ),
     ] = None,
-    dtype: _DtypeOption = Dtype.auto,
-    device: _DeviceOption = None,
-    quiet: _QuietOption = False,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure perplexity on a text and the distance to the dense model, or answers to tasks."""
     if text is None and tasks is None:
@@ -558,15 +443,7 @@ def compare(
             show_default="demo for demo, else none",
         ),
     ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Sequences of calibration text.",
-            show_default="128 for demo, else 256",
-        ),
-    ] = None,
+    samples: SamplesOption = None,
     length: Annotated[
         int | None,
         typer.Option(
@@ -583,44 +460,14 @@ def compare(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of all that is random.")] = 0,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Compress the layers that this glob matches; may be repeated.",
-            show_default="all linear layers in the blocks",
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Leave alone what this glob matches; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print compare.json.")] = False,
-    stats: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder in which calibration statistics are stored, and looked for.",
-            show_default=False,
-            rich_help_panel=_RUNNING,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Sequences at a time through the model to calibrate.",
-            rich_help_panel=_RUNNING,
-        ),
-    ] = 8,
-    dtype: _DtypeOption = Dtype.auto,
-    device: _DeviceOption = None,
-    quiet: _QuietOption = False,
+    stats: StatsOption = None,
+    batch_size: BatchSizeOption = 8,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Compare methods: the same text and sizes for all, one table, pictures."""
     from soco.cli import comparing
@@ -651,8 +498,8 @@ def compare(
 
 @app.command()
 def report(
-    folder: _FolderArgument,
-    as_json: _JsonOption = False,
+    folder: FolderArgument,
+    as_json: JsonOption = False,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -670,7 +517,7 @@ def report(
 
 @app.command()
 def export(
-    folder: _FolderArgument,
+    folder: FolderArgument,
     output: Annotated[
         Path,
         typer.Option(
@@ -690,7 +537,7 @@ def export(
 
 
 @app.command()
-def info(as_json: _JsonOption = False) -> None:
+def info(as_json: JsonOption = False) -> None:
     """Say what is installed, what can run on which device, and what is missing."""
     from soco.cli import commands
 

@@ -1,0 +1,149 @@
+"""Names and options that several commands of ``soco`` share."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class MethodName(str, Enum):
+    """The names in ``soco.methods.METHODS``."""
+
+    soco = "soco"
+    kfac_svd = "kfac-svd"
+    svd_llm = "svd-llm"
+    svd_llm_v2 = "svd-llm-v2"
+    aa_svd = "aa-svd"
+    saes = "saes"
+    svd_surgeon = "svd-surgeon"
+    dobi_svd = "dobi-svd"
+    basis_sharing = "basis-sharing"
+    adasvd = "adasvd"
+    asvd = "asvd"
+    fwsvd = "fwsvd"
+    tfwsvd = "tfwsvd"
+    svd = "svd"
+
+
+class AllocatorName(str, Enum):
+    """The names in ``soco.allocators.ALLOCATORS``."""
+
+    uniform = "uniform"
+    energy = "energy"
+    adacr = "adacr"
+    v2 = "v2"
+    effective_rank = "effective-rank"
+    sensitivity = "sensitivity"
+    lems = "lems"
+    learned = "learned"
+
+
+# The switches of ``soco.comparison.OPTIONS``.
+ENTRY_OPTIONS = ("pivoted", "surgeon", "refine")
+
+
+class Basis(str, Enum):
+    """Whose components SoCo learns to weigh."""
+
+    whitened = "whitened"
+    plain = "plain"
+
+
+class Dtype(str, Enum):
+    """In what the weights are loaded."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def between_0_and_1(value: float) -> float:
+    """Refuse a fraction that removes nothing, or everything."""
+    if not 0 < value < 1:
+        raise typer.BadParameter(
+            f"{value:g} is not above 0 and below 1 (the fraction of parameters to remove)."
+        )
+    return value
+
+
+TRAINING = "Training (--method soco)"
+CLOSED = "Methods without training (--method kfac-svd, svd-llm, ...)"
+TASKS = "Tasks (--tasks)"
+RUNNING = "Running"
+
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        metavar="DTYPE",
+        help="Of the weights: float32, bfloat16, float16, or auto, as stored.",
+        rich_help_panel=RUNNING,
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="As torch writes it: cpu, cuda, cuda:1.",
+        show_default="cuda if there is one, else cpu",
+        rich_help_panel=RUNNING,
+    ),
+]
+QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Print results and warnings only, no progress.",
+        rich_help_panel=RUNNING,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+FolderArgument = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="Folder that soco compress wrote.", show_default=False),
+]
+SamplesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Sequences of calibration text.",
+        show_default="128 for demo, else 256",
+    ),
+]
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Compress the layers that this glob matches; may be repeated.",
+        show_default="all linear layers in the blocks",
+    ),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Leave alone what this glob matches; may be repeated.",
+        show_default=False,
+    ),
+]
+StatsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder in which calibration statistics are stored, and looked for.",
+        show_default=False,
+        rich_help_panel=RUNNING,
+    ),
+]
+BatchSizeOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Sequences at a time through the model to calibrate.",
+        rich_help_panel=RUNNING,
+    ),
+]
