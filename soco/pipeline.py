@@ -428,9 +428,14 @@ def _counterparts(model: nn.Module, shared: Workbench) -> dict[str, nn.Module]:
 def _columns(history: list[Step]) -> dict[str, list]:
     if not history:
         return {}
-    return {
+    columns = {
         "stage": [step.stage for step in history],
         "loss": [round(step.loss, 6) for step in history],
         "divergence": [round(step.divergence, 6) for step in history],
         "kept": [round(step.kept, 4) for step in history],
     }
+    if any(step.held_out is not None for step in history):
+        columns["held_out"] = [
+            None if step.held_out is None else round(step.held_out, 6) for step in history
+        ]
+    return columns

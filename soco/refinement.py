@@ -43,6 +43,8 @@ class Refinement:
     biases: bool = True  # whether the biases of compressed layers are trained, too
     held_out: float = 0.1  # fraction of the sequences, the last ones, that is only evaluated on
     evaluate_every: int = 20  # steps between two evaluations
+    backoff: float = 0.5  # what the learning rate is multiplied by, for good, when an evaluation
+    # is no new best; the factors then go back to the best ones. 1: it never is, nor do they
     patience: int | None = 4  # evaluations without a new best after which it stops; None: never
     checkpointing: bool = False  # recompute activations in backward: less memory, a third slower
     seed: int = 0  # of the order of the sequences
@@ -76,6 +78,8 @@ class Refinement:
             raise ValueError(
                 "divergence and cross_entropy are both 0: there is nothing to train on"
             )
+        if not 0 < self.backoff <= 1:
+            raise ValueError(f"backoff must be above 0 and at most 1, got {self.backoff}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be above 0 and below 1, got {self.held_out}")
 
@@ -106,7 +110,10 @@ def refine(
     The loss on held-out text is measured before the first step, every ``evaluate_every`` steps and
     at the end, and the factors that it was lowest for are the ones that stay. So on that text the
     model is never worse than before, whatever the settings are. That holds, too, when the loss or a
-    gradient stops being finite (the training ends with a warning) and on any exception.
+    gradient stops being finite (the training ends with a warning) and on any exception. Where a
+    measurement is no new best, training goes on from the best factors with a lower learning rate
+    (``backoff``): the rate that a badly damaged model takes is too high for one that is near to the
+    dense model already.
 
     Args:
         model: holds the compressed layers, and possibly dense ones; frozen but for the factors, in
@@ -209,6 +216,7 @@ class _Masters:
             p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
             for p in parameters
         ]
+        self.backed_off = 1.0  # what the learning rate has been multiplied by so far
         self.scale = _FIRST_SCALE if any(p.dtype == torch.float16 for p in parameters) else 1.0
         groups = [
             {"params": [master], "size": size}
@@ -217,6 +225,15 @@ class _Masters:
         self.optimizer = torch.optim.Adam(
             groups, lr=settings.learning_rate, betas=settings.betas, eps=_EPSILON
         )
+
+    @torch.no_grad()
+    def restart(self, backoff: float) -> None:
+        """Take the parameters over anew, forget all moments, and go on with smaller steps."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                master.copy_(parameter)
+        self.optimizer.state.clear()
+        self.backed_off *= backoff
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -253,6 +270,7 @@ class _Masters:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """One step of Adam, and the parameters rounded from their masters."""
+        rate *= self.backed_off
         decay = self.settings.weight_decay * self.settings.learning_rate * rate
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * rate * group["size"]
@@ -312,6 +330,9 @@ def _train(
         if step % settings.evaluate_every == 0 or step == settings.steps:
             measured, _ = _evaluate(run, held_out, size)
             best.offer(measured)
+            if best.since and settings.backoff < 1:
+                best.restore()
+                masters.restart(settings.backoff)
         note(step, loss, divergence, measured)
         if settings.patience is not None and best.since >= settings.patience:
             break

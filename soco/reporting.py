@@ -230,6 +230,9 @@ def _check_history(history: Mapping[str, list]) -> None:
             raise ValueError(f"report.history lacks the column {name!r}")
         for i, value in enumerate(history.get(name, ())):
             _value(kind, value, f"report.history.{name}[{i}]")
+    for i, value in enumerate(history.get("held_out", ())):
+        if value is not None:
+            _value(float, value, f"report.history.held_out[{i}]")
     lengths = {name: len(column) for name, column in history.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"report.history has columns of different lengths: {lengths}")
@@ -341,6 +344,17 @@ def _name_blocks(axes: Any, blocks: Sequence[str]) -> None:
         axes.set_xlabel("block")
 
 
+def _held_out_divergences(history: Mapping[str, list]) -> dict[int, float]:
+    """Step to the divergence on held-out text, where it was measured and is all of the loss."""
+    names = ("held_out", "loss", "divergence")
+    rows = zip(*(history.get(name, ()) for name in names), strict=False)
+    return {
+        step: held_out
+        for step, (held_out, loss, divergence) in enumerate(rows, 1)
+        if held_out is not None and loss == divergence
+    }
+
+
 def _draw_history(axes: Any, history: Mapping[str, list]) -> None:
     """Divergence (on a log axis if it varies much) and kept fraction by step, stages shaded."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -349,7 +363,8 @@ def _draw_history(axes: Any, history: Mapping[str, list]) -> None:
     count = len(divergences)
     steps = list(range(1, count + 1))
     marker = "." if count < 50 else ""
-    positive = [each for each in divergences if 0 < each < math.inf]
+    held_out = _held_out_divergences(history)
+    positive = [each for each in [*divergences, *held_out.values()] if 0 < each < math.inf]
     decades = math.log10(max(positive) / min(positive)) if positive else 0.0
     if decades > 1:
         # A model that nothing was taken from yet has no divergence, or one of rounding below zero.
@@ -359,6 +374,10 @@ def _draw_history(axes: Any, history: Mapping[str, list]) -> None:
         axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.plot(steps, divergences, color="#0072B2", marker=marker)
+    if held_out:
+        look = {"color": "black", "marker": "o", "markersize": 4, "linewidth": 1}
+        axes.plot(list(held_out), list(held_out.values()), label="on held-out text", **look)
+        axes.legend(loc="best")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlim(0.5, count + 0.5)
     axes.set_xlabel("step")

@@ -194,7 +194,7 @@ def test_the_best_is_kept_and_not_the_last():
     seen = []
     history = refine(
         model, pairs, WINDOWS[:18], TokenDistribution(),
-        Refinement(**FAST | {"steps": 60, "learning_rate": 0.3, "patience": None}),
+        Refinement(**FAST | {"steps": 60, "learning_rate": 0.3, "patience": None, "backoff": 1}),
         seen.append, held_out,
     )  # fmt: skip
     assert seen == history
@@ -209,11 +209,13 @@ def test_held_out_text_is_not_trained_on():
     for tail in (WINDOWS[-2:], WINDOWS[-2:].flip(-1)):
         model, pairs = compressed()
         windows = torch.cat([WINDOWS[:18], tail])
-        history = tune(model, pairs, windows=windows, patience=None)
+        history = tune(model, pairs, windows=windows, patience=None, backoff=1)
         results.append([step.loss for step in history[1:]])
     assert results[0] == results[1]
     model, pairs = compressed()
-    given = tune(model, pairs, windows=WINDOWS[:18], held_out=WINDOWS[-2:], patience=None)
+    given = tune(
+        model, pairs, windows=WINDOWS[:18], held_out=WINDOWS[-2:], patience=None, backoff=1
+    )
     assert [step.loss for step in given[1:]] == results[0]
 
 
@@ -221,6 +223,21 @@ def test_patience_ends_it():
     model, pairs = compressed(rank=31)
     history = tune(model, pairs, learning_rate=1.0, steps=100, evaluate_every=2, patience=3)
     assert history[-1].step == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_that_are_too_long_are_taken_back_and_shortened(dtype):
+    settings = {"learning_rate": 0.3, "steps": 60, "patience": None}
+    lowest = {}
+    for backoff in (1, 0.25):
+        model, pairs = compressed(rank=28, dtype=dtype)
+        history = tune(model, pairs, backoff=backoff, **settings)
+        lowest[backoff] = min(s.held_out for s in history if s.held_out is not None)
+    assert history[4].loss > 10 * history[0].loss  # it does go wrong first,
+    begins = [history[i + 1].loss for i, s in enumerate(history[:-1]) if s.held_out is not None]
+    assert max(begins) < 2 * history[0].loss  # and goes on from the best there was
+    assert lowest[1] == history[0].held_out
+    assert lowest[0.25] < 0.8 * history[0].held_out
 
 
 class Poisoned(TokenDistribution):
@@ -454,6 +471,7 @@ def test_arguments_are_checked():
         ("warmup", -1, "warmup must be a whole number of steps, got -1"),
         ("held_out", 1.0, "held_out must be above 0 and below 1, got 1.0"),
         ("patience", 0, "patience must be at least 1, or None, got 0"),
+        ("backoff", 0.0, "backoff must be above 0 and at most 1, got 0.0"),
         ("clip", 0.0, "clip must be positive, or None, got 0.0"),
         ("betas", (0.9, 1.0), "betas must be two numbers"),
         ("weight_decay", -1.0, "weight_decay must be at least 0, got -1.0"),

@@ -116,6 +116,10 @@ def at(path, value):
         (at(["history", "kept", 5], "a"), "report.history.kept[5] is of the wrong kind: 'a'"),
         (at(["history", "stage", 0], 1), "report.history.stage[0] is of the wrong kind: 1"),
         (
+            at(["history", "held_out"], ["a"]),
+            "report.history.held_out[0] is of the wrong kind: 'a'",
+        ),
+        (
             at(["history", "loss", 0], None),
             "report.history has columns of different lengths: "
             "{'stage': 8, 'loss': 7, 'divergence': 8, 'kept': 8}",
@@ -306,6 +310,25 @@ def test_picture_of_odd_divergences(axes, divergence, scale, drawn):
     steps = axes(example(history=history(divergence)))["step"]
     assert steps.get_yscale() == scale
     assert steps.lines[0].get_ydata() == pytest.approx(drawn, nan_ok=True)
+
+
+def test_picture_shows_the_held_out_text_where_it_was_measured(axes):
+    tuned = {
+        "stage": ["coarse"] * 2 + ["tuning"] * 4,
+        "loss": [0.3, 0.2, 0.2, 0.15, 0.15, 0.1],
+        "divergence": [0.2, 0.2, 0.2, 0.15, 0.15, 0.1],
+        "kept": [0.5] * 6,
+        "held_out": [None, None, 0.25, None, 0.005, None],
+    }
+    steps = axes(example(history=tuned))["step"]
+    assert steps.get_legend_handles_labels()[1] == ["on held-out text"]
+    assert steps.lines[1].get_xydata().tolist() == [[3, 0.25], [5, 0.005]]
+    assert steps.get_yscale() == "log"  # for the sake of the held-out text
+
+    # What a loss is on held-out text that is not the divergence alone has no place on its axis.
+    steps = axes(example(history=tuned | {"loss": [0.3] * 6}))["step"]
+    assert steps.get_legend() is None
+    assert len(steps.lines) == 1
 
 
 def test_picture_names_the_stages_there_is_room_for(axes):
