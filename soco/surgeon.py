@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from soco.component_gradients import Recorder, Sums
 from soco.linalg import Factors, Spectrum
 from soco.objectives import Objective
 from soco.steps import checkpointed, frozen
@@ -266,16 +267,7 @@ def quadratic(delta: Tensor, curvature: Tensor, pull: Tensor) -> Tensor:
     return delta @ curvature.double() @ delta / 2 - pull.double() @ delta
 
 
-@dataclass
-class _Sums:
-    """Of one layer, per fold: sums over the samples of ``g g^T`` and ``g r``, in float32."""
-
-    curvature: list[Tensor] = field(default_factory=list)  # (rank, rank)
-    pull: list[Tensor] = field(default_factory=list)  # (rank,)
-    samples: list[int] = field(default_factory=list)
-
-
-def _deltas(sums: Mapping[str, _Sums], settings: SVDSurgeon) -> dict[str, Tensor]:
+def _deltas(sums: Mapping[str, Sums], settings: SVDSurgeon) -> dict[str, Tensor]:
     """The change of each layer's scales, (rank,), float64."""
     losses = {
         name: _validated(each, settings) if settings.validation != "none" else None
@@ -296,7 +288,7 @@ def _deltas(sums: Mapping[str, _Sums], settings: SVDSurgeon) -> dict[str, Tensor
     return deltas
 
 
-def _validated(sums: _Sums, settings: SVDSurgeon) -> Tensor | None:
+def _validated(sums: Sums, settings: SVDSurgeon) -> Tensor | None:
     """The quadratic of either half at the other's update, (fractions,), on the CPU."""
     if 0 in sums.samples:
         return None
@@ -374,14 +366,14 @@ def _collect(
     generator: torch.Generator,
     on_batch: Callable[[int], None],
     folds: int = 2,
-) -> dict[str, _Sums]:
+) -> dict[str, Sums]:
     """Run the dense model over the windows, forward and backward; the sums of the layers reached.
 
     Sequence k belongs to fold ``k mod folds``. A layer that sees its tokens without a batch
     dimension gives one sample per batch, whose fold is the batch's number ``mod folds``. With one
     fold, for saliency, nothing is removed and ``pull`` is 0.
     """
-    recorder = _Recorder()
+    recorder = Recorder()
     device = next(model.parameters()).device
     probe = torch.zeros((), device=device, requires_grad=True)  # the one leaf gradients flow to
     hooks = [
@@ -390,7 +382,7 @@ def _collect(
         )
         for name, factors in layers.items()
     ]
-    sums: dict[str, _Sums] = {}
+    sums: dict[str, Sums] = {}
     blocks = transformer_blocks(model) if settings.checkpointing else []
     try:
         with frozen(model), checkpointed(blocks):
@@ -405,7 +397,7 @@ def _collect(
                     torch.autograd.grad(surprise, [probe], retain_graph=more, allow_unused=True)
                     for name, (g, r) in recorder.take().items():
                         first = number * settings.batch_size if len(g) == len(ids) else number
-                        _add(sums.setdefault(name, _Sums()), g, r, first, folds)
+                        sums.setdefault(name, Sums()).add(g, r, first, folds)
                 on_batch(min((number + 1) * settings.batch_size, len(windows)))
     finally:
         for hook in hooks:
@@ -417,90 +409,6 @@ def _collect(
                 f"overflows in its dtype, or its weights are broken"
             )
     return sums
-
-
-def _add(sums: _Sums, g: Tensor, r: Tensor, first: int, folds: int) -> None:
-    """Add samples g (samples, rank) and r (samples,), the first being number ``first``."""
-    rank = g.shape[1]
-    for fold in range(folds):
-        if len(sums.samples) == fold:
-            sums.curvature.append(g.new_zeros(rank, rank))
-            sums.pull.append(g.new_zeros(rank))
-            sums.samples.append(0)
-        mine = slice((fold - first) % folds, None, folds)
-        sums.curvature[fold].addmm_(g[mine].T, g[mine])
-        sums.pull[fold].addmv_(g[mine].T, r[mine])
-        sums.samples[fold] += len(r[mine])
-
-
-class _Recorder:
-    """Notes, in backward, what the layers' inputs and output gradients come to in each sequence."""
-
-    def __init__(self) -> None:
-        self.shape: tuple[int, ...] = ()  # (sequences, length) of the ids that run
-        self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
-
-    def hook(
-        self, name: str, factors: Factors, weight: Tensor | None, probe: Tensor
-    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        """The forward hook of the layer ``name``: its output, with an ear in its backward.
-
-        With x_t the inputs and e_t the gradients of the outputs, ``G = sum_t e_t x_t^T``, so
-        ``g_i = sum_t (u_i . e_t) (d_i . x_t)`` and ``r = sum_t e_t^T W x_t - sum_i g_i`` (0 without
-        a weight). No gradient of the size of a weight is made.
-        """
-
-        def note(x: Tensor, grad: Tensor) -> None:
-            x, grad = self._by_sequence(x), self._by_sequence(grad)
-            g = ((x @ factors.down.float().T) * (grad @ factors.up.float())).sum(1)
-            r = g.new_zeros(len(g))
-            if weight is not None:
-                r = ((grad @ weight.float()) * x).sum((1, 2)) - g.sum(1)
-            self._rows.setdefault(name, []).append((g, r))
-
-        def observe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return _Listen.apply(output, inputs[0].detach(), probe, note)
-
-        return observe
-
-    def _by_sequence(self, rows: Tensor) -> Tensor:
-        """(..., features) as (sequences, tokens, features), float32; one sequence if unknown."""
-        count, length = self.shape
-        known = (rows.dim() > 2 and len(rows) == count) or rows.shape[:-1].numel() == count * length
-        return rows.detach().float().reshape(count if known else 1, -1, rows.shape[-1])
-
-    def take(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Name to samples (samples, rank) and (samples,), and forget them.
-
-        Several calls of one layer add up: sequence by sequence, or all in one where a call knew no
-        sequences.
-        """
-        taken = {}
-        for name, calls in self._rows.items():
-            if len({len(r) for _, r in calls}) > 1:
-                calls = [(g.sum(0, keepdim=True), r.sum(0, keepdim=True)) for g, r in calls]
-            taken[name] = (sum(g for g, _ in calls), sum(r for _, r in calls))
-        self._rows.clear()
-        return taken
-
-
-class _Listen(torch.autograd.Function):
-    """The identity; its backward tells what the layer's input and output gradient were."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, probe: Tensor, note: Callable[[Tensor, Tensor], None]
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.note = note
-        return y.clone()  # not a view: models may write into it
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = grads
-        (x,) = ctx.saved_tensors
-        ctx.note(x, grad)
-        return grad, None, None, None
 
 
 def _samples(windows: Tensor, settings: SVDSurgeon) -> Tensor:

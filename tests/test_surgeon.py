@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from soco.calibration import collect
+from soco.component_gradients import Sums
 from soco.linalg import Factors, whitened_svd
 from soco.modules import LowRankLinear
 from soco.objectives import HiddenStates, TokenDistribution
@@ -26,8 +27,6 @@ from soco.surgeon import (
     _applied,
     _collect,
     _deltas,
-    _Recorder,
-    _Sums,
     quadratic,
     removal_cost,
     rescale,
@@ -285,7 +284,7 @@ def fold(g, r):
 
 
 def sums_of(*folds):
-    return _Sums([h for h, _ in folds], [b for _, b in folds], [1 for _ in folds])
+    return Sums([h for h, _ in folds], [b for _, b in folds], [1 for _ in folds])
 
 
 def test_validation_refuses_what_the_other_half_contradicts():
@@ -431,15 +430,6 @@ def test_outputs_may_be_written_into():
     targets, factors = truncated(model, rank=2)
     result = rescale(model, factors, targets, windows(), TokenDistribution(), PLAIN)
     assert all(not torch.equal(result[n].up, factors[n].up) for n in factors)
-
-
-def test_rows_of_flattened_sequences_are_told_apart():
-    recorder = _Recorder()
-    recorder.shape = (3, 4)
-    rows = torch.arange(24.0).view(12, 2)
-    assert torch.equal(recorder._by_sequence(rows), rows.view(3, 4, 2))
-    assert recorder._by_sequence(rows[:5]).shape == (1, 5, 2)
-    assert recorder._by_sequence(rows.view(3, 2, 2, 2)).shape == (3, 4, 2)
 
 
 def test_calls_of_one_layer_add_up():
