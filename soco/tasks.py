@@ -185,6 +185,31 @@ def evaluate_tasks(
     )
 
 
+def check_tasks(
+    tasks: str | Sequence[str],
+    *,
+    data: str | PathLike[str] | None = None,
+    num_fewshot: int | None = None,
+) -> None:
+    """See whether the tasks exist, and their files, before a model is loaded for them.
+
+    The arguments are those of ``evaluate_tasks``.
+
+    Raises:
+        ImportError: lm_eval is missing.
+        ValueError: there is no such task, or no file for it in ``data``.
+    """
+    names = _names(tasks)
+    imported("lm_eval")
+    folder = None if data is None else Path(data).expanduser()
+    with (
+        _quiet(False, downloads=data is None),
+        tempfile.TemporaryDirectory(prefix="soco-tasks-") as scratch,
+    ):
+        for i, name in enumerate(names):
+            plan_task(name, folder, num_fewshot, Path(scratch) / str(i))
+
+
 def _names(tasks: str | Sequence[str]) -> list[str]:
     given = tasks.split(",") if isinstance(tasks, str) else tasks
     names = list(dict.fromkeys(name.strip() for name in given))

@@ -691,6 +691,20 @@ def test_what_evaluate_refuses_of_tasks(fails, questions, words, expected):
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--tasks", "piqqa"], "lm_eval has no task 'piqqa': did you mean piqa"),
+        (["--tasks", "hellaswag"], "task hellaswag has no questions: data holds no hellaswag.val"),
+    ],
+)
+def test_tasks_are_looked_for_before_the_model_is_loaded(
+    fails, questions, monkeypatch, words, expected
+):
+    monkeypatch.setattr(commands, "open_model", lambda *_: pytest.fail("the model was loaded"))
+    assert expected in fails("evaluate", "dense", "--text", "text.txt", *questions, *words)
+
+
+@pytest.mark.parametrize(
     ("rows", "expected"),
     [
         ([], "piqa.validation.jsonl is empty: it has no questions"),

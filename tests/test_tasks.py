@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import soco
-from soco.tasks import TaskScore, TaskScores, evaluate_tasks
+from soco.tasks import TaskScore, TaskScores, check_tasks, evaluate_tasks
 from task_rows import ARC, COPA, GSM8K, ROWS, write_all, write_rows
 from tiny_models import compress, tiny_model
 
@@ -253,6 +253,15 @@ def test_what_is_refused(small, tokenizer, folder, changes, expected):
     options = {"tasks": "copa", "tokenizer": tokenizer, "data": folder, **changes}
     with pytest.raises(ValueError, match=expected):
         evaluate_tasks(small, **options)
+
+
+def test_tasks_can_be_checked_beforehand(folder, offline):
+    check_tasks("copa, arc_easy", data=folder)
+    with pytest.raises(ValueError, match="lm_eval has no task 'arc_eazy': did you mean arc_easy"):
+        check_tasks(["copa", "arc_eazy"], data=folder)
+    with pytest.raises(ValueError, match="there is no folder 'nowhere'"):
+        check_tasks("copa", data="nowhere")
+    check_tasks("copa")  # the hub's data are not looked for
 
 
 def test_encoders_are_refused(tokenizer, folder):

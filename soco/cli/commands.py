@@ -38,7 +38,7 @@ from soco.pipeline import compress as compress_model
 from soco.pipeline import find_method, reads_text
 from soco.reporting import Report, format_bytes
 from soco.reporting import report as report_of
-from soco.tasks import evaluate_tasks
+from soco.tasks import check_tasks, evaluate_tasks
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,8 @@ def evaluate(
     values: dict[str, Any] = {"model": model, "text": text, "dense": dense}
     told = []
     with quiet_libraries(bars=_shows_bars(quiet)):
+        if tasks is not None:
+            check_tasks(tasks, data=task_options["data"], num_fewshot=task_options["num_fewshot"])
         small = open_model(model, dtype, place)
         large = None if dense is None else open_model(dense, dtype, place)
         tokenizer = open_tokenizer(model)
