@@ -2,10 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from soco.calibration import KINDS, Statistics
 from soco.folders import replaced
-from soco.headers import read_headers, read_json
+from soco.headers import Entry, read_headers, read_json
 
 RECORD, TENSORS = "statistics.json", "statistics.safetensors"
 FORMAT = 1
@@ -25,13 +27,14 @@ class Key:
     """What statistics depend on."""
 
     model: str  # hash of all parameters and buffers, and their names
+    config: str  # hash of the class and the configuration
     data: str  # hash of the token ids, and of how they are cut into windows and batches
     seed: int  # of drawn labels
 
     @property
     def folder(self) -> str:
         """The name of its folder."""
-        return f"{self.model[:16]}-{self.data[:16]}-{self.seed}"
+        return f"{self.model[:16]}-{self.config[:8]}-{self.data[:16]}-{self.seed}"
 
 
 def key_of(model: nn.Module, windows: Tensor, batch_size: int, seed: int) -> Key:
@@ -41,15 +44,31 @@ def key_of(model: nn.Module, windows: Tensor, batch_size: int, seed: int) -> Key
         of_model.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         of_model.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    of_config = hashlib.sha256(_configuration(model).encode())
     of_data = hashlib.sha256(f"{tuple(windows.shape)} {batch_size};".encode())
     of_data.update(windows.contiguous().numpy().data)
-    return Key(of_model.hexdigest(), of_data.hexdigest(), seed)
+    return Key(of_model.hexdigest(), of_config.hexdigest(), of_data.hexdigest(), seed)
+
+
+# Entries of a configuration on which nothing depends that a model computes.
+_INCIDENTAL = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
+
+
+def _configuration(model: nn.Module) -> str:
+    """The class and the settings of a model, of which two may have the same weights."""
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    kept = {key: value for key, value in settings.items() if key not in _INCIDENTAL}
+    return f"{type(model).__name__} {json.dumps(kept, sort_keys=True, default=str)}"
 
 
 def store(directory: str | PathLike[str], key: Key, statistics: Mapping[str, Statistics]) -> None:
     """Write statistics into the key's folder in ``directory``, as a whole or not at all.
 
-    Layers that share a sum share it on disk.
+    Layers that share a sum share it on disk. What the folder has of other layers stays.
+
+    Raises:
+        ValueError: what the folder has is damaged.
     """
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}  # address of a tensor to its name in the file
@@ -61,16 +80,58 @@ def store(directory: str | PathLike[str], key: Key, statistics: Mapping[str, Sta
             tensors[name] = tensor.detach().cpu().contiguous()
             parts[kind] = name
         layers[layer] = {"tokens": each.tokens, "sequences": each.sequences, "parts": parts}
+    for layer, (described, others) in _others(Path(directory) / key.folder, layers).items():
+        layers[layer] = described
+        for kind, tensor in others.items():
+            name = names.setdefault(tensor.data_ptr(), f"{layer}.{kind}")
+            tensors[name] = tensor
+            described["parts"][kind] = name
     record = {"format": FORMAT, **vars(key), "layers": layers}
     with replaced(Path(directory) / key.folder) as folder:
         save_file(tensors, folder / TENSORS)
         (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
+def _others(
+    folder: Path, own: Mapping[str, object]
+) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Layers in the folder that are not among ``own``: how they are described, and their sums."""
+    if not folder.is_dir():
+        return {}
+    layers = read_json(folder / RECORD).get("layers", {})
+    parts = {n: _parts(folder, n, each) for n, each in layers.items() if n not in own}
+    entries = _entries(folder) if parts else {}
+    read: dict[str, Tensor] = {}
+    with _opened(folder) if parts else nullcontext() as file:
+        for name in {name for each in parts.values() for name in each.values()}:
+            if name not in entries:
+                raise ValueError(f"{folder / TENSORS} does not hold {name}")
+            read[name] = file.get_tensor(name)
+    return {
+        layer: (dict(layers[layer], parts={}), {kind: read[name] for kind, name in each.items()})
+        for layer, each in parts.items()
+    }
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    if not (folder / TENSORS).is_file():
+        raise ValueError(f"{folder / TENSORS} is missing")
+    return read_headers([folder / TENSORS])
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    try:
+        with safe_open(folder / TENSORS, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{folder / TENSORS} is broken: {error}") from error
+
+
 def fetch(
     directory: str | PathLike[str], key: Key, shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, Statistics] | None:
-    """Read the statistics of a key, or None where there are none for these layers.
+    """Read the statistics of a key: of those of the layers that it has, None if it has nothing.
 
     Args:
         directory: that ``store`` wrote to.
@@ -82,8 +143,10 @@ def fetch(
             name says.
     """
     folder = Path(directory) / key.folder
-    if not folder.is_dir():
+    if not folder.exists():
         return None
+    if not folder.is_dir():
+        raise ValueError(f"{folder} should be a folder of statistics, and is a file: remove it")
     record = read_json(folder / RECORD)
     if record.get("format") != FORMAT:
         raise ValueError(f"{folder / RECORD} is of format {record.get('format')!r}, not {FORMAT}")
@@ -95,32 +158,31 @@ def fetch(
     layers = record.get("layers")
     if not isinstance(layers, dict):
         raise ValueError(f"{folder / RECORD} names no layers")
-    if not shapes.keys() <= layers.keys():
+    shapes = {layer: shape for layer, shape in shapes.items() if layer in layers}
+    if not shapes:
         return None
-    entries = read_headers([folder / TENSORS])
+    entries = _entries(folder)
     read: dict[str, Tensor] = {}
     found = {}
-    try:
-        with safe_open(folder / TENSORS, "pt") as file:
-            for layer, shape in shapes.items():
-                described = layers[layer]
-                parts = {}
-                for kind, name in _parts(folder, layer, described).items():
-                    if name not in entries or entries[name].shape != _sizes(shape)[kind]:
-                        raise ValueError(
-                            f"{folder / TENSORS} does not hold {kind} of {layer} with shape "
-                            f"{list(_sizes(shape)[kind])}"
-                        )
-                    if name not in read:
-                        read[name] = file.get_tensor(name)
-                    parts[kind] = read[name]
-                if "gram" not in parts:
-                    raise ValueError(f"{folder / RECORD} names no Gram matrix of {layer}")
-                found[layer] = Statistics(
-                    tokens=described["tokens"], sequences=described["sequences"], **parts
-                )
-    except SafetensorError as error:
-        raise ValueError(f"{folder / TENSORS} is broken: {error}") from error
+    with _opened(folder) as file:
+        for layer, shape in shapes.items():
+            described = layers[layer]
+            parts = {}
+            for kind, name in _parts(folder, layer, described).items():
+                entry = entries.get(name)
+                if entry is None or entry[1:] != ("F64", _sizes(shape)[kind]):
+                    raise ValueError(
+                        f"{folder / TENSORS} does not hold {kind} of {layer} as float64 with "
+                        f"shape {list(_sizes(shape)[kind])}"
+                    )
+                if name not in read:
+                    read[name] = file.get_tensor(name)
+                parts[kind] = read[name]
+            if "gram" not in parts:
+                raise ValueError(f"{folder / RECORD} names no Gram matrix of {layer}")
+            found[layer] = Statistics(
+                tokens=described["tokens"], sequences=described["sequences"], **parts
+            )
     return found
 
 

@@ -21,6 +21,7 @@ from soco.archive import key_of
 from soco.data import cut_windows, token_ids
 from soco.diagnosis import describe_machine
 from soco.evaluation import DEFAULT_LENGTH, Evaluation, evaluate
+from soco.experts import experts_apart
 from soco.factorization import kind_of
 from soco.methods import METHODS
 from soco.methods.bases import Plain, Whitened
@@ -174,62 +175,63 @@ def compare(
     if calibration is None and readers:
         raise ValueError(f"method {readers[0]} learns from text: give calibration=")
     texts = dict(text) if isinstance(text, Mapping) else {_title(text): text}
-    notes: list[str] = []
-    with noted(notes):
-        tell("reading the texts")
-        bench = prepare(
-            model,
-            tokenizer=tokenizer,
-            calibration=calibration,
-            samples=samples,
-            length=length,
-            seed=seed,
-            include=include,
-            exclude=exclude,
-            batch_size=batch_size,
-            stats=stats,
-            progress=progress,
-        )
-        tokens = int(length or bench.source.get("length") or _length_for(model))
-        measure = _Measure(texts, tokenizer, tokens, windows)
-    setup = _setup(name, bench, measure, windows, seed)
-    path = Path(output) / RECORD
-    result = _resumed(path, setup) if path.is_file() else Comparison(setup, {}, ())
-    rows = {(row["method"], row["ratio"]): row for row in result.rows}
-    wanted = [(entry, ratio) for ratio in sizes for entry in entries]
-    missing = [(entry, ratio) for entry, ratio in wanted if (str(entry), ratio) not in rows]
-    if missing:
-        machine = describe_machine(next(model.parameters()).device.type)
-        result = replace(
-            _moved(result, machine),
-            command=command or result.command,
-            warnings=tuple(dict.fromkeys([*result.warnings, *notes])),
-            shapes={layer: list(shape) for layer, shape in bench.shapes.items()},
-        )
+    with experts_apart(model):
+        notes: list[str] = []
+        with noted(notes):
+            tell("reading the texts")
+            bench = prepare(
+                model,
+                tokenizer=tokenizer,
+                calibration=calibration,
+                samples=samples,
+                length=length,
+                seed=seed,
+                include=include,
+                exclude=exclude,
+                batch_size=batch_size,
+                stats=stats,
+                progress=progress,
+            )
+            tokens = int(length or bench.source.get("length") or _length_for(model))
+            measure = _Measure(texts, tokenizer, tokens, windows)
+        setup = _setup(name, bench, measure, windows, seed)
+        path = Path(output) / RECORD
+        result = _resumed(path, setup) if path.is_file() else Comparison(setup, {}, ())
         rows = {(row["method"], row["ratio"]): row for row in result.rows}
-        kinds = frozenset().union(*(needs[str(entry)] for entry, _ in missing))
-        if kinds:
-            tell("collecting statistics for all methods in one pass")
-            begin = time.perf_counter()
-            bench.statistics(kinds)
-            taken = {"kinds": sorted(kinds), "seconds": _seconds(begin)}
-            result = replace(result, setup={**result.setup, "statistics": taken})
-        if not result.dense:
-            tell("measuring the dense model")
-            result = replace(result, dense=_dense_row(model, bench, measure))
-    told: set[str] = set()
-    for entry, ratio in wanted:
-        key = (str(entry), ratio)
-        if key not in rows:
-            tell(f"{entry} at {ratio:g}")
-            rows[key] = _run(entry, ratio, model, bench, measure, seed, progress, told)
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            result = replace(result, rows=tuple(rows.values()), date=now)
+        wanted = [(entry, ratio) for ratio in sizes for entry in entries]
+        missing = [(entry, ratio) for entry, ratio in wanted if (str(entry), ratio) not in rows]
+        if missing:
+            machine = describe_machine(next(model.parameters()).device.type)
+            result = replace(
+                _moved(result, machine),
+                command=command or result.command,
+                warnings=tuple(dict.fromkeys([*result.warnings, *notes])),
+                shapes={layer: list(shape) for layer, shape in bench.shapes.items()},
+            )
+            rows = {(row["method"], row["ratio"]): row for row in result.rows}
+            kinds = frozenset().union(*(needs[str(entry)] for entry, _ in missing))
+            if kinds:
+                tell("collecting statistics for all methods in one pass")
+                begin = time.perf_counter()
+                bench.statistics(kinds)
+                taken = {"kinds": sorted(kinds), "seconds": _seconds(begin)}
+                result = replace(result, setup={**result.setup, "statistics": taken})
+            if not result.dense:
+                tell("measuring the dense model")
+                result = replace(result, dense=_dense_row(model, bench, measure))
+        told: set[str] = set()
+        for entry, ratio in wanted:
+            key = (str(entry), ratio)
+            if key not in rows:
+                tell(f"{entry} at {ratio:g}")
+                rows[key] = _run(entry, ratio, model, bench, measure, seed, progress, told)
+                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                result = replace(result, rows=tuple(rows.values()), date=now)
+                result.write(path)
+            on_row(rows[key])
+        if not result.spectra:  # last, so that no row profits from it
+            result = replace(result, spectra=_spectra(bench))
             result.write(path)
-        on_row(rows[key])
-    if not result.spectra:  # last, so that no row profits from it
-        result = replace(result, spectra=_spectra(bench))
-        result.write(path)
     return result
 
 
@@ -250,7 +252,9 @@ def _resumed(path: Path, setup: Mapping[str, Any]) -> Comparison:
     done = Comparison.read(path)
     for key, value in setup.items():
         old = done.setup.get(key)
-        if old != value:
+        if key == "config_hash" and old is None:  # of an older soco
+            continue
+        if old != value or (key == "texts" and list(old) != list(value)):
             values = f" ({old!r}, now {value!r})" if len(f"{old!r}{value!r}") < 80 else ""
             raise ValueError(
                 f"{path} was made with another {_CALLED.get(key, key.replace('_', ' '))}{values}: "
@@ -261,9 +265,10 @@ def _resumed(path: Path, setup: Mapping[str, Any]) -> Comparison:
 
 _CALLED = {  # fields of the setup whose names do not say it
     "model_hash": "model: its weights differ",
+    "config_hash": "model: its configuration differs",
     "calibration_hash": "calibration text: its tokens differ",
     "layers_hash": "choice of layers",
-    "texts": "text to measure on",
+    "texts": "text to measure on, or in another order",
 }
 
 
@@ -452,6 +457,7 @@ def _setup(
         "batch_size": bench.batch_size,
         "texts": measure.about,
         "model_hash": key.model[:16],
+        "config_hash": key.config[:16],
         "calibration_hash": key.data[:16],
         "layers_hash": hashlib.sha256(layers.encode()).hexdigest()[:16],
     }

@@ -232,6 +232,14 @@ def experts_split(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
         raise
 
 
+@contextmanager
+def experts_apart(model: nn.Module) -> Iterator[None]:
+    """Inside, the experts are split; afterwards they are fused as before, unless compressed."""
+    with experts_split(model) as fused:
+        yield
+    join_experts(model, fused)
+
+
 def find_experts(model: nn.Module) -> dict[str, Experts]:
     """All ``Experts`` of a model, by their first names, in the tree's order."""
     return {n: module for n, module in model.named_modules() if isinstance(module, Experts)}

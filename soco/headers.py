@@ -38,6 +38,8 @@ def read_json(file: Path) -> dict:
         raise ValueError(f"{file} is missing") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{file} is not JSON that anyone wrote: it is nested too deep") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(data).__name__}")
     return data
@@ -108,7 +110,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
         header = stream.read(length)
     try:
         tensors = json.loads(header)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{file} is not a safetensors file: its header is no JSON object")

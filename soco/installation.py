@@ -12,10 +12,10 @@ from soco.surgery import (
     bias_of,
     output_head,
     replace_modules,
-    set_weight,
     shape_of,
     untie_head,
     weight_of,
+    with_weight,
 )
 
 # Layer to its factors, to the weight it stays dense with, or to None: as it was; and to its bias.
@@ -29,8 +29,8 @@ def install(
     groups: Sequence[tuple[str, ...]],
     *,
     pivoted: bool,
-) -> dict[str, CompressedLinear]:
-    """Put low-rank layers where there are factors, and set weights where there are others.
+) -> tuple[dict[str, CompressedLinear], dict[str, nn.Module]]:
+    """Put low-rank layers where there are factors, and new dense ones where there are weights.
 
     Args:
         model: with its dense layers in place.
@@ -40,12 +40,13 @@ def install(
         pivoted: whether to store pivot rows and what combines them.
 
     Returns:
-        Name to the layers that are low-rank now.
+        Name to the layers that are low-rank now, and to the dense ones with other weights.
     """
     head = output_head(model)
     if head is not None and head in placed and placed[head][0] is not None:
         untie_head(model)
     made: dict[str, CompressedLinear] = {}
+    redone: dict[str, nn.Module] = {}
     for name, module in targets.items():
         weight, bias = placed[name]
         if isinstance(weight, Factors):
@@ -56,13 +57,13 @@ def install(
             else:
                 made[name] = LowRankLinear.from_factors(weight.to(dtype), bias)
         elif weight is not None:
-            set_weight(module, weight)
+            redone[name] = with_weight(module, weight)
     for group in groups:
         layers = [layer for name in group if isinstance(layer := made.get(name), LowRankLinear)]
         if len(layers) > 1:
             share_basis(layers)
-    replace_modules(model, made)
-    return made
+    replace_modules(model, {**made, **redone})
+    return made, redone
 
 
 def layer_reports(

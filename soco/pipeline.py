@@ -2,12 +2,15 @@
 
 import dataclasses
 import inspect
+import json
+import math
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from soco.allocators import ALLOCATORS, Allocator
@@ -35,17 +38,19 @@ from soco.preparation import (
     steps_bar,
     warn_of_rare,
 )
-from soco.ranks import parameter_budget
+from soco.ranks import check_ratio, parameter_budget
 from soco.refinement import Refinement
 from soco.refinement import refine as refine_factors
 from soco.reporting import Report
 from soco.steps import Step
 from soco.surgeon import SVDSurgeon, rescale
-from soco.surgery import bias_of, fused_experts, is_linear, shape_of
+from soco.surgery import bias_of, fused_experts, is_linear, shape_of, weight_of
 from soco.workbench import Groups, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_PROBING = ("sensitivity", "lems")  # allocators that try layers out at several ranks
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 
@@ -135,6 +140,7 @@ def compress(
     )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    check_ratio(ratio)
     check_model(model)
     reads = reads_text(chosen, choices.rule, choices.surgeon, choices.refinement)
     if reads and (calibration is None if shared is None else shared.windows is None):
@@ -142,8 +148,11 @@ def compress(
             f"method {chosen.name} learns from text: give calibration=, a path or token ids, or "
             f'"self" for text that the model writes itself'
         )
+    if shared is not None:
+        _check_whole(shared)
     clock = Clock(next(model.parameters()).device)
     before = size_of(model)
+    own = shared is None
     notes: list[str] = []
     with experts_split(model) as fused:
         if shared is None:
@@ -167,10 +176,12 @@ def compress(
         with unchanged_on_error(shared.model, shared.targets), unchanged_on_error(model, targets):
             run = _Run(model, targets, shared, ratio, budget, clock, notes)
             placed, groups, scores, history = _factor(run, choices)
-            made = install(model, targets, placed, groups, pivoted=pivoted)
+            made, redone = install(model, targets, placed, groups, pivoted=pivoted)
             if choices.refinement is not None and made:
+                if own:
+                    shared.forget()
                 with clock("refinement"), noted(notes):
-                    history += _refine(run, made, choices.refinement, progress)
+                    history += _refine(run, made, redone, choices.refinement, progress)
             join_experts(model, fused)
             layers = layer_reports(targets, made, groups, scores)
             after, peak = size_of(model), clock.peak()
@@ -216,6 +227,13 @@ class _Choices:
             raise ValueError(f"method {self.method.name} shares its bases, which cannot be pivoted")
         if self.surgeon is not None and isinstance(self.method, TrainedMethod):
             raise ValueError(f"method {self.method.name} trains its scales, and takes no surgeon")
+        try:
+            json.dumps(self.settings(), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the settings are written into the model's config.json and have to be plain, "
+                f"finite values: {error}"
+            ) from error
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on, as plain JSON data."""
@@ -314,12 +332,22 @@ def _with_biases(run: _Run, found: Mapping[str, Factors | None]) -> Placed:
 
 
 def _refine(
-    run: _Run, made: Mapping[str, nn.Module], settings: Refinement, progress: bool | None
+    run: _Run,
+    made: Mapping[str, nn.Module],
+    redone: Mapping[str, nn.Module],
+    settings: Refinement,
+    progress: bool | None,
 ) -> list[Step]:
-    """Train the factors that are in the model now."""
-    pairs = {name: (run.targets[name], layer) for name, layer in made.items()}
+    """Train the factors that are in the model now; ``redone`` are its dense layers with others."""
+    pairs, others = (
+        {name: (run.targets[name], layer) for name, layer in layers.items()}
+        for layers in (made, redone)
+    )
+    objective = run.shared.objective
     with steps_bar(settings.steps, progress) as show:
-        return refine_factors(run.model, pairs, run.windows, run.shared.objective, settings, show)
+        return refine_factors(
+            run.model, pairs, run.windows, objective, settings, show, others=others
+        )
 
 
 def find_method(method: str | Method, seed: int) -> Method:
@@ -379,7 +407,7 @@ def reads_text(
     chosen = find_method(method, 0)
     rule = _allocator(allocator, chosen)
     trains = isinstance(chosen, TrainedMethod | RankLearner | SequentialMethod)
-    probes = rule.name in ("learned", "sensitivity", "lems")
+    probes = rule.name in (*_PROBING, "learned")
     later = _surgeon(surgeon, chosen, 0) is not None or bool(refine)
     return bool(chosen.needs | rule.needs) or trains or probes or later
 
@@ -404,8 +432,9 @@ def _refinement(refine: bool | Refinement, seed: int) -> Refinement | None:
 
 
 def _keeps(choices: _Choices) -> bool:
-    """Whether statistics are read again after the decomposition."""
-    return isinstance(choices.method, FittedMethod) or bool(choices.rule.needs)
+    """Whether statistics or spectra are asked for again after the decomposition."""
+    again = isinstance(choices.method, FittedMethod) or bool(choices.rule.needs)
+    return again or choices.rule.name in _PROBING
 
 
 def _counterparts(model: nn.Module, shared: Workbench) -> dict[str, nn.Module]:
@@ -421,21 +450,43 @@ def _counterparts(model: nn.Module, shared: Workbench) -> dict[str, nn.Module]:
                 f"the workbench was prepared for another model: this {type(model).__name__} has no "
                 f"layer {name} of the same kind and shape"
             )
+        if not _equal(weight_of(other), weight_of(module)):
+            raise ValueError(
+                f"the workbench was prepared for another model: its {name} has other weights"
+            )
         found[name] = other
     return found
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
+
+
+def _check_whole(shared: Workbench) -> None:
+    """Refuse a workbench whose own model has been compressed."""
+    modules = dict(shared.model.named_modules(remove_duplicate=False))
+    for name, module in shared.targets.items():
+        if modules.get(name) is not module:
+            raise ValueError(
+                f"the model that this workbench was prepared for has changed: {name} is another "
+                f"layer now. Prepare a new one, and compress copies of the model"
+            )
+
+
 def _columns(history: list[Step]) -> dict[str, list]:
+    """The history as plain JSON: what is not finite, or was not measured, is None."""
     if not history:
         return {}
     columns = {
         "stage": [step.stage for step in history],
-        "loss": [round(step.loss, 6) for step in history],
-        "divergence": [round(step.divergence, 6) for step in history],
+        "loss": [_rounded(step.loss) for step in history],
+        "divergence": [_rounded(step.divergence) for step in history],
         "kept": [round(step.kept, 4) for step in history],
     }
     if any(step.held_out is not None for step in history):
-        columns["held_out"] = [
-            None if step.held_out is None else round(step.held_out, 6) for step in history
-        ]
+        columns["held_out"] = [_rounded(step.held_out) for step in history]
     return columns
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 6)

@@ -124,10 +124,11 @@ class SocoQuantizer(HfQuantizer):
         check_ties(model, named)
         config.experts = _split(model, config, entries)
         places = _places(model, config.layers)
+        sharing = _sharing(config.layers)
         for name, layer in config.layers.items():
             place = places[name]
             if place is not None:
-                new = _skeleton(model, place, name, layer)
+                new = _skeleton(model, place, name, layer, shared=name in sharing)
                 if isinstance(new, PivotedLinear):
                     new.pivots = _stored_pivots(entries or {}, f"{name}.pivots", new.rank)
                 skeletons[place] = new
@@ -378,8 +379,14 @@ def _everywhere(conversion: Any) -> None:
         conversion.__class__ = type(conversion).__base__
 
 
+def _sharing(layers: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The layers that use the basis of another one, and those others."""
+    users = {name: layer["basis"] for name, layer in layers.items() if "basis" in layer}
+    return {*users, *users.values()}
+
+
 def _skeleton(
-    model: "PreTrainedModel", place: str, name: str, layer: Mapping[str, Any]
+    model: "PreTrainedModel", place: str, name: str, layer: Mapping[str, Any], *, shared: bool
 ) -> CompressedLinear:
     """The layer to load the factors into, in the place of a dense one, without memory."""
     rank = layer["rank"]
@@ -390,7 +397,8 @@ def _skeleton(
             f"which is a {type(old).__name__} in {type(model).__name__} and no linear layer"
         )
     out_features, in_features = shape_of(old)
-    if rank > min(out_features, in_features):
+    # The basis of several layers may have more components than one of them has outputs.
+    if rank > (in_features if shared else min(out_features, in_features)):
         raise ValueError(
             f"config.json gives layer {name} the rank {rank}, "
             f"but it is a weight of shape {[out_features, in_features]}"

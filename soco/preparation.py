@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from soco.calibration import Statistics, uncalled
 from soco.data import token_windows
-from soco.experts import split_experts
+from soco.experts import experts_split
 from soco.guard import unchanged_on_error
 from soco.sampling import sample_from_model
-from soco.steps import Step
+from soco.steps import Step, frozen
 from soco.surgery import context_length, find_linears
 from soco.workbench import Workbench
 
@@ -65,18 +65,23 @@ def prepare(
 
     Raises:
         ValueError: the model is quantized, offloaded or has no layers to compress; the text cannot
-            be read or is too short.
+            be read or is too short; a number is out of range. Then the model is as it was.
 
     Warns:
         UserWarning: the calibration has less than was asked for, or layers cannot be replaced.
     """
     check_model(model)
-    split_experts(model)
-    targets = _targets(model, include, exclude)
-    windows = None
-    if calibration is not None:
-        with unchanged_on_error(model, targets):  # in evaluation mode, if it is to write text
-            windows = _windows(model, calibration, tokenizer, samples, length, seed, progress)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive whole number, got {batch_size!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be a whole number, at least 0, got {seed!r}")
+    with experts_split(model):
+        with frozen(model):  # or dropout would draw from the caller's random numbers
+            targets = _targets(model, include, exclude)
+        windows = None
+        if calibration is not None:
+            with unchanged_on_error(model, targets):  # in evaluation mode, if it is to write text
+                windows = _windows(model, calibration, tokenizer, samples, length, seed, progress)
     return Workbench(
         model,
         targets,

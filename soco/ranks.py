@@ -46,6 +46,19 @@ def rank_at(shape: Shape, params: float, pivoted: bool = False) -> float:
     return (side - math.sqrt(max(0.0, side * side - 4 * params))) / 2
 
 
+def check_ratio(ratio: float) -> None:
+    """Refuse what is no ratio.
+
+    Raises:
+        ValueError: it is no number above 0 and below 1.
+    """
+    if not isinstance(ratio, int | float) or not 0 < ratio < 1:
+        raise ValueError(
+            f"ratio is the fraction of parameters to remove and must be above 0 and below 1, got "
+            f"{ratio!r}"
+        )
+
+
 def parameter_budget(shapes: Mapping[str, Shape], ratio: float) -> int:
     """How many parameters the weights may keep together: the one definition of ``ratio``.
 
@@ -59,11 +72,7 @@ def parameter_budget(shapes: Mapping[str, Shape], ratio: float) -> int:
     Raises:
         ValueError: ``ratio`` is not between 0 and 1, or leaves less than rank 1 everywhere.
     """
-    if not isinstance(ratio, int | float) or not 0 < ratio < 1:
-        raise ValueError(
-            f"ratio is the fraction of parameters to remove and must be above 0 and below 1, got "
-            f"{ratio!r}"
-        )
+    check_ratio(ratio)
     total = sum(rows * columns for rows, columns in shapes.values())
     # As the number is written: in binary 10 * (1 - 0.9) would be 0.99..98, and the budget 0.
     budget = math.floor(total * (1 - Fraction(str(ratio))))

@@ -98,12 +98,23 @@ class Comparison:
         for row in data["rows"]:
             if not isinstance(row, dict) or not {"method", "ratio"} <= row.keys():
                 raise ValueError(f"{source} has a row without method or ratio")
-            missing = _OF_A_ROW - row.keys()
-            if "error" not in row and missing:
+            if not isinstance(row["method"], str) or not _is(row["ratio"], _NUMBER):
                 raise ValueError(
-                    f"{source} has no {min(missing)} in its row of {row['method']} at "
-                    f"{row['ratio']}"
+                    f"{source} has a row of method {row['method']!r:.40} at ratio "
+                    f"{row['ratio']!r:.40}"
                 )
+            if "error" not in row:
+                where = f"its row of {row['method']} at {row['ratio']}"
+                _check(row, _OF_A_ROW, source, where)
+                _check_layers(row, source, where)
+        if data["dense"]:
+            _check(data["dense"], _OF_DENSE, source, "its row of the dense model")
+        for name, shape in data["shapes"].items():
+            if not isinstance(shape, list) or [type(each) for each in shape] != [int, int]:
+                raise ValueError(f"{source} gives {name} the shape {shape!r:.40}")
+        for name, lines in data["spectra"].items():
+            if not _is_spectrum(lines):
+                raise ValueError(f"{source} has no spectrum of {name} that can be drawn")
         lists = {name: tuple(data[name]) for name, kind in _PARTS.items() if kind is list}
         return cls(**{**{name: data[name] for name in _PARTS}, **lists})
 
@@ -129,10 +140,56 @@ _PARTS = {
     "date": str, "command": str, "machine": dict, "setup": dict, "warnings": list, "dense": dict,
     "rows": list, "shapes": dict, "spectra": dict,
 }  # fmt: skip
+_NUMBER = (int, float)
+_OR_NONE = (int, float, type(None))
+_MEASURED = {
+    **dict.fromkeys(("perplexity", "kl", "top1", "distance"), _OR_NONE),
+    **dict.fromkeys(("kept_params", "target_params", "bytes"), (int,)),
+    "texts": (dict,),
+}
 _OF_A_ROW = {
-    "perplexity", "kl", "top1", "distance", "texts", "kept_params", "target_params", "removed",
-    "bytes", "seconds", "peak_bytes", "ranks", "params", "warnings",
-}  # fmt: skip
+    **_MEASURED,
+    **dict.fromkeys(("removed", "seconds"), _NUMBER),
+    "peak_bytes": (int,),
+    "ranks": (dict,),
+    "params": (dict,),
+    "warnings": (list,),
+}
+_OF_DENSE = {**_MEASURED, "params": (int,)}
+
+
+def _check(row: Mapping[str, Any], fields: Mapping[str, tuple], source: str, where: str) -> None:
+    """Refuse a row in which a field is missing, or of the wrong kind."""
+    missing = fields.keys() - row.keys()
+    if missing:
+        raise ValueError(f"{source} has no {min(missing)} in {where}")
+    for name, kinds in fields.items():
+        if not _is(row[name], kinds):
+            raise ValueError(f"{source} has {name} {row[name]!r:.40} in {where}")
+
+
+def _check_layers(row: Mapping[str, Any], source: str, where: str) -> None:
+    """Refuse ranks and parameters that are not those of layers."""
+    for name, kinds in (("ranks", (int, type(None))), ("params", (int,))):
+        for layer, value in row[name].items():
+            if not _is(value, kinds):
+                raise ValueError(f"{source} has {name} {value!r:.40} of {layer} in {where}")
+    if row["ranks"].keys() != row["params"].keys():
+        raise ValueError(f"{source} has ranks and params of different layers in {where}")
+
+
+def _is(value: object, kinds: tuple) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _is_spectrum(lines: object) -> bool:
+    if not isinstance(lines, dict) or "at" not in lines:
+        return False
+    count = len(lines["at"]) if isinstance(lines["at"], list) else -1
+    return all(
+        isinstance(line, list) and len(line) == count and all(_is(value, _NUMBER) for value in line)
+        for line in lines.values()
+    )
 
 
 def exceeds(row: Mapping[str, Any]) -> bool:

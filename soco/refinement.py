@@ -66,7 +66,7 @@ class Refinement:
             raise ValueError(f"patience must be at least 1, or None, got {self.patience}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.clip is not None and not self.clip > 0:
+        if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip must be positive, or None, got {self.clip}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers from 0 to below 1, got {self.betas}")
@@ -99,6 +99,7 @@ def refine(
     settings: Refinement,
     on_step: Callable[[Step], None] = lambda step: None,
     held_out: Tensor | None = None,
+    others: Mapping[str, tuple[nn.Module, nn.Module]] | None = None,
 ) -> list[Step]:
     """Train the factors of all compressed layers together to give what the dense model gives.
 
@@ -127,6 +128,7 @@ def refine(
         on_step: called with each entry of the history.
         held_out: token ids (sequences, length) to evaluate on; None: the last of ``windows``, which
             are then not trained on.
+        others: like ``pairs``, of layers that differ from the dense model's and are not trained.
 
     Returns:
         The history. Its first entry is step 0, whose losses are those of the held-out text before
@@ -143,7 +145,7 @@ def refine(
     Source: end-to-end tuning of factors is the third level of "Per-Matrix Optimality Is Not
     Enough", 2026 (there with the loss on the text); the divergence, and the rates, are ours.
     """
-    swaps = _swaps(model, pairs)
+    swaps = _swaps(model, pairs) + (_swaps(model, others) if others else [])
     dense = [pair[0] for pair in pairs.values()]
     trained = _trainable(model, pairs, settings.biases)
     train, held_out = _split(windows, held_out, settings)
@@ -158,7 +160,8 @@ def refine(
     kept = sum(p.numel() for p in trained if p.dim() > 1) / sum(p.numel() for p in matrices)
     run = _Run(model, swaps, objective, settings, _sizes(pairs, trained), kept)
     blocks = transformer_blocks(model) if settings.checkpointing else []
-    with frozen(model, *dense), checkpointed(blocks):
+    apart = [pair[0] for pair in (others or {}).values()]
+    with frozen(model, *dense, *apart), checkpointed(blocks):
         for parameter in trained:
             parameter.requires_grad_(True)
         best = _Best(trained)

@@ -223,16 +223,19 @@ def _value(kind: Any, value: Any, path: str) -> Any:
     raise ValueError(f"{path} is of the wrong kind: {value!r:.60}")
 
 
+_HISTORY = {"stage": str, "loss": float, "divergence": float, "kept": float, "held_out": float}
+_MAY_LACK = ("loss", "divergence", "held_out")  # None: not finite, or not measured in that step
+
+
 def _check_history(history: Mapping[str, list]) -> None:
     """Refuse columns of a training that cannot be drawn; a closed form has none."""
-    for name, kind in {"stage": str, "divergence": float, "kept": float}.items():
+    for name in ("stage", "divergence", "kept"):
         if history and name not in history:
             raise ValueError(f"report.history lacks the column {name!r}")
+    for name, kind in _HISTORY.items():
         for i, value in enumerate(history.get(name, ())):
-            _value(kind, value, f"report.history.{name}[{i}]")
-    for i, value in enumerate(history.get("held_out", ())):
-        if value is not None:
-            _value(float, value, f"report.history.held_out[{i}]")
+            if value is not None or name not in _MAY_LACK:
+                _value(kind, value, f"report.history.{name}[{i}]")
     lengths = {name: len(column) for name, column in history.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"report.history has columns of different lengths: {lengths}")
@@ -359,7 +362,7 @@ def _draw_history(axes: Any, history: Mapping[str, list]) -> None:
     """Divergence (on a log axis if it varies much) and kept fraction by step, stages shaded."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    divergences = history["divergence"]
+    divergences = [math.nan if each is None else each for each in history["divergence"]]
     count = len(divergences)
     steps = list(range(1, count + 1))
     marker = "." if count < 50 else ""

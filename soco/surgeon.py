@@ -135,7 +135,7 @@ def rescale(
     held_out = windows[:0]
     if settings.held_out:
         count = max(1, round(settings.held_out * len(windows)))
-        windows, held_out = _samples(windows[:-count], settings), windows[-count:]
+        windows, held_out = _samples(windows[:-count], settings, count), windows[-count:]
     result = dict(factors)
     for before in range(0, settings.rounds * len(windows), len(windows)):
         sums = _collect(
@@ -411,10 +411,11 @@ def _collect(
     return sums
 
 
-def _samples(windows: Tensor, settings: SVDSurgeon) -> Tensor:
+def _samples(windows: Tensor, settings: SVDSurgeon, held_out: int = 0) -> Tensor:
     windows = windows[: settings.samples]
     if len(windows) < 2:
-        raise ValueError(f"svd-surgeon takes two sequences at least, got {len(windows)}")
+        kept = f", and {held_out} held out" if held_out else ""
+        raise ValueError(f"svd-surgeon takes two sequences at least, got {len(windows)}{kept}")
     return windows
 
 

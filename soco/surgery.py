@@ -1,5 +1,6 @@
 """Find the linear layers in the module tree of a transformers model, and replace them."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -128,11 +129,17 @@ def weight_of(module: nn.Module) -> Tensor:
     raise ValueError(f"expected nn.Linear or Conv1D, got {type(module).__name__}")
 
 
-def set_weight(module: nn.Module, weight: Tensor) -> None:
-    """Give an ``nn.Linear`` or ``Conv1D`` another weight (out, in): a new parameter."""
+def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    """The same ``nn.Linear`` or ``Conv1D`` with another weight (out, in): a new parameter.
+
+    The bias is the very one of ``module``, which stays as it is.
+    """
+    new = copy.copy(module)  # its dictionaries are those of the old one
+    new._parameters = dict(module._parameters)
     stored = weight.T if isinstance(module, Conv1D) else weight
     required = next(module.parameters()).requires_grad
-    module.weight = nn.Parameter(stored.detach().clone(), required)
+    new.weight = nn.Parameter(stored.detach().clone(), required)
+    return new
 
 
 def bias_of(module: nn.Module) -> Tensor | None:

@@ -83,7 +83,7 @@ class Workbench:
             key = key_of(self.model, self.windows, self.batch_size, self.seed)
             stored = fetch(self.directory, key, self.shapes)
             if stored is not None:
-                self._merge({n: _to(each, self._device()) for n, each in stored.items()})
+                self._merge(_moved(stored, self._device()))
             if self._has(wanted):
                 return self._statistics
         missing = {kind for kind in wanted if not self._has({kind})}
@@ -102,6 +102,11 @@ class Workbench:
         if self.directory is not None and key is not None:
             store(self.directory, key, self._statistics)
         return self._statistics
+
+    def forget(self) -> None:
+        """Drop all that was collected and computed; what is asked for again is made again."""
+        for held in (self._statistics, self._spectra, self._probed, self._dense):
+            held.clear()
 
     def means(self, name: str) -> dict[str, Tensor]:
         """The statistics of a layer that were collected, as methods read them."""
@@ -243,5 +248,16 @@ class _silent:
         pass
 
 
-def _to(statistics: Statistics, device: torch.device) -> Statistics:
-    return changed(statistics, **{k: v.to(device) for k, v in statistics.parts().items()})
+def _moved(found: Mapping[str, Statistics], device: torch.device) -> dict[str, Statistics]:
+    """The same on another device; layers that share a sum share it there, too."""
+    there: dict[int, Tensor] = {}
+
+    def moved(tensor: Tensor) -> Tensor:
+        if id(tensor) not in there:
+            there[id(tensor)] = tensor.to(device)
+        return there[id(tensor)]
+
+    return {
+        name: changed(each, **{kind: moved(part) for kind, part in each.parts().items()})
+        for name, each in found.items()
+    }

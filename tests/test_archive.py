@@ -1,10 +1,12 @@
 """Statistics on disk: the same back, nothing of another model, and damage that is named."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import soco.workbench
 from soco.archive import RECORD, TENSORS, fetch, key_of, store
@@ -69,7 +71,56 @@ def test_another_model_data_batch_or_seed_is_another_key(model):
 def test_nothing_there(made, tmp_path):
     directory, key, shapes, _ = made
     assert fetch(tmp_path / "nowhere", key, shapes) is None
-    assert fetch(directory, key, {**shapes, "lm_head": (96, 32)}) is None
+    assert fetch(directory, key, {"lm_head": (96, 32)}) is None
+
+
+def test_what_is_there_of_the_layers_is_read(made):
+    directory, key, shapes, statistics = made
+    found = fetch(directory, key, {**shapes, "lm_head": (96, 32)})
+    assert found is not None
+    assert found.keys() == statistics.keys()
+
+
+def test_other_layers_stay(made):
+    """Layers of another run with the same model and data are kept beside those of this one."""
+    directory, key, shapes, statistics = made
+    one = {FIRST: dataclasses.replace(statistics[FIRST], fisher=None)}
+    store(directory, key, one)
+    found = fetch(directory, key, shapes)
+    assert found is not None
+    assert found.keys() == statistics.keys()
+    assert found[FIRST].fisher is None
+    for name in shapes.keys() - {FIRST}:
+        for kind, tensor in statistics[name].parts().items():
+            assert torch.equal(found[name].parts()[kind], tensor), (name, kind)
+    tensors = load_file(directory / key.folder / TENSORS)
+    assert sum(name.endswith(".gram") for name in tensors) == 9  # of FIRST, and 8 of before
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "relu"}, {"rope_theta": 10.0}])
+def test_another_configuration_is_another_key(model, change):
+    other = tiny_model("llama", **change)
+    assert other.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(other.state_dict()[n], v) for n, v in model.state_dict().items())
+    one, two = key_of(model, WINDOWS, 3, 0), key_of(other, WINDOWS, 3, 0)
+    assert one != two
+    assert one.folder != two.folder
+    assert one.model == two.model
+
+
+def test_where_a_model_lies_does_not_matter(model, tmp_path):
+    key = key_of(model, WINDOWS, 3, 0)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert key_of(again, WINDOWS, 3, 0) == key
+
+
+def test_a_file_in_the_place_of_the_folder(made, tmp_path):
+    _, key, shapes, _ = made
+    (tmp_path / "stats").mkdir()
+    (tmp_path / "stats" / key.folder).write_text("mine")
+    with pytest.raises(ValueError, match="should be a folder of statistics, and is a file"):
+        fetch(tmp_path / "stats", key, shapes)
 
 
 def change_record(change):
@@ -85,6 +136,11 @@ def drop_tensor(folder):
     tensors = load_file(folder / TENSORS)
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, folder / TENSORS)
+
+
+def as_integers(folder):
+    tensors = load_file(folder / TENSORS)
+    save_file({name: tensor.long() for name, tensor in tensors.items()}, folder / TENSORS)
 
 
 FIRST = "model.layers.0.self_attn.q_proj"
@@ -107,6 +163,9 @@ FIRST = "model.layers.0.self_attn.q_proj"
             f"names no Gram matrix of {FIRST}",
         ),
         (drop_tensor, "does not hold .* with shape"),
+        (as_integers, "does not hold .* of .* as float64 with shape"),
+        (lambda folder: (folder / TENSORS).unlink(), "statistics.safetensors is missing"),
+        (lambda folder: (folder / RECORD).write_text("[" * 100_000), "is nested too deep"),
         (lambda folder: (folder / RECORD).write_text("{"), "is not JSON"),
         (lambda folder: (folder / TENSORS).write_bytes(b"123"), "is truncated in its header"),
         (

@@ -441,7 +441,7 @@ def test_info(run):
 
 def test_demo(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "RIVALS", demo.RIVALS[1:3])
+    monkeypatch.setattr(demo, "RIVALS", demo.RIVALS[2:4])
     (tmp_path / "story.txt").write_text(sources.DEMO_TEXT.read_text()[:8000])
     monkeypatch.setattr(demo, "DEMO_TEXT", tmp_path / "story.txt")
     words = ["--steps", "6", "--samples", "8", "--length", "64"]

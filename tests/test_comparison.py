@@ -6,6 +6,7 @@ import json
 import re
 import time
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from soco.comparison import DEFAULT_METHODS, OPTIONS, Entry, compare
 from soco.methods import METHODS
 from soco.methods.bases import Plain
 from soco.record import RECORD, Comparison
-from tiny_models import tiny_model
+from tiny_models import tiny_mixture, tiny_model
 
 TOKENS = torch.randint(3, 96, (600,), generator=torch.Generator().manual_seed(0))
 TEXT, OTHER = TOKENS[:100], TOKENS[100:180]
@@ -382,3 +383,32 @@ def test_json_has_no_infinity(model, monkeypatch, tmp_path):
     found = compare(model, ["svd"], [0.5], output=tmp_path, **SETTINGS)
     assert found.rows[0]["perplexity"] == 1e308
     json.loads((tmp_path / RECORD).read_text(), parse_constant=pytest.fail)
+
+
+def test_a_record_of_another_configuration_is_refused(done, tmp_path):
+    other = tiny_model("llama", hidden_act="relu")
+    with pytest.raises(ValueError, match="another model: its configuration differs"):
+        compare(other, ["svd"], [0.3], output=done[1], seed=3, **SETTINGS)
+    # A record from before configurations were noted is taken as it is.
+    old = dict(done[0].setup)
+    del old["config_hash"]
+    dataclasses.replace(done[0], setup=old).write(tmp_path / RECORD)
+    compare(tiny_model("llama"), ["svd"], [0.3], output=tmp_path, seed=3, **SETTINGS)
+
+
+def test_a_record_with_its_texts_in_another_order_is_refused(done):
+    settings = SETTINGS | {"text": {"other": OTHER, "main": TEXT}}
+    with pytest.raises(ValueError, match="another text to measure on, or in another order"):
+        compare(tiny_model("llama"), ["svd"], [0.3], output=done[1], seed=3, **settings)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_mixture_stays_as_it_was(tmp_path, fails):
+    model = tiny_mixture("mixtral")
+    names = [name for name, _ in model.named_parameters()]
+    modules = {name: id(module) for name, module in model.named_modules()}
+    settings = SETTINGS | {"samples": 20} | ({"include": "nothing*"} if fails else {})
+    with pytest.raises(ValueError, match="matches no") if fails else nullcontext():
+        compare(model, ["svd", "svd-llm"], [0.3], output=tmp_path, **settings)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert {name: id(module) for name, module in model.named_modules()} == modules

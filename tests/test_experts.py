@@ -19,7 +19,14 @@ from soco.experts import (
     split_experts,
 )
 from soco.modules import LowRankLinear
-from soco.surgery import bias_of, find_linears, fused_experts, replace_module, set_weight, weight_of
+from soco.surgery import (
+    bias_of,
+    find_linears,
+    fused_experts,
+    replace_module,
+    weight_of,
+    with_weight,
+)
 from tiny_models import IS_5, MIXTURES, logits, tiny_mixture, tiny_model, token_inputs
 
 if not IS_5:
@@ -244,7 +251,8 @@ def test_join_keeps_what_training_wrote_into_dense_layers():
     fused = split_experts(model)
     kept = fused[path].get_parameter("gate_up_proj")
     old = kept.detach().clone()
-    set_weight(model.get_submodule(f"{path}.1.gate_up_proj"), torch.ones(96, 32))
+    layer = model.get_submodule(f"{path}.1.gate_up_proj")
+    replace_module(model, f"{path}.1.gate_up_proj", with_weight(layer, torch.ones(96, 32)))
     model.requires_grad_(False)
     join_experts(model, fused)
     joined = model.get_submodule(path)

@@ -20,9 +20,9 @@ from soco.surgery import (
     find_linears,
     output_head,
     replace_module,
-    set_weight,
     untie_head,
     weight_of,
+    with_weight,
 )
 from tiny_models import NEEDS_5, logits, tiny_mixture, tiny_model
 
@@ -108,8 +108,7 @@ def compress_by_hand(model, targets, until):
     if head in targets:
         untie_head(model)
     *factored, dense = targets
-    set_weight(targets[dense], weight_of(targets[dense]) + 1)
-    replace_module(model, dense, targets[dense])
+    replace_module(model, dense, with_weight(targets[dense], weight_of(targets[dense]) + 1))
     for name in factored:
         replace_module(model, name, low_rank(targets[name]))
     if until == "marking" and hasattr(model, "config"):

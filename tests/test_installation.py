@@ -20,7 +20,7 @@ def cut(layer, rank):
 def put(model, rank=4, pivoted=False, groups=()):
     targets = find_linears(model)
     placed = {name: (cut(layer, rank), bias_of(layer)) for name, layer in targets.items()}
-    made = install(model, targets, placed, groups, pivoted=pivoted)
+    made, _ = install(model, targets, placed, groups, pivoted=pivoted)
     return targets, made
 
 
@@ -50,7 +50,7 @@ def test_a_shared_basis_is_counted_once_in_equal_parts():
         name: (Factors(torch.randn(48, 5), down), bias_of(layer)) for name, layer in targets.items()
     }
     before = size_of(model)[0]
-    made = install(model, targets, placed, [(FIRST, SECOND)], pivoted=False)
+    made, _ = install(model, targets, placed, [(FIRST, SECOND)], pivoted=False)
     first, second = layer_reports(targets, made, [(FIRST, SECOND)], {})
     assert first.params + second.params == 2 * 48 * 5 + 5 * 32
     assert abs(first.params - second.params) <= 1
@@ -62,7 +62,7 @@ def test_a_group_with_dense_layers_shares_among_the_others():
     model = tiny_model("llama")
     targets = find_linears(model, include=[FIRST, SECOND])
     placed = {FIRST: (cut(targets[FIRST], 3), None), SECOND: (None, None)}
-    made = install(model, targets, placed, [(FIRST, SECOND)], pivoted=False)
+    made, _ = install(model, targets, placed, [(FIRST, SECOND)], pivoted=False)
     assert list(made) == [FIRST]
     assert model.get_submodule(SECOND) is targets[SECOND]
 
@@ -72,8 +72,12 @@ def test_a_weight_is_set_and_a_new_bias_is_told():
     targets = find_linears(model, include=[FIRST, SECOND])
     weight = torch.randn(48, 32)
     placed = {FIRST: (cut(targets[FIRST], 3), torch.ones(48)), SECOND: (weight, None)}
-    made = install(model, targets, placed, (), pivoted=False)
-    assert torch.equal(weight_of(targets[SECOND]), weight)
+    old = weight_of(targets[SECOND]).detach().clone()
+    made, redone = install(model, targets, placed, (), pivoted=False)
+    assert list(redone) == [SECOND]
+    assert model.get_submodule(SECOND) is redone[SECOND]
+    assert torch.equal(weight_of(redone[SECOND]), weight)
+    assert torch.equal(weight_of(targets[SECOND]), old)  # the dense model's own
     assert new_biases(targets, made) == [FIRST]
     one, two = layer_reports(targets, made, (), {FIRST: (0.5, 1.5)})
     assert (one.rank, one.score_min, one.score_max) == (3, 0.5, 1.5)

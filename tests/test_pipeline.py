@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import math
 
 import datasets
 import pytest
@@ -10,13 +11,16 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, PreTrainedTokenizerFast
 
 import soco
-from soco import training
+from soco import training, workbench
+from soco.data import token_windows
 from soco.experts import find_experts, split_experts
 from soco.methods import SVD, SVDLLM, SoCo
 from soco.modules import LowRankLinear
 from soco.pipeline import compress
+from soco.preparation import prepare
+from soco.refinement import Refinement
 from soco.reporting import Report, report
-from soco.surgery import find_linears, fused_experts, shape_of
+from soco.surgery import find_linears, fused_experts, shape_of, weight_of
 from tiny_models import (
     CONFIGS,
     MIXTURES,
@@ -327,6 +331,10 @@ def test_broken_activations_are_named():
         ({"ratio": 1}, "must be above 0 and below 1, got 1"),
         ({"ratio": -1}, "must be above 0 and below 1, got -1"),
         ({"ratio": "abc"}, "must be above 0 and below 1, got 'abc'"),
+        ({"batch_size": 0}, "batch_size must be a positive whole number, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a positive whole number, got 2.5"),
+        ({"seed": "x"}, "seed must be a whole number, at least 0, got 'x'"),
+        ({"seed": -1}, "seed must be a whole number, at least 0, got -1"),
         ({"ratio": 0.99}, "the largest ratio that can be met is"),
         ({"method": "magic"}, "there is no method 'magic': choose one of aa-svd, adasvd, asvd"),
         ({"method": 3}, "method must be a name or an instance"),
@@ -540,3 +548,132 @@ def test_deviation_gives_experts_biases(tmp_path):
     ):
         model.dequantize()
     assert torch.equal(logits(model), before)
+
+
+def test_refine_learns_from_the_dense_model_also_where_layers_stay_dense():
+    """SoCo gives layers that it keeps dense other weights; the teacher has the old ones."""
+    dense, model = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():  # scores that matter
+        for each in (dense, model):
+            each.lm_head.weight.mul_(20)
+    windows = tokens(24)
+    method = SoCo(steps=40, batch_size=4, fisher_warmup=1, learning_rate=0.3)
+    options = {"method": method, "calibration": windows, "samples": 24}
+    compress(model, 0.1, **options)
+    assert any(layer.rank is None for layer in report(model).layers)
+    held_out = divergence(dense, model, windows_of(model, windows)[-2:])
+    again = tiny_model("llama")
+    with torch.no_grad():
+        again.lm_head.weight.mul_(20)
+    compress(again, 0.1, **options, refine=Refinement(steps=1, learning_rate=1e-9))
+    history = report(again).history
+    first = history["stage"].index("tuning")
+    assert history["held_out"][first] == pytest.approx(held_out, rel=1e-3)
+
+
+def windows_of(model, windows):
+    """The calibration in the order in which it is used."""
+    length = report(model).calibration["length"]
+    return token_windows(windows, None, samples=24, length=length, seed=0)
+
+
+def test_the_dense_layers_of_the_model_are_not_written_into():
+    model = tiny_model("llama")
+    before = {name: weight_of(m).detach().clone() for name, m in find_linears(model).items()}
+    layers = find_linears(model)
+    compress(model, 0.1, method=QUICK, calibration=tokens(), samples=16)
+    assert any(layer.rank is None for layer in report(model).layers)
+    for name, layer in layers.items():
+        assert torch.equal(weight_of(layer), before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_refinement_that_overflows_is_no_loss(dtype, tmp_path):
+    model = tiny_model("llama", dtype=dtype)
+    settings = Refinement(
+        steps=6, evaluate_every=2, learning_rate=1e30, clip=None, warmup=0, backoff=1
+    )
+    with pytest.warns(UserWarning, match="the factors that were best on the held-out text stay"):
+        compress(model, 0.4, method="svd", calibration=tokens(), samples=16, refine=settings)
+    history = report(model).history
+    assert None in history["loss"] + history["held_out"]
+    soco.save(model, tmp_path / "out")
+    assert report(soco.load(tmp_path / "out")) == report(model)
+    report(model).plot(tmp_path / "picture.png")
+
+
+def test_settings_that_cannot_be_written_are_told_before_any_work():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="the settings are written into the model's config"):
+        compress(model, 0.4, method=SoCo(learning_rate=math.inf), calibration=tokens())
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "passes"),
+    [("svd-llm", None, 1), ("svd-llm", "lems", 1), ("asvd", None, 1), ("fwsvd", "sensitivity", 1)],
+)
+def test_one_calibration_pass_is_enough(monkeypatch, method, rule, passes):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(options)
+        return collect(*args, **options)
+
+    collect = workbench.collect
+    monkeypatch.setattr(workbench, "collect", counted)
+    compress(
+        tiny_model("llama"), 0.4, method=method, allocator=rule, calibration=tokens(), samples=16
+    )
+    assert len(calls) == passes
+
+
+def test_a_workbench_of_other_weights_is_refused():
+    bench = prepare(tiny_model("llama"), calibration=tokens(), samples=16)
+    same, other = tiny_model("llama"), tiny_model("llama", seed=5)
+    before = state(other)
+    with pytest.raises(ValueError, match=r"prepared for another model: its .*q_proj has other wei"):
+        compress(other, 0.4, method="svd-llm", shared=bench)
+    assert_same_state(before, state(other))
+    compress(same, 0.4, method="svd-llm", shared=bench)
+
+
+def test_a_workbench_whose_model_was_compressed_is_refused():
+    model, other = tiny_model("llama"), tiny_model("llama")
+    bench = prepare(model, calibration=tokens(), samples=16)
+    compress(model, 0.4, method="svd", shared=bench)
+    before = state(other)
+    with pytest.raises(ValueError, match="the model that this workbench was prepared for has cha"):
+        compress(other, 0.4, method="svd-llm", shared=bench)
+    assert_same_state(before, state(other))
+
+
+@pytest.mark.parametrize("method", ["svd", "svd-llm"])
+def test_the_caller_s_random_numbers_are_left_alone(method):
+    model = tiny_model("gpt2").train()  # with dropout
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    compress(model, 0.4, method=method, calibration=tokens(), samples=16)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_basis_wider_than_a_layer_s_outputs_is_stored(tmp_path):
+    """Layers of few outputs, such as keys and values, share more components than they have rows."""
+    model = tiny_model("llama", num_key_value_heads=1, num_hidden_layers=4)
+    compress(model, 0.2, method="basis-sharing", calibration=tokens(), samples=16)
+    wide = [layer for layer in report(model).layers if (layer.rank or 0) > min(layer.shape)]
+    assert wide
+    soco.save(model, tmp_path / "out")
+    for again in (
+        soco.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ):  # fmt: skip
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_twins_that_stay_dense_stay_twins():
+    model = tiny_model("llama")
+    first, second = (block.mlp.up_proj for block in model.model.layers)
+    second.weight = first.weight
+    compress(model, 0.05, method=SoCo(steps=10), calibration=tokens(), samples=16)
+    done = report(model)
+    assert done.model_params_after <= done.model_params_before
+    assert model.model.layers[0].mlp.up_proj is model.model.layers[1].mlp.up_proj

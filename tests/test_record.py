@@ -41,6 +41,22 @@ def test_a_row_is_a_line(tmp_path):
         (lambda d: d["rows"].append([]), "has a row without method or ratio"),
         (lambda d: d["rows"][0].pop("ratio"), "has a row without method or ratio"),
         (lambda d: d["rows"][0].pop("ranks"), "has no ranks in its row of svd at 0.2"),
+        (lambda d: d["rows"][0].update(method=["x"]), r"has a row of method \['x'\] at ratio 0.2"),
+        (lambda d: d["rows"][0].update(ratio="x"), "has a row of method 'svd' at ratio 'x'"),
+        (lambda d: d["rows"][0].update(ratio=True), "has a row of method 'svd' at ratio True"),
+        (lambda d: d["rows"][0].update(kl="x"), "has kl 'x' in its row of svd at 0.2"),
+        (lambda d: d["rows"][0].update(ranks=[]), r"has ranks \[\] in its row of svd at 0.2"),
+        (lambda d: d["rows"][0].update(ranks={}), "has ranks and params of different layers in"),
+        (
+            lambda d: d["rows"][0]["ranks"].update(dict.fromkeys(d["rows"][0]["ranks"], "3")),
+            "has ranks '3' of .* in its row of svd at 0.2",
+        ),
+        (lambda d: d["dense"].pop("bytes"), "has no bytes in its row of the dense model"),
+        (lambda d: d["dense"].update(params=1.5), "has params 1.5 in its row of the dense model"),
+        (lambda d: d["shapes"].update(a=[1]), r"gives a the shape \[1\]"),
+        (lambda d: d["spectra"].update(a={}), "has no spectrum of a that can be drawn"),
+        (lambda d: d["spectra"].update(a={"at": [1], "plain": []}), "has no spectrum of a that"),
+        (lambda d: d["spectra"].update(a={"at": [1], "plain": ["1"]}), "has no spectrum of a that"),
     ],
 )
 def test_damage_is_named(change, text):

@@ -21,6 +21,7 @@ from soco.sampling import sample_from_model
 OPTIONS: Mapping[str, Any] = {"calibration": "self", "samples": 128, "length": 256}
 
 RIVALS = (  # title, method, allocator
+    ("KFAC-SVD, ranks by energy", "kfac-svd", "energy"),
     ("SVD-LLM, ranks by energy", "svd-llm", "energy"),
     ("SVD-LLM, uniform ranks", "svd-llm", "uniform"),
     ("SVD, ranks by energy", "svd", "energy"),
