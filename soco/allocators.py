@@ -369,19 +369,26 @@ def _solve(
     rows = np.array([u for u, _ in entries])
     one_each = coo_matrix((np.ones(len(entries)), (rows, np.arange(len(entries)))))
     scale = max(float(error.max()), 1e-300)
-    found = milp(
-        error / scale,
-        integrality=np.ones(len(entries)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each.tocsr(), 1, 1),
-            LinearConstraint(cost[None] / problem.budget, -np.inf, 1),
-        ],
-        options={"time_limit": seconds, "mip_rel_gap": 1e-4},
-    )
-    if found.x is None:
-        raise ValueError(f"the integer program for the ranks was not solved: {found.message}")
-    return {units[u]: rank for (u, rank), x in zip(entries, found.x, strict=True) if x > 0.5}
+    allowed = problem.budget
+    while True:
+        found = milp(
+            error / scale,
+            integrality=np.ones(len(entries)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each.tocsr(), 1, 1),
+                LinearConstraint(cost[None] / problem.budget, -np.inf, allowed / problem.budget),
+            ],
+            options={"time_limit": seconds, "mip_rel_gap": 1e-4},
+        )
+        if found.x is None:
+            raise ValueError(f"the integer program for the ranks was not solved: {found.message}")
+        chosen = found.x > 0.5
+        # The solver takes a constraint for met to within a millionth: thousands of parameters.
+        excess = int(cost[chosen].sum()) - problem.budget
+        if excess <= 0:
+            return {units[u]: rank for (u, rank), x in zip(entries, chosen, strict=True) if x}
+        allowed -= excess
 
 
 def _spend(

@@ -1,5 +1,6 @@
 """What methods want to know of a model's layers on real inputs, collected in one pass."""
 
+import math
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from soco.objectives import Objective, objective_for, run_model
+from soco.steps import frozen
+from soco.surgery import twins_of
 
 # What can be collected. All but the last two are of the inputs; those take a backward pass.
 KINDS = frozenset({"gram", "abs_mean", "stacked_gram", "root", "fisher", "grad_gram"})
@@ -81,9 +84,11 @@ def collect(
     window, without that mistake.
 
     Args:
-        model: left as it was. Only its ``base_model`` runs where that holds all the layers and no
-            gradient is asked for: logits of a large vocabulary cost more memory than anything else.
-        layers: name to module in ``model``; called with x (..., in).
+        model: left as it was; it runs in evaluation mode. Only its ``base_model`` runs where that
+            holds all the layers and no gradient is asked for: logits of a large vocabulary cost
+            more memory than anything else.
+        layers: name to module in ``model``; called with x (..., in). What its twins see, layers
+            with the same weight and bias, counts as well.
         windows: token ids (sequences, length), on the CPU.
         batch_size: sequences at a time.
         on_batch: called with the number of sequences done, after each batch.
@@ -107,31 +112,36 @@ def collect(
     wanted = frozenset(kinds) | {"gram"}
     device = next(model.parameters()).device
     if wanted & OF_GRADIENTS and objective is None:
-        objective = objective_for(model, windows[:1].to(device))
+        with frozen(model):
+            objective = objective_for(model, windows[:1].to(device))
+    twins = twins_of(model, layers)
     alone: set[str] = set()
     while True:
         collector = _Collector(alone, wanted)
         hooks = [
-            module.register_forward_pre_hook(collector.hook(name))
-            for name, module in layers.items()
+            twin.register_forward_pre_hook(collector.hook(name))
+            for name in layers
+            for twin in twins[name]
         ]
         gradients = _Gradients(wanted) if wanted & OF_GRADIENTS else None
         if gradients is not None:
-            hooks += [m.register_forward_hook(gradients.hook(n)) for n, m in layers.items()]
+            hooks += [t.register_forward_hook(gradients.hook(n)) for n in layers for t in twins[n]]
         generator = torch.Generator().manual_seed(seed)
         try:
-            for done, batch in enumerate(windows.split(batch_size), start=1):
-                ids = batch.to(device)
-                if gradients is None:
-                    # Not inference_mode: what the model caches has to serve in training later.
-                    with torch.no_grad():
-                        run_model(_body(model, layers), ids)
-                else:
-                    gradients.run(model, cast(Objective, objective), ids, generator)
-                collector.end_forward()
-                if collector.parted:
-                    break
-                on_batch(min(done * batch_size, len(windows)))
+            with frozen(model), torch.autocast(device.type, enabled=False):
+                for done, batch in enumerate(windows.split(batch_size), start=1):
+                    ids = batch.to(device)
+                    collector.shape = tuple(ids.shape)
+                    if gradients is None:
+                        # Not inference_mode: what the model caches has to serve in training later.
+                        with torch.no_grad():
+                            run_model(_body(model, layers), ids)
+                    else:
+                        gradients.run(model, cast(Objective, objective), ids, generator)
+                    collector.end_forward()
+                    if collector.parted:
+                        break
+                    on_batch(min(done * batch_size, len(windows)))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -208,6 +218,7 @@ class _Collector:
         self.fresh: list[str] = []  # leaders whose first forward this is
         self.seen: dict[str, list[weakref.ref[Tensor]]] = {}  # inputs of this forward, by leader
         self.calls: dict[str, int] = {}  # of a layer, in this forward
+        self.shape: tuple[int, ...] = ()  # (sequences, length) of the ids that run
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """The forward pre-hook of the layer ``name``."""
@@ -260,7 +271,7 @@ class _Collector:
                 stack = torch.cat([sums["root"], chunk.double()])
                 sums["root"] = torch.linalg.qr(stack, mode="r").R[: x.shape[-1]]
         if "stacked_gram" in sums:
-            mean = (x.flatten(1, -2).mean(0) if x.dim() > 2 else x).float()  # (length, in)
+            mean = _by_sequence(x, self.shape).float().mean(0)  # (length, in)
             sums["stacked_gram"].add_((mean.T @ mean).double())
         self.tokens[name] = self.tokens.get(name, 0) + len(rows)
 
@@ -283,6 +294,17 @@ class _Collector:
         own = gradients.result(name, outputs, inputs, device)
         parts = cast(dict[str, Any], {**sums, **own})
         return Statistics(tokens=tokens, sequences=gradients.sequences, **parts)
+
+
+def _by_sequence(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(..., features) as (sequences, tokens, features), for ids of ``shape`` (sequences, length).
+
+    Some models flatten their tokens, and an expert sees some tokens of all sequences: those are one
+    sequence.
+    """
+    whole = rows.dim() == 2 and len(rows) == math.prod(shape)
+    sequences = shape[0] if whole else len(rows) if rows.dim() > 2 else 1
+    return rows.reshape(sequences, -1, rows.shape[-1])
 
 
 def _zeros(kinds: Collection[str], inputs: int, device: torch.device) -> dict[str, Tensor]:
@@ -322,6 +344,7 @@ class _Gradients:
         self.sums: dict[str, dict[str, Tensor]] = {}
         self.calls: dict[str, int] = {}  # of a layer, in this forward
         self.pending: dict[str, Tensor] = {}  # gradients (sequences, out, in) of several calls
+        self.shape: tuple[int, ...] = ()  # (sequences, length) of the ids that run
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         """The forward hook of the layer ``name``."""
@@ -343,6 +366,7 @@ class _Gradients:
     ) -> None:
         """One batch (sequences, length), forward and backward."""
         self.calls.clear()
+        self.shape = tuple(ids.shape)
         with torch.enable_grad():
             outputs = objective.outputs(model, ids)
             objective.surprise(outputs.detach(), outputs, generator).backward()
@@ -353,9 +377,7 @@ class _Gradients:
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        sequences = len(x) if x.dim() > 2 else 1  # an expert sees tokens of all of them
-        x = x.reshape(sequences, -1, x.shape[-1]).float()
-        g = gradient.reshape(sequences, -1, gradient.shape[-1]).float()
+        x, g = (_by_sequence(rows, self.shape).float() for rows in (x, gradient))
         sums = self.sums.setdefault(name, {})
         if "grad_gram" in self.kinds:
             total = sums.get("grad_gram", torch.zeros((), dtype=torch.float64, device=g.device))

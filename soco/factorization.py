@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from soco.allocators import Allocator, Problem
+from soco.allocators import Allocator, Learned, Problem
 from soco.linalg import Factors, Spectrum
-from soco.methods import FittedMethod, Method, SequentialMethod, SharingMethod
+from soco.methods import Basis, FittedMethod, Method, SequentialMethod, SharingMethod
 from soco.modules import LowRankLinear
-from soco.ranks import is_dense
+from soco.ranks import is_dense, layer_params, uniform_ranks
 from soco.sequential import collect_behind, stages
 from soco.surgery import bias_of, replace_module, weight_of
 from soco.workbench import Groups, Workbench
@@ -53,6 +53,10 @@ def choose_ranks(
 ) -> dict[str, int]:
     """Unit to rank.
 
+    Units that no calibration token reached have singular values in other units of measure than the
+    rest, and say nothing of what they are worth: they get the ranks of a uniform allocation, and
+    the allocator shares out what remains.
+
     Raises:
         ValueError: the allocator gave ranks that do not meet the budget, which is a mistake of it.
     """
@@ -60,10 +64,14 @@ def choose_ranks(
     places = {
         name: i for i, (_, names) in enumerate(stages(bench.model, bench.targets)) for name in names
     }
+    shapes = stacked_shapes(bench, groups)
+    unseen = _unseen_ranks(bench, components, allocator, groups, shapes, budget, pivoted)
+    budget -= sum(layer_params(shapes[unit], rank, pivoted) for unit, rank in unseen.items())
+    groups = [group for group in groups if group[0] not in unseen]
     by_unit = {group[0]: group for group in groups}
     problem = Problem(
-        shapes=stacked_shapes(bench, groups),
-        sigma={unit: spectrum.sigma for unit, spectrum in spectra.items()},
+        shapes={unit: shapes[unit] for unit in by_unit},
+        sigma={unit: spectra[unit].sigma for unit in by_unit},
         budget=budget,
         in_loss=components.in_loss,
         pivoted=pivoted,
@@ -81,7 +89,27 @@ def choose_ranks(
             f"allocator {allocator.name} gave {spent:,} parameters to {len(ranks)} units, and must "
             f"give at most {budget:,} to {len(by_unit)}"
         )
-    return ranks
+    return {unit: {**ranks, **unseen}[unit] for unit in shapes}
+
+
+def _unseen_ranks(
+    bench: Workbench,
+    components: Basis,
+    allocator: Allocator,
+    groups: Groups,
+    shapes: Mapping[str, tuple[int, int]],
+    budget: int,
+    pivoted: bool,
+) -> dict[str, int]:
+    """The ranks of the units that no token reached; none if that is true of all units.
+
+    A training looks at all units for itself.
+    """
+    unseen = {group[0] for group in groups if components.needs and bench.saw_nothing(group)}
+    if isinstance(allocator, Learned) or not unseen or len(unseen) == len(groups):
+        return {}
+    uniform = uniform_ranks(shapes, budget, pivoted=pivoted)
+    return {unit: rank for unit, rank in uniform.items() if unit in unseen}
 
 
 def make_factors(

@@ -14,18 +14,26 @@ _ENTRIES = 2**25
 _COLUMNS = 16  # of a triangle, that are made at a time
 
 
-def refit_up(weight: Tensor, down: Tensor, gram: Tensor, cross: Tensor | None = None) -> Tensor:
+def refit_up(
+    weight: Tensor,
+    down: Tensor,
+    gram: Tensor,
+    cross: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
     """The best ``up`` for a given ``down``: the least-squares solution of ``U down X = Y``.
 
     X are the inputs that the layer gets, with Gram matrix ``G = X X^T``; Y are the outputs it
     should give: ``W X``, or ``W X0`` where the dense model's own inputs were X0, with the cross
-    Gram matrix ``C = X0 X^T``. Then ``U = W C down^T (down G down^T)^+``.
+    Gram matrix ``C = X0 X^T``. Then ``U = W C down^T (down G down^T)^+``. Where no input reaches a
+    direction of ``down X`` any U is a solution; the one closest to ``start`` is taken.
 
     Args:
         weight: (out, in).
         down: (rank, in).
         gram: (in, in).
         cross: (in, in); None: ``gram``.
+        start: (out, rank), what the directions keep that the inputs say nothing about; None: zero.
 
     Returns:
         (out, rank), float64.
@@ -35,7 +43,11 @@ def refit_up(weight: Tensor, down: Tensor, gram: Tensor, cross: Tensor | None = 
     """
     down, gram = down.double(), gram.double()
     target = weight.double() @ (gram if cross is None else cross.double())  # (out, in): Y X^T
-    return target @ down.mT @ _pinv(down @ gram @ down.mT)
+    inverse = _pinv(down @ gram @ down.mT)
+    if start is None:
+        return target @ down.mT @ inverse
+    start = start.double()
+    return start + (target - start @ down @ gram) @ down.mT @ inverse
 
 
 def refit_down(weight: Tensor, up: Tensor) -> Tensor:
@@ -65,7 +77,7 @@ def alternate(weight: Tensor, factors: Factors, gram: Tensor, iterations: int) -
     """
     up, down = factors.up.double(), factors.down.double()
     for _ in range(iterations):
-        up = refit_up(weight, down, gram)
+        up = refit_up(weight, down, gram, start=up)
         down = refit_down(weight, up)
     return Factors(up, down)
 

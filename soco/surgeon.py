@@ -13,10 +13,13 @@ from soco.component_gradients import Recorder, Sums
 from soco.linalg import Factors, Spectrum
 from soco.objectives import Objective
 from soco.steps import checkpointed, frozen
-from soco.surgery import bias_of, transformer_blocks, weight_of
+from soco.surgery import bias_of, transformer_blocks, twins_of, weight_of
 
 # The fractions of ``strength`` that validation chooses from.
 FRACTIONS = (0.0, 0.1, 0.25, 0.5, 1.0)
+
+# Eigenvalues of a curvature below this fraction of the largest are taken for none.
+_ROUNDING = 1e-6
 
 # What the whole update is multiplied by, where the divergence on held-out text decides.
 MULTIPLES = (0.0, 0.25, 0.5, 1.0)
@@ -230,9 +233,11 @@ def scale_update(curvature: Tensor, pull: Tensor, damping: float) -> Tensor:
     Returns:
         delta (rank,), float64; the shortest minimum where there are several.
     """
+    wide = pull.double()[:, None]
+    if not damping:  # H was summed in float32: what is below that is rounding
+        return (torch.linalg.pinv(curvature.double(), rtol=_ROUNDING, hermitian=True) @ wide)[:, 0]
     damped = _damped(curvature, damping)
     root, info = torch.linalg.cholesky_ex(damped)
-    wide = pull.double()[:, None]
     if not bool(info):
         return torch.cholesky_solve(wide, root)[:, 0]
     return (torch.linalg.pinv(damped, hermitian=True) @ wide)[:, 0]
@@ -335,13 +340,14 @@ def _divergence(
         bias = bias_of(targets[name])
         return lambda module, inputs, output: F.linear(F.linear(inputs[0], down), up, bias)
 
+    twins = twins_of(model, {name: targets[name] for name in factors})
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)
     with frozen(model):
         for batch in windows.split(settings.batch_size):
             ids = batch.to(device)
             dense = objective.outputs(model, ids)
-            hooks = [targets[n].register_forward_hook(replacing(n)) for n in factors]
+            hooks = [t.register_forward_hook(replacing(n)) for n in factors for t in twins[n]]
             try:
                 student = objective.outputs(model, ids)
             finally:
@@ -376,11 +382,13 @@ def _collect(
     recorder = Recorder()
     device = next(model.parameters()).device
     probe = torch.zeros((), device=device, requires_grad=True)  # the one leaf gradients flow to
+    twins = twins_of(model, {name: targets[name] for name in layers})
     hooks = [
-        targets[name].register_forward_hook(
+        twin.register_forward_hook(
             recorder.hook(name, factors, weight_of(targets[name]) if folds > 1 else None, probe)
         )
         for name, factors in layers.items()
+        for twin in twins[name]
     ]
     sums: dict[str, Sums] = {}
     blocks = transformer_blocks(model) if settings.checkpointing else []

@@ -148,6 +148,14 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
+def twins_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
+    """Name to all linear layers of the model that are one with it: the same weight and bias.
+
+    A layer is among its twins; one object in several places is one.
+    """
+    return {name: twins for name, twins, _ in _sharing(model, modules)}
+
+
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks in the tree's order: the entries of the outermost module lists."""
     return [block for name in _block_lists(model) for block in model.get_submodule(name).children()]

@@ -50,7 +50,11 @@ def rooted_svd(weight: Tensor, root: Tensor, *, name: str = "weight") -> Spectru
     scale = root.abs().amax()  # so that squares inside solvers stay finite
     basis, core = (None, wide) if weight.shape[0] <= weight.shape[1] else torch.linalg.qr(wide)
     seen_core = core * (root / scale) if root.dim() == 1 else core @ (root / scale)
-    U, S, _ = torch.linalg.svd(seen_core, full_matrices=True)
+    side, columns = seen_core.shape
+    if columns > side:  # U and S are those of a square matrix, without a wide V
+        U, S, _ = torch.linalg.svd(torch.linalg.qr(seen_core.mT, mode="r").R.mT)
+    else:
+        U, S, _ = torch.linalg.svd(seen_core, full_matrices=True)
     sigma = torch.zeros(U.shape[1], dtype=S.dtype, device=S.device)
     sigma[: len(S)] = S[: len(sigma)]
     noise = torch.finfo(torch.float64).eps * max(seen_core.shape) * S[0]

@@ -52,6 +52,7 @@ class Workbench:
     _spectra: dict[tuple, Spectrum] = field(default_factory=dict)
     _probed: dict[tuple, float] = field(default_factory=dict)
     _dense: list[Tensor] = field(default_factory=list)  # outputs for the probe's windows
+    _unseen: set[str] = field(default_factory=set)  # layers that no calibration token went through
     _objective: Objective | None = None
 
     @property
@@ -227,6 +228,12 @@ class Workbench:
                 parts = {**old.parts(), **each.parts(), "gram": old.gram}
                 each = changed(each, **parts, sequences=max(old.sequences, each.sequences))
             self._statistics[name] = each
+            if not each.tokens:
+                self._unseen.add(name)
+
+    def saw_nothing(self, group: tuple[str, ...]) -> bool:
+        """Whether statistics were collected, and none of a unit's layers saw a token."""
+        return self._unseen.issuperset(group)
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device

@@ -1,5 +1,6 @@
 """Every allocator meets every budget, and does what its rule says."""
 
+import dataclasses
 import itertools
 import math
 
@@ -18,6 +19,7 @@ from soco.allocators import (
     Problem,
     Sensitivity,
     Uniform,
+    _solve,
 )
 from soco.ranks import is_dense, layer_params, parameter_budget, uniform_ranks
 
@@ -238,6 +240,43 @@ def test_lems_prefers_layers_that_do_harm_and_early_ones():
     depth = problem(0.5, sigma=equal, probe=lambda name, rank: 1.0)
     found = LEMS().ranks(depth)
     assert found["layers.0.up"] > found["layers.2.up"]
+
+
+def test_lems_errors_by_hand():
+    """Losses relative to those at a tenth of the parameters, times the harm there, times depth."""
+    shapes = {"layers.0.a": (40, 40), "layers.1.b": (40, 40)}
+    sigma = spectra(shapes, 3)
+    harms = {"layers.0.a": 0.5, "layers.1.b": 2.0}
+    given = problem(0.45, shapes, sigma=sigma, probe=lambda name, rank: harms[name])
+    errors = LEMS(depth_weight=3.0, decay=1.0)._errors(given)
+    tails = {"layers.0.a": 1 + 1 / 2, "layers.1.b": 1 / 2}  # sums of 1 / (k + 1) from here on
+    for name in shapes:
+        energy = sigma[name].double().square()
+        tenth = 2  # components of 80 parameters: 160 of 1600
+        for rank in (1, 2, 17):
+            relative = float(energy[rank:].sum() / energy[tenth:].sum())
+            weight = 1 + 3 * tails[name] / 1.5
+            assert float(errors[name][rank]) == pytest.approx(relative * harms[name] * weight)
+
+
+def test_the_integer_program_meets_budgets_that_its_solver_cannot_tell_apart():
+    """HiGHS takes a constraint for met to within a millionth, which is thousands of parameters."""
+    kinds = {"q": (4096, 4096), "k": (1024, 4096), "gate": (14336, 4096), "down": (4096, 14336)}
+    shapes = {f"layers.{i}.{kind}": shape for i in range(12) for kind, shape in kinds.items()}
+    menus = {name: [64, 256, 400, min(shape)] for name, shape in shapes.items()}
+    errors = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        steepness = 1 + number % 7
+        kept = torch.linspace(0, 1, min(shape) + 1, dtype=torch.float64)
+        errors[name] = (1 - kept) ** steepness * (1 + number % 5)
+    sigma = {name: torch.ones(1) for name in shapes}
+    for ratio in (0.3, 0.45, 0.6):
+        loose = problem(ratio, shapes, sigma=sigma)
+        cost = spent(_solve(loose, menus, errors, 20.0), loose)
+        assert cost <= loose.budget
+        for less in (1, 50, 500):  # just below what the best choice costs
+            tight = dataclasses.replace(loose, budget=cost - less)
+            assert spent(_solve(tight, menus, errors, 20.0), tight) <= cost - less
 
 
 def test_learned_ranks_are_those_of_the_training():

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from soco.calibration import KINDS, collect, uncalled
+from soco.calibration import KINDS, Statistics, collect, uncalled
 from soco.objectives import TokenDistribution
 from soco.surgery import find_linears
 from tiny_models import CONFIGS, tiny_model
@@ -477,3 +477,81 @@ def test_the_seed_draws_the_labels():
     first, again, other = found
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_gradients_and_stacks_are_by_sequence_where_tokens_come_flattened():
+    """OPT gives its feed-forward layers tokens without sequences."""
+    model = tiny_model("opt")
+    layers = find_linears(model)
+    windows = torch.randint(3, 96, (6, 7), generator=torch.Generator().manual_seed(3))
+    kinds = {"fisher", "grad_gram", "stacked_gram"}
+    one, two = (collect(model, layers, windows, size, kinds=kinds) for size in (1, 6))
+    flat = next(name for name in layers if name.endswith("fc1"))
+    for name in layers:
+        assert (one[name].sequences, two[name].sequences) == (6, 6)
+        torch.testing.assert_close(one[name].grad_gram, two[name].grad_gram, rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(one[name].fisher, two[name].fisher, rtol=1e-3, atol=1e-12)
+    means = []
+
+    def stacked(module, inputs):
+        means.append(inputs[0].reshape(6, 7, -1).mean(0))
+
+    with layers[flat].register_forward_pre_hook(stacked), torch.no_grad():
+        model(windows)
+    wanted = (means[0].T @ means[0]).double()
+    torch.testing.assert_close(two[flat].stacked_gram, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_autocast_and_gradients_of_the_caller_make_no_difference():
+    model = tiny_model("opt", dropout=0.3, attention_dropout=0.3)
+    layers = find_linears(model)
+    kinds = {"gram", "grad_gram"}
+    wanted = collect(model, layers, WINDOWS, kinds=kinds)
+    model.train().requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = collect(model, layers, WINDOWS, kinds=kinds)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(module.training for module in model.modules())
+    for name in layers:
+        assert torch.equal(found[name].gram, wanted[name].gram)
+        assert torch.equal(found[name].grad_gram, wanted[name].grad_gram)
+
+
+def test_twins_count_together():
+    """Two layers with one weight are one target, and it sees what both see."""
+    model = tiny_model("llama")
+    apart = find_linears(model)
+    first, second = (f"model.layers.{block}.mlp.up_proj" for block in (0, 1))
+    apart[second].weight = apart[first].weight
+    both = {name: collect(model, {name: apart[name]}, WINDOWS)[name] for name in (first,)}
+    layers = find_linears(model)
+    assert second not in layers
+    found = collect(model, layers, WINDOWS)
+    assert found[first].tokens == 2 * WINDOWS.numel() == both[first].tokens
+    seen = []
+    hooks = [
+        apart[name].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        for name in (first, second)
+    ]
+    with torch.no_grad():
+        model(WINDOWS)
+    for hook in hooks:
+        hook.remove()
+    x = torch.cat(seen).flatten(0, 1).double()
+    torch.testing.assert_close(found[first].gram, x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_rare_expert_saw_counts_by_how_often_it_was_asked():
+    """Sums of inputs per token of the calibration; means and gradients per token it saw."""
+    one = torch.ones(2, 2, dtype=torch.float64)
+    rare = Statistics(
+        tokens=5, sequences=2, gram=10 * one, abs_mean=10 * one[0], stacked_gram=20 * one,
+        root=2 * one, fisher=6 * one, grad_gram=15 * one,
+    )  # fmt: skip
+    means = rare.means(20)
+    assert torch.equal(means["gram"], one / 2)
+    assert torch.equal(means["abs_mean"], 2 * one[0])
+    assert torch.equal(means["stacked_gram"], one)
+    torch.testing.assert_close(means["root"].T @ means["root"], (2 * one).T @ (2 * one) / 20)
+    assert torch.equal(means["fisher"], 3 * one)
+    assert torch.equal(means["grad_gram"], 3 * one)

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from soco.allocators import Energy, Uniform
+from soco.allocators import ALLOCATORS, Energy, Uniform
+from soco.experts import split_experts
 from soco.factorization import choose_ranks, groups_of, kind_of, make_factors, stacked_shapes
-from soco.fitting import refit_up
+from soco.fitting import best_share, refit_up
 from soco.linalg import whitened_svd
 from soco.methods import (
     AASVD,
+    KFACSVD,
     METHODS,
     SAESSVD,
     SVDLLM,
@@ -22,11 +24,11 @@ from soco.methods import (
     BasisSharing,
 )
 from soco.modules import LowRankLinear
-from soco.ranks import layer_params, parameter_budget
+from soco.ranks import layer_params, parameter_budget, uniform_ranks
 from soco.sequential import collect_behind, stages
 from soco.surgery import find_linears, replace_module, weight_of
 from soco.workbench import Workbench
-from tiny_models import tiny_model
+from tiny_models import tiny_mixture, tiny_model
 
 WINDOWS = torch.randint(3, 96, (24, 12), generator=torch.Generator().manual_seed(2))
 
@@ -236,6 +238,46 @@ def test_an_allocator_that_overspends_is_refused():
 
     with pytest.raises(ValueError, match="allocator greedy gave"):
         run(bench_of(), SVDLLM(), rule=Greedy())
+
+
+@pytest.mark.parametrize("rule", ["energy", "v2", "lems", "uniform"])
+def test_experts_that_no_token_reached_get_what_uniform_ranks_give(rule):
+    model = tiny_mixture("mixtral", num_local_experts=6)
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):  # the router: the last two experts are never among the best
+            with torch.no_grad():
+                module.weight.abs_()
+                module.weight[4:].neg_()
+    for block in model.model.layers:
+        block.post_attention_layernorm.register_forward_hook(lambda module, inputs, y: y.abs())
+    split_experts(model)
+    bench = Workbench(model, find_linears(model), WINDOWS)
+    method = KFACSVD()
+    groups = groups_of(method, bench)
+    spectra = bench.spectra(method.components, groups)
+    budget = parameter_budget(bench.shapes, 0.5)
+    ranks = choose_ranks(bench, method, ALLOCATORS[rule](), groups, spectra, budget, False, dict)
+    uniform = uniform_ranks(bench.shapes, budget)
+    unseen = [name for name in ranks if bench.saw_nothing((name,))]
+    assert len(unseen) == 2 * 2 * 2 or len(unseen) == 2 * 2 * 3
+    assert {name: ranks[name] for name in unseen} == {name: uniform[name] for name in unseen}
+    assert list(ranks) == list(bench.targets)
+    spent = sum(layer_params(bench.shapes[name], rank) for name, rank in ranks.items())
+    assert spent <= budget
+    if rule in ("energy", "lems"):
+        assert any(ranks[name] != uniform[name] for name in ranks)
+
+
+def test_the_share_of_saes_is_the_adaptive_one():
+    generator = torch.Generator().manual_seed(9)
+    weight, x, noise = (
+        torch.randn(*shape, generator=generator).double() for shape in ((7, 6), (6, 40), (6, 40))
+    )
+    gram, cross = (x + noise) @ (x + noise).T, x @ (x + noise).T
+    method = SAESSVD(lowest=0.0, highest=1.0)
+    wanted = best_share(weight, gram, cross, 2, 0.0, 1.0)
+    assert 0.1 < wanted < 0.9
+    assert method.share(weight, gram, cross, 2) == wanted
 
 
 def test_nothing_of_a_method_is_lost_in_settings():

@@ -57,6 +57,22 @@ def test_down_is_the_least_squares_solution():
     torch.testing.assert_close(refit_down(WEIGHT, up), wanted)
 
 
+@pytest.mark.parametrize("shape", [(7, 9), (9, 7)])
+def test_what_the_inputs_do_not_reach_is_left_as_it_was(shape):
+    """A Gram matrix of rank 3 says nothing about most of the weight: that part stays."""
+    weight, inputs = random(*shape, seed=11), random(shape[1], 3, seed=12)
+    gram = inputs @ inputs.T
+    best = whitened_svd(weight, gram).truncate(6)
+    moved = alternate(weight, best, gram, 4)
+    torch.testing.assert_close(moved.product(), best.product(), atol=1e-6, rtol=1e-6)
+    up = refit_up(weight, best.down, gram, start=best.up)
+    torch.testing.assert_close(up, best.up, atol=1e-6, rtol=1e-6)
+    assert torch.linalg.matrix_rank(refit_up(weight, best.down, gram)) == 3
+    other = random(shape[0], 6, seed=13)  # and it is a solution from any start
+    found = refit_up(weight, best.down, gram, start=other) @ best.down @ inputs
+    torch.testing.assert_close(found, refit_up(weight, best.down, gram) @ best.down @ inputs)
+
+
 def test_alternating_does_not_move_a_whitened_optimum():
     best = whitened_svd(WEIGHT, GRAM).truncate(3)
     moved = alternate(WEIGHT, best, GRAM, 5)

@@ -105,6 +105,12 @@ def test_a_singular_curvature_gives_the_shortest_minimum():
     b = torch.tensor([1.0, 0.0], dtype=torch.float64)
     torch.testing.assert_close(scale_update(H, b, 0.0), torch.tensor([0.5, 0.0]).double())
     assert torch.equal(scale_update(0 * H, 0 * b, 0.3), torch.zeros(2).double())
+    # A sum of three float32 products, of which Cholesky would take the rounding for curvature.
+    g = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    r = torch.randn(3, generator=torch.Generator().manual_seed(1))
+    wanted = torch.linalg.pinv(g.double()) @ r.double()
+    found = scale_update(g.T @ g, g.T @ r, 0.0)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_removal_cost_is_the_least_quadratic_with_that_component_gone():

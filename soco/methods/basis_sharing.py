@@ -76,5 +76,5 @@ class BasisSharing(ClosedForm):
         """The coefficients by least squares, for the basis as it is."""
         if not gram.any():
             return factors
-        up = refit_up(weight, factors.down, gram)
+        up = refit_up(weight, factors.down, gram, start=factors.up)
         return Factors(up.to(factors.down.dtype), factors.down)  # the very tensor that is shared

@@ -105,7 +105,8 @@ class SVDLLM(ClosedForm):
         self, weight: Tensor, factors: Factors, gram: Tensor, cross: Tensor, *, name: str
     ) -> Factors:
         """``up`` by least squares, for the given ``down``."""
-        return Factors(refit_up(weight, factors.down, gram, cross), factors.down.double())
+        up, down = factors
+        return Factors(refit_up(weight, down, gram, cross, start=up), down.double())
 
 
 @dataclass(frozen=True)
