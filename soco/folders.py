@@ -70,8 +70,17 @@ def carry_over(source: Path, target: Path, *, move: bool = False) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Wait until every file below ``folder`` is on the disk."""
+    """Wait until every file below ``folder`` is on the disk.
+
+    Some libraries write files that only their owner can read: they get the usual permissions.
+    """
+    probe = folder / ".permissions"
+    probe.touch()
+    usual = probe.stat().st_mode & 0o777
+    probe.unlink()
     for path in (*folder.rglob("*"), folder):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(usual)
         _sync(path)
 
 

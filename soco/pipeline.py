@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from soco.allocators import ALLOCATORS, Allocator
+from soco.allocators import ALLOCATORS, Allocator, Learned
 from soco.checkpoint import mark_compressed
 from soco.experts import experts_split, join_experts
 from soco.factorization import choose_ranks, groups_of, make_factors
@@ -225,6 +225,12 @@ class _Choices:
         """Refuse what does not go together."""
         if self.pivoted and isinstance(self.method, SharingMethod):
             raise ValueError(f"method {self.method.name} shares its bases, which cannot be pivoted")
+        if self.pivoted and isinstance(self.method, RankLearner):
+            raise ValueError(
+                f"method {self.method.name} cannot count pivoted factors in its budget"
+            )
+        if isinstance(self.rule, Learned) and isinstance(self.method, SharingMethod):
+            raise ValueError('the allocator "learned" takes a method without shared bases')
         if self.surgeon is not None and isinstance(self.method, TrainedMethod):
             raise ValueError(f"method {self.method.name} trains its scales, and takes no surgeon")
         try:
@@ -389,11 +395,22 @@ def _allocator(allocator: str | Allocator | None, method: Method) -> Allocator:
 
 
 def needs_of(
-    method: str | Method, allocator: str | Allocator | None = None, **_: object
+    method: str | Method,
+    allocator: str | Allocator | None = None,
+    pivoted: bool = False,
+    surgeon: bool | SVDSurgeon | None = None,
+    refine: bool | Refinement = False,
+    **_: object,
 ) -> frozenset[str]:
-    """The calibration statistics that ``compress`` reads for these of its arguments."""
+    """The calibration statistics that ``compress`` reads for these of its arguments.
+
+    Raises:
+        ValueError: there is no such method or allocator, or they do not go together.
+    """
     chosen = find_method(method, 0)
-    return chosen.needs | _allocator(allocator, chosen).needs
+    rule = _allocator(allocator, chosen)
+    _Choices(chosen, rule, pivoted, _surgeon(surgeon, chosen, 0), _refinement(refine, 0), None)
+    return chosen.needs | rule.needs
 
 
 def reads_text(

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,12 +66,14 @@ def draw(comparison: Comparison, folder: Path) -> list[Path]:
 def looks(comparison: Comparison) -> dict[str, Look]:
     """Entry to its look: the same for a method wherever it is, variants by their lines.
 
-    soco and the entry that is the best at most ratios stand out.
+    Only where two methods of one colour meet the later one takes another that is free. soco and
+    the entry that is the best at most ratios stand out.
     """
     entries = list(dict.fromkeys(row["method"] for row in comparison.rows))
     best = Counter(row["method"] for ratio in comparison.ratios if (row := comparison.best(ratio)))
     winner = best.most_common(1)[0][0] if best else None
     known = list(METHODS)
+    colors = _colors({entry.partition("+")[0].partition("@")[0] for entry in entries})
     variants: Counter[str] = Counter()
     found = {}
     for entry in entries:
@@ -83,12 +85,23 @@ def looks(comparison: Comparison) -> dict[str, Look]:
         line = _LINES[(turn + variants[method]) % len(_LINES)]
         marker = _MARKERS[(place + variants[method]) % len(_MARKERS)]
         variants[method] += 1
-        color = _MUTED[place % len(_MUTED)]
+        color = colors.get(method, _MUTED[place % len(_MUTED)])
         if method == "soco":
             color = _LEARNED
         elif entry == winner:
             color = _BEST
         found[entry] = Look(color, marker, line, method == "soco" or entry == winner)
+    return found
+
+
+def _colors(methods: Collection[str]) -> dict[str, str]:
+    """Method to colour: its own, or the first that is free where that one is taken."""
+    found: dict[str, str] = {}
+    for place, method in enumerate(METHODS):
+        if method in methods and method != "soco":
+            own = _MUTED[place % len(_MUTED)]
+            free = [color for color in (own, *_MUTED) if color not in found.values()]
+            found[method] = free[0] if free else own
     return found
 
 
@@ -136,8 +149,8 @@ def draw_quality(comparison: Comparison, path: Path) -> None:
         axes = figure.add_axes((x / width, bottom / height, wide / width, high / height))
         _draw_lines(axes, comparison, key, rows, styles, gap=0.155 / high)
         axes.set_title(_TITLES[key], fontsize=10, loc="left")
-    first = next(iter(comparison.setup["texts"]), "")
-    tokens = rows[0]["tokens"]
+    first, about = next(iter(comparison.setup["texts"].items()))
+    tokens = about["tokens"]
     figure.text(
         left / width,
         1 - 0.25 / height,
@@ -168,7 +181,8 @@ def _draw_lines(
     low, high = lowest / margin, highest * margin
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    ends = []  # name, x and y of the last point, style, whether it is above the edge
+    least = min(row["kept_params"] / row["target_params"] for row in rows)
+    ends = []  # name, x and y of the last point, style
     for entry, look in styles.items():
         mine = [row for row in rows if row["method"] == entry and row[key] is not None]
         if not mine:
@@ -182,7 +196,14 @@ def _draw_lines(
             zorder=4 if look.strong else 3,
         )  # fmt: skip
         over = mine[-1][key] > highest
-        ends.append((f"{entry} ↑{mine[-1][key]:.0e}" if over else entry, xs[-1], ys[-1], look))
+        name = f"{entry} ↑{mine[-1][key]:.0e}" if over else entry
+        if xs[-1] > least + 0.02:  # it ends early: a line to its name would look like data
+            axes.annotate(
+                name, xy=(xs[-1], ys[-1]), xytext=(0, 4), textcoords="offset points",
+                color=_ink(look.color), fontsize=8, ha="center", va="bottom",
+            )  # fmt: skip
+        else:
+            ends.append((name, xs[-1], ys[-1], look))
     _kept_axis(axes, comparison, rows)
     if dense:
         axes.axhline(dense, color=_DENSE, linewidth=1.2, linestyle=(0, (2, 2)), zorder=2)
@@ -243,6 +264,8 @@ def draw_ranks(comparison: Comparison, ratio: float, path: Path) -> None:
     figure = new_figure(width, lines * (high + 0.3) + 1.05, layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     image = None
+    from matplotlib.ticker import FuncFormatter
+
     for axes, row, (_, _, grid) in zip(panels.flat, rows, grids, strict=False):
         image = draw_grid(axes, kinds, blocks, grid)
         dense = [(x, y) for y, line in enumerate(grid) for x, kept in enumerate(line) if kept == 1]
@@ -260,6 +283,7 @@ def draw_ranks(comparison: Comparison, ratio: float, path: Path) -> None:
         lowest.tick_params(labelbottom=True)
     bar = figure.colorbar(image, ax=panels.ravel().tolist(), aspect=30, pad=0.015)
     bar.set_label("kept parameters", fontsize=8)
+    bar.formatter = FuncFormatter(lambda value, _: format_percent(value))
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(
         f"{comparison.setup['model']}, {format_percent(ratio)} of the parameters removed "

@@ -198,6 +198,8 @@ def notes(comparison: Comparison) -> list[str]:
         if comparison.yardstick == "kl"
         else "Distance is the squared distance of the last hidden states from those of the dense "
         "model, over their variance.",
+        f"Rows are sorted by {'KL' if comparison.yardstick == 'kl' else 'distance'}; the best of a "
+        f"size is in bold.",
         "Kept parameters and removed are of the compressed layers; bytes are of all parameters of "
         "the model.",
         "Seconds are those of one method alone, from statistics to the compressed model: what "

@@ -6,10 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from os import PathLike
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
+
+PICTURES = (".png", ".svg", ".pdf")  # what can be drawn
 
 MOST_ROWS = 24  # of the picture; with more kinds of layers the experts are drawn as one
 
@@ -137,8 +140,11 @@ class Report:
         """Draw kept parameters per layer, and how the training went, into an image file.
 
         Raises:
+            ValueError: the file's name does not end in .png, .svg or .pdf.
             ImportError: matplotlib is missing (``pip install "soco-llm[plots]"``).
         """
+        if Path(path).suffix.lower() not in PICTURES:
+            raise ValueError(f"pictures are {', '.join(PICTURES)} files, got {str(path)!r}")
         rows, blocks = _grid(self.layers)
         width, height = 3 + min(6.0, max(2.5, 0.45 * len(blocks))), 1.5 + 0.35 * len(rows)
         widths = [width, 6.5] if self.history else [width]

@@ -157,6 +157,8 @@ def evaluate_tasks(
         ]
         loaded = [load(plan, limit, seed) for plan in plans]
         harness = _harness_model(model, tokenizer, size, progress)
+        for plan, task in zip(plans, loaded, strict=True):
+            _check_room(plan, task, harness)
         imported("lm_eval.evaluator")  # takes seconds that are not the model's
         start = time.perf_counter()
         scores = [
@@ -261,6 +263,18 @@ def _harness_model(model: nn.Module, tokenizer: Any, batch_size: int, progress: 
             return super().tok_batch_encode(strings, *args, **options)
 
     return Counting(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+
+
+def _check_room(plan: Plan, task: Any, harness: Any) -> None:
+    """Refuse a task whose answers alone would fill the model's context, before any is asked."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return
+    answer = (task.config.generation_kwargs or {}).get("max_gen_toks", harness.max_gen_toks)
+    if answer >= harness.max_length:
+        raise ValueError(
+            f"task {plan.name} cannot be asked: an answer may take {answer} tokens, and the model "
+            f"has a context of {harness.max_length}"
+        )
 
 
 def _run(plan: Plan, task: Any, harness: Any, limit: int | None) -> list[TaskScore]:

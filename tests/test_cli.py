@@ -419,7 +419,7 @@ def test_report(run, place):
 def test_export(run, place):
     assert run("export", "small", "--dense", "-o", "out") == (
         0,
-        f"out holds the dense model ({commands.format_bytes(weights_size('out'))} of weights)\n",
+        f"out holds the compressed model in dense form ({commands.format_bytes(weights_size('out'))} of weights)\n",
         "",
     )
     assert "quantization_config" not in json.loads(Path("out/config.json").read_text())
@@ -482,7 +482,7 @@ OUT = ["--output", "out"]
             ["dense", *OUT, "--method", "magic"],
             "'magic' is not one of 'soco', 'kfac-svd'",
         ),
-        (["dense", *OUT, "--magic"], "No such option: --magic"),
+        (["dense", *OUT, "--magic"], "No such option: --magic. `soco compress --help` lists"),
         (["dense", *OUT, "--samples", "0", "-c", "self"], "Invalid value for '--samples'"),
         (["dense", *OUT, "--steps", "x", "-c", "self"], "Invalid value for '--steps'"),
         (["dense", *OUT], "method soco learns from text: give --calibration FILE, or"),
@@ -513,6 +513,40 @@ def test_what_compress_refuses(fails, place, words, expected):
     assert expected in fails("compress", *words)
     assert state(place) == before
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "expected"),
+    [
+        ("compress", ["--method", "dobi-svd", "--allocator", "energy"], "takes no allocator"),
+        ("compress", ["--method", "dobi-svd", "--pivoted"], "dobi-svd cannot count pivoted"),
+        ("compress", ["--method", "basis-sharing", "--pivoted"], "bases, which cannot be pivoted"),
+        ("compress", ["--calibration", "empty.txt"], "the file 'empty.txt' is empty"),
+        ("compress", ["--stats", "text.txt"], "text.txt is a file, and should be a folder"),
+        ("compare", ["--methods", "soco+surgeon"], "trains its scales, and takes no surgeon"),
+        ("compare", ["--methods", "svd,basis-sharing+pivoted"], "which cannot be pivoted"),
+        ("compare", ["--methods", "basis-sharing@learned"], "a method without shared bases"),
+        ("compare", ["--text", "empty.txt"], "the file 'empty.txt' is empty"),
+        ("compare", ["--stats", "text.txt"], "text.txt is a file, and should be a folder"),
+    ],
+)
+def test_what_is_refused_before_a_model_is_loaded(
+    fails, place, monkeypatch, command, words, expected
+):
+    (place / "empty.txt").write_text("")
+    for module in (commands, comparing):
+        monkeypatch.setattr(module, "open_dense", lambda *_: pytest.fail("the model was loaded"))
+    usual = ["dense", *OUT, "-c", "text.txt", *(["-t", "text.txt"] if command == "compare" else [])]
+    assert expected in fails(command, *usual, *words)
+    assert not (place / "out").exists()
+
+
+def test_a_comparison_in_which_nothing_can_be_made_fails(run, place):
+    words = ["-m", "svd", "-r", "0.999", "-t", "text.txt", "-c", "text.txt", *SMALL]
+    code, out, err = run("compare", "dense", *OUT, *words)
+    assert code == 2
+    assert "svd at 0.999 failed: ratio 0.999 leaves 15 parameters" in out  # and why
+    assert "error: none of the methods could do what was asked" in err
 
 
 @pytest.mark.parametrize(
@@ -583,7 +617,7 @@ def test_a_full_gpu_leaves_the_rows(fails, place, monkeypatch):
         (["evaluate", "small", "-t", "dense"], "there is no file 'dense'"),
         (["report", "absent"], "there is no folder 'absent'"),
         (["report", "dense"], "dense is not the folder of a model compressed by soco"),
-        (["report", "small", "--plot", "x.abc"], "abc"),
+        (["report", "small", "--plot", "x.abc"], "pictures are .png, .svg, .pdf files, got 'x.a"),
         (["report", "small", "--plot", "absent/x.png"], "absent/x.png: no such file or directory"),
         (["export", "small", *OUT], "--dense is the one there is"),
         (["export", "small", "--dense", "--output", "dense"], "dense exists and is not empty"),

@@ -138,3 +138,17 @@ def test_carry_over_copies(tmp_path):
     carry_over(source, target)
     assert read(target) == {"config.json": "new", "tokenizer.json": "mine", "runs/log.txt": "mine"}
     assert len(read(source)) == 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+def test_files_get_the_usual_permissions(tmp_path):
+    """Safetensors writes files that nobody else can read."""
+    old = os.umask(0o022)
+    try:
+        with replaced(tmp_path / "out") as folder:
+            (folder / "a").write_text("a")
+            (folder / "a").chmod(0o600)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "out" / "a").stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]

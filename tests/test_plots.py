@@ -65,6 +65,22 @@ def test_all_methods_and_their_variants_look_different():
     assert {found["svd-llm"].color} == {found["svd-llm@energy"].color}
 
 
+def test_up_to_nine_methods_have_a_colour_each():
+    methods = [name for name in METHODS if name != "soco"]
+    for chosen in (methods[:9], methods[-9:], ["svd", "kfac-svd", "fwsvd", "aa-svd"]):
+        looks = plots.looks(made_up(methods=(*chosen, "soco")))
+        assert len({look.color for look in looks.values()}) == len(chosen) + 1
+
+
+def test_a_line_that_ends_early_has_its_name_there(figures, tmp_path):
+    done = made_up(methods=("svd", "soco"), ratios=(0.2, 0.4, 0.6))
+    rows = [row for row in done.rows if row["method"] == "soco" or row["ratio"] == 0.2]
+    plots.draw_quality(dataclasses.replace(done, rows=tuple(rows)), tmp_path / "quality.png")
+    names = {text.get_text(): text for text in figures[0].axes[1].texts}
+    assert names["svd"].arrow_patch is None
+    assert names["soco"].arrow_patch is not None
+
+
 def test_soco_and_the_best_stand_out():
     looks = plots.looks(made_up(methods=("soco", "svd", "svd-llm")))
     assert [entry for entry, look in looks.items() if look.strong] == ["soco", "svd-llm"]

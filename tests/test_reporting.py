@@ -341,6 +341,13 @@ def test_picture_names_the_stages_there_is_room_for(axes):
     )
 
 
+@pytest.mark.parametrize("name", ["picture", "picture.jpg", "picture.txt"])
+def test_pictures_of_other_kinds_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"pictures are \.png, \.svg, \.pdf files, got "):
+        example().plot(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_plot_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "soco-llm\[plots\]"'):

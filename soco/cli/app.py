@@ -560,6 +560,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command = "soco" if context is None else context.command_path
         text = " ".join(error.format_message().split())  # type: ignore[attr-defined]
-        say(f"error: {text} `{command} --help` lists the options.")
+        text = text.replace("Value error, ", "").rstrip(".")
+        say(f"error: {text}. `{command} --help` lists the options.")
         return FAILED
     return code if isinstance(code, int) else 0

@@ -21,6 +21,7 @@ from soco.cli.messages import console, quiet_libraries, say
 from soco.cli.sources import (
     DEMO,
     check_output,
+    check_writable,
     find_device,
     find_model,
     find_text,
@@ -35,7 +36,7 @@ from soco.evaluation import evaluate as evaluate_model
 from soco.headers import read_json
 from soco.methods import Method, SoCo
 from soco.pipeline import compress as compress_model
-from soco.pipeline import find_method, reads_text
+from soco.pipeline import find_method, needs_of, reads_text
 from soco.reporting import Report, format_bytes
 from soco.reporting import report as report_of
 from soco.tasks import check_tasks, evaluate_tasks
@@ -72,6 +73,8 @@ def compress(wanted: Compression) -> None:
     begin = time.perf_counter()
     find_model(wanted.model)
     check_output(wanted.output, replace=True)
+    if wanted.stats is not None:
+        check_writable(wanted.stats)
     method = replace(cast(Any, find_method(wanted.method, wanted.seed)), **wanted.training)
     options = _compress_options(wanted, method)
     device = find_device(wanted.device)
@@ -111,6 +114,7 @@ def _compress_options(wanted: Compression, method: Method) -> dict[str, Any]:
     options = {name: value for name in names if (value := getattr(wanted, name))}
     if wanted.model == DEMO:
         options = {**demo.OPTIONS, **options}
+    needs_of(method, **options)  # refuses what does not go together
     text = options.get("calibration")
     if text is None and reads_text(method, **options):
         raise ValueError(
@@ -219,12 +223,13 @@ def evaluate(
 
 def _lines(found: Evaluation) -> str:
     """What was measured, one thing a line."""
+    windows = f"{found.windows:,} window{'s' if found.windows != 1 else ''}"
     rows = [
         ("perplexity", None if found.perplexity is None else f"{found.perplexity:.4f}"),
         ("KL to dense", None if found.kl is None else f"{found.kl:.4f} nats per token"),
         ("same choice", None if found.top1 is None else f"{found.top1:.2%} of first choices"),
         ("distance", None if found.distance is None else f"{found.distance:.4g} of the variance"),
-        ("measured on", f"{found.tokens:,} tokens, {found.windows:,} windows of {found.length:,}"),
+        ("measured on", f"{found.tokens:,} tokens, {windows} of {found.length:,}"),
         ("in", f"{found.dtype}, {found.seconds:.1f} s"),
     ]
     return "\n".join(f"{title:<12} {value}" for title, value in rows if value is not None)
@@ -255,7 +260,7 @@ def export(folder: Path, output: Path) -> None:
     with quiet_libraries(bars=False):
         export_dense(folder, output)
     weights = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    print(f"{output} holds the dense model ({format_bytes(weights)} of weights)")
+    print(f"{output} holds the compressed model in dense form ({format_bytes(weights)} of weights)")
 
 
 def _check_compressed(folder: Path) -> None:

@@ -17,6 +17,7 @@ from soco.cli.messages import console, quiet_libraries, say
 from soco.cli.sources import (
     DEMO,
     check_output,
+    check_writable,
     find_device,
     find_model,
     find_text,
@@ -65,6 +66,8 @@ def compare(wanted: Wanted) -> None:
     calibration = _calibration(wanted, entries)
     texts = _texts(wanted)
     _check_folder(wanted.output)
+    if wanted.stats is not None:
+        check_writable(wanted.stats)
     device = find_device(wanted.device)
     shows = not wanted.quiet and sys.stderr.isatty()
     total = len(entries) * len(ratios)
@@ -116,6 +119,9 @@ def compare(wanted: Wanted) -> None:
         print(json.dumps(done.to_dict(), indent=1))
         return
     show(done)
+    rows = {(row["method"], row["ratio"]): row for row in done.rows}
+    if all("error" in rows[str(entry), ratio] for entry in entries for ratio in ratios):
+        raise ValueError("none of the methods could do what was asked for: see above")
     out = console()
     out.print(f"\nFiles in {wanted.output}", style="bold", markup=False)
     for path in [*files, wanted.output / RECORD]:
@@ -242,6 +248,7 @@ def _check_folder(folder: Path) -> None:
     """Refuse a folder that holds something else than a comparison."""
     if (folder / RECORD).is_file():
         Comparison.read(folder / RECORD)
+        check_writable(folder)
     else:
         check_output(folder, replace=False)
 

@@ -62,6 +62,8 @@ def find_text(name: str) -> Path:
     path = DEMO_TEXT if name == DEMO else Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"there is no file {name!r}")
+    if not path.stat().st_size:
+        raise ValueError(f"the file {name!r} is empty")
     return path
 
 
@@ -96,6 +98,19 @@ def check_output(path: Path, *, replace: bool) -> None:
     if path.is_dir() and any(path.iterdir()) and not (replace and is_compressed(path)):
         what = "is not the folder of a model compressed by soco" if replace else "is not empty"
         raise ValueError(f"{path} exists and {what}: choose another folder for the output")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a folder, there already or not, in which nothing can be written.
+
+    Raises:
+        ValueError: it is a file, or cannot be written in.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, and should be a folder")
+    if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: there is no permission")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written: {parent} is not a folder to write in")
