@@ -10,7 +10,7 @@ from soco.linalg import Factors, Spectrum
 from soco.methods import Basis, FittedMethod, Method, SequentialMethod, SharingMethod
 from soco.modules import LowRankLinear
 from soco.ranks import is_dense, layer_params, uniform_ranks
-from soco.sequential import collect_behind, stages
+from soco.sequential import Walk, stages
 from soco.surgery import bias_of, replace_module, weight_of
 from soco.workbench import Groups, Workbench
 
@@ -161,12 +161,11 @@ def _fit_behind(bench: Workbench, method: SequentialMethod, result: Result) -> N
     unaligned: list[str] = []
     before = {name: model.get_submodule(name) for name in bench.targets}
     parts = stages(model, bench.targets)
+    walk = Walk(model, bench.targets, windows, bench.batch_size)
     try:
         with bench._bar(len(parts), "block by block") as bar:
             for done, (block, names) in enumerate(parts, start=1):
-                behind = collect_behind(
-                    model, bench.targets, block, names, windows, bench.batch_size
-                )
+                behind = walk.collect(block, names)
                 for name in names:
                     factors, seen = result[name], behind[name]
                     if factors is None:

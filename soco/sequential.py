@@ -1,14 +1,17 @@
 """What layers see behind compressed blocks, beside what they see in the dense model."""
 
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from soco.objectives import run_model
 from soco.surgery import replaced, transformer_blocks
+
+_CHUNK = 2048  # tokens of a product in float32, which is summed in float64
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,150 @@ def stages(model: nn.Module, names: Mapping[str, nn.Module]) -> list[tuple[nn.Mo
     return [*found, (model, left)] if left else found
 
 
-@torch.no_grad()
+class Walk:
+    """The same windows through the dense model and a partly compressed one, block after block.
+
+    What the last block put out that will not change any more is kept, so that each step runs the
+    next blocks only; whether a model allows that is tried with one sequence at every step. Where it
+    does not (blocks that are called several times, or that use more than the block before them
+    gives), everything runs from the start: as many block runs as there are blocks, squared.
+
+    Memory: two tensors of the size of the hidden states of all windows, on the CPU.
+
+    Args:
+        model: its blocks are compressed one after the other between two calls of ``collect``.
+        dense: name to dense layer, of every layer that may be compressed.
+        windows: token ids (sequences, length), on the CPU.
+        batch_size: sequences at a time.
+    """
+
+    def __init__(
+        self, model: nn.Module, dense: Mapping[str, nn.Module], windows: Tensor, batch_size: int
+    ) -> None:
+        """Nothing runs yet."""
+        self.model, self.dense = model, dense
+        self.tokens = windows.numel()
+        # The first sequence runs alone: it is the one that is tried with and without what is kept.
+        parts = (windows[:1], *windows[1:].split(batch_size))
+        self.batches = [part for part in parts if len(part)]
+        self.blocks = transformer_blocks(model)
+        self.chained = True  # as far as we know
+        self._streams = (_Stream(), _Stream())  # of the dense model, and of the model as it is
+        self._stop = False  # a run may end behind the block that is asked about
+
+    @torch.no_grad()
+    def collect(self, block: nn.Module, names: list[str]) -> dict[str, Behind]:
+        """What the layers of one block see in both models.
+
+        Args:
+            block: of ``stages``, in their order; all layers before it have what they will have.
+            names: its layers, which are still dense.
+
+        Returns:
+            name to what the layer saw. A layer that saw nothing has zeros.
+
+        Raises:
+            ValueError: the inputs of a layer hold NaN or Inf.
+        """
+        device = next(self.model.parameters()).device
+        index = self.blocks.index(block) if block in self.blocks else len(self.blocks)
+        ahead = any(stream.place >= index for stream in self._streams)
+        if ahead:
+            self._streams = (_Stream(), _Stream())
+        # The outputs of this block in the dense model, and of the one before in the other, are
+        # what will not change any more.
+        places = (index, index - 1)
+        outputs: tuple[list[Any], list[Any]] = ([], [])
+        changed = {
+            name: layer
+            for name, layer in self.dense.items()
+            if self.model.get_submodule(name) is not layer
+        }
+        products = _Products()
+        self._stop = False
+        for number, batch in enumerate(self.batches):
+            ids = batch.to(device)
+            seen = []
+            for stream, newcomers, place, made in zip(
+                self._streams, (changed, {}), places, outputs, strict=True
+            ):
+                kept = stream.kept[number] if stream.kept else None
+                with replaced(self.model, newcomers):
+                    inputs, output = self._run(ids, block, names, stream.place, kept, place)
+                    if number == 0 and kept is not None:
+                        whole, _ = self._run(ids, block, names, -1, None, place)
+                        if not _alike(inputs, whole):
+                            self.chained, inputs = False, whole
+                if not self.chained:
+                    stream.kept = []
+                seen.append(inputs)
+                made.append(output)
+            products.add(*seen, tokens=ids.numel())
+        for stream, place, made in zip(self._streams, places, outputs, strict=True):
+            whole = self.chained and all(output is not None for output in made)
+            stream.place, stream.kept = (place, made) if whole else (-1, [])
+        return {name: self._result(name, products) for name in names}
+
+    def _run(
+        self,
+        ids: Tensor,
+        block: nn.Module,
+        names: list[str],
+        stand_in: int,
+        kept: Any,
+        place: int,
+    ) -> tuple[dict[str, list[Tensor]], Any]:
+        """One forward: the inputs of the layers, and what block ``place`` put out, on the CPU."""
+        seen: dict[str, list[Tensor]] = {}
+        calls = 0
+        outputs: list[Any] = []
+
+        def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda module, inputs: seen.setdefault(name, []).append(inputs[0].detach())
+
+        def keep(module: nn.Module, inputs: object, output: Any) -> None:
+            outputs.append(_mapped(output, lambda tensor: tensor.detach().to("cpu", copy=True)))
+
+        def count(module: nn.Module, inputs: object, output: object) -> None:
+            nonlocal calls
+            calls += 1
+            if self._stop:
+                raise _EnoughError
+
+        hooks = [self.dense[n].register_forward_pre_hook(observe(n)) for n in names]
+        if self.chained and 0 <= place < len(self.blocks):
+            hooks.append(self.blocks[place].register_forward_hook(keep))
+        hooks.append(block.register_forward_hook(count))
+        blocks = self.blocks[: stand_in + 1] if kept is not None else []
+        try:
+            with _standing_in(blocks, kept, ids.device), suppress(_EnoughError):
+                run_model(self.model, ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._stop = calls == 1 and block is not self.model
+        if calls != 1 or len(outputs) > 1:
+            self.chained = False
+        return seen, outputs[0] if len(outputs) == 1 else None
+
+    def _result(self, name: str, products: "_Products") -> Behind:
+        found = [sums for names, sums in products.sums.items() if name in names]
+        if not found:
+            module = self.dense[name]
+            weight = next(module.parameters())
+            size = getattr(module, "in_features", None) or getattr(module, "nx")  # noqa: B009
+            empty = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
+            return Behind(empty, empty, 0, False)
+        gram, cross = (sum(parts) / self.tokens for parts in zip(*found, strict=True))
+        if not bool(torch.isfinite(gram).all()):
+            raise ValueError(
+                f"the inputs of {name} hold NaN or Inf behind the compressed blocks: the ratio is "
+                f"too high for this model, or it overflows in its dtype"
+            )
+        unaligned = name in products.unaligned
+        return Behind(gram, gram if unaligned else cross, products.tokens[name], not unaligned)
+
+
 def collect_behind(
     model: nn.Module,
     dense: Mapping[str, nn.Module],
@@ -52,103 +198,97 @@ def collect_behind(
     windows: Tensor,
     batch_size: int,
 ) -> dict[str, Behind]:
-    """Run the windows through the dense and through the partly compressed model, side by side.
-
-    Nothing is kept of one batch when the next begins. Both runs end behind the block where that is
-    called once; together with all other blocks that is about as many block runs as there are blocks
-    squared.
-
-    Args:
-        model: with compressed layers in place of those in the blocks before ``block``.
-        dense: name to dense layer, of every layer that may be compressed.
-        block: the one whose layers are meant.
-        names: its layers, which are still dense.
-        windows: token ids (sequences, length), on the CPU.
-        batch_size: sequences at a time.
-
-    Returns:
-        name to what the layer saw. A layer that saw nothing has zeros.
-
-    Raises:
-        ValueError: the inputs of a layer hold NaN or Inf.
-    """
-    device = next(model.parameters()).device
-    changed = {n: layer for n, layer in dense.items() if model.get_submodule(n) is not layer}
-    seen: dict[str, list[Tensor]] = {}
-    calls = 0
-
-    def observe(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, []).append(inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
-
-        return hook
-
-    def count(module: nn.Module, inputs: object, outputs: object) -> None:
-        nonlocal calls
-        calls += 1
-        if stop:
-            raise _EnoughError
-
-    sums: dict[str, list[Tensor]] = {}
-    tokens = dict.fromkeys(names, 0)
-    unaligned: set[str] = set()
-    stop = False
-    hooks = [dense[name].register_forward_pre_hook(observe(name)) for name in names]
-    hooks.append(block.register_forward_hook(count))
-    try:
-        for ids in windows.split(batch_size):
-            ids = ids.to(device)
-            runs = []
-            for newcomers in (changed, {}):  # the dense model, then as it is
-                seen = {}
-                with replaced(model, newcomers):
-                    calls = 0
-                    with suppress(_EnoughError):
-                        run_model(model, ids)
-                    stop = calls == 1 and block is not model
-                runs.append(seen)
-            before, behind = runs
-            for name, inputs in behind.items():
-                x = torch.cat(inputs).float()
-                x0 = torch.cat(before[name]).float() if name in before else None
-                size = x.shape[-1]
-                total = sums.setdefault(
-                    name,
-                    [torch.zeros(size, size, dtype=torch.float64, device=x.device) for _ in "gc"],
-                )
-                total[0].add_((x.mT @ x).double())
-                tokens[name] += len(x)
-                # An expert sees the tokens that were sent to it, which may be others in each model.
-                if x0 is None or len(x0) != len(x) or len(x) % ids.numel():
-                    unaligned.add(name)
-                else:
-                    total[1].add_((x0.mT @ x).double())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {
-        name: _result(name, sums.get(name), dense[name], tokens[name], name in unaligned, windows)
-        for name in names
-    }
+    """``Walk.collect`` of one block alone, from the start."""
+    return Walk(model, dense, windows, batch_size).collect(block, names)
 
 
-def _result(
-    name: str,
-    sums: list[Tensor] | None,
-    module: nn.Module,
-    tokens: int,
-    unaligned: bool,
-    windows: Tensor,
-) -> Behind:
-    if sums is None:
-        weight = next(module.parameters())
-        size = getattr(module, "in_features", None) or getattr(module, "nx")  # noqa: B009
-        empty = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
-        return Behind(empty, empty, 0, False)
-    gram, cross = (total / windows.numel() for total in sums)
-    if not bool(torch.isfinite(gram).all()):
-        raise ValueError(
-            f"the inputs of {name} hold NaN or Inf behind the compressed blocks: the ratio is too "
-            f"high for this model, or it overflows in its dtype"
+@dataclass
+class _Stream:
+    """What is kept of one of the two models."""
+
+    place: int = -1  # the number of the block whose outputs these are
+    kept: list[Any] = field(default_factory=list)  # its outputs, by batch, on the CPU
+
+
+class _Products:
+    """Sums over batches of ``X X^T`` and ``X0 X^T``, once for layers that see the same tensors."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, ...], list[Tensor]] = {}  # names to the two sums
+        self.tokens: dict[str, int] = {}
+        self.unaligned: set[str] = set()
+
+    def add(
+        self, before: dict[str, list[Tensor]], behind: dict[str, list[Tensor]], tokens: int
+    ) -> None:
+        """Add one batch of ``tokens``: the inputs of the layers in the two models."""
+        together: dict[tuple, list[str]] = {}
+        for name, inputs in behind.items():
+            same = tuple(map(id, inputs)), tuple(map(id, before.get(name, ())))
+            together.setdefault(same, []).append(name)
+        for names in together.values():
+            x = _rows(behind[names[0]])
+            x0 = _rows(before[names[0]]) if names[0] in before else None
+            # An expert sees the tokens that were sent to it, which may be others in each model.
+            if x0 is None or len(x0) != len(x) or len(x) % tokens:
+                self.unaligned.update(names)
+                x0 = None
+            size = x.shape[-1]
+            total = self.sums.setdefault(
+                tuple(names),
+                [torch.zeros(size, size, dtype=torch.float64, device=x.device) for _ in range(2)],
+            )
+            for chunk in range(0, len(x), _CHUNK):
+                part = x[chunk : chunk + _CHUNK].float()
+                total[0].add_((part.mT @ part).double())
+                if x0 is not None:
+                    total[1].add_((x0[chunk : chunk + _CHUNK].float().mT @ part).double())
+            for name in names:
+                self.tokens[name] = self.tokens.get(name, 0) + len(x)
+
+
+def _rows(inputs: list[Tensor]) -> Tensor:
+    rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _alike(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> bool:
+    """Whether layers saw the same, up to rounding."""
+    if one.keys() != other.keys():
+        return False
+    for name, inputs in one.items():
+        if [x.shape for x in inputs] != [x.shape for x in other[name]]:
+            return False
+        for x, y in zip(inputs, other[name], strict=True):
+            # What is not finite is found later, and named.
+            gap = (x.float() - y.float()).abs().max() if x.numel() else torch.zeros(())
+            if bool(gap > 1e-3 * y.float().abs().max()):
+                return False
+    return True
+
+
+@contextmanager
+def _standing_in(blocks: list[nn.Module], output: Any, device: torch.device) -> Iterator[None]:
+    """Inside, the blocks do not run, and return ``output``."""
+    own = [block.__dict__.get("forward") for block in blocks]  # set by hooks of others
+    for block in blocks:
+        block.forward = lambda *_, **__: _mapped(  # type: ignore[method-assign]
+            output, lambda tensor: tensor.to(device, copy=True)
         )
-    return Behind(gram, gram if unaligned else cross, tokens, not unaligned)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward  # type: ignore[method-assign]
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor changed, or a tuple or list of such; anything else as it is."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(part, change) for part in value)
+    return value

@@ -417,11 +417,9 @@ def test_report(run, place):
 
 
 def test_export(run, place):
-    assert run("export", "small", "--dense", "-o", "out") == (
-        0,
-        f"out holds the compressed model in dense form ({commands.format_bytes(weights_size('out'))} of weights)\n",
-        "",
-    )
+    told = run("export", "small", "--dense", "-o", "out")
+    size = commands.format_bytes(weights_size("out"))
+    assert told == (0, f"out holds the compressed model in dense form ({size} of weights)\n", "")
     assert "quantization_config" not in json.loads(Path("out/config.json").read_text())
     assert Path("out/tokenizer.json").is_file()
     words = ["evaluate", "out", "-t", "text.txt", "--dense", "small", "--length", "16", "--json"]
