@@ -8,12 +8,14 @@ writes the table between the ``results`` markers of docs/methods.md, and docs/im
 
 takes what ``soco compare`` wrote (its compare.json under another name) and writes a table of every
 model between the ``compare`` markers of docs/methods.md, a short one of all models between the
-``results`` markers of README.md, and docs/images/compare-MODEL.png. Both kinds may be given at
+``results`` markers of README.md, docs/images/compare-MODEL.png, and docs/images/readme.png with the
+methods of the short table on the first model. Both kinds may be given at
 once.
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -218,6 +220,9 @@ def write_comparisons(comparisons: list[Comparison]) -> None:
         raise SystemExit("give one comparison for each model")
     for name, comparison in zip(names, comparisons, strict=True):
         plots.draw_quality(comparison, ROOT / "docs" / "images" / name)
+    first = comparisons[0]
+    few = tuple(row for row in first.rows if row["method"] in BRIEF)
+    plots.draw_quality(replace(first, rows=few), ROOT / "docs" / "images" / "readme.png")
     text = "\n\n".join(compared(comparison) for comparison in comparisons)
     insert(ROOT / "docs" / "methods.md", "compare", text)
     insert(ROOT / "README.md", "results", brief(comparisons))
