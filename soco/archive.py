@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -56,8 +56,8 @@ _INCIDENTAL = {"_name_or_path", "transformers_version", "architectures", "dtype"
 
 def _configuration(model: nn.Module) -> str:
     """The class and the settings of a model, of which two may have the same weights."""
-    config = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    told = getattr(getattr(model, "config", None), "to_dict", dict)
+    settings: dict[str, Any] = told()
     kept = {key: value for key, value in settings.items() if key not in _INCIDENTAL}
     return f"{type(model).__name__} {json.dumps(kept, sort_keys=True, default=str)}"
 
@@ -100,9 +100,11 @@ def _others(
         return {}
     layers = read_json(folder / RECORD).get("layers", {})
     parts = {n: _parts(folder, n, each) for n, each in layers.items() if n not in own}
-    entries = _entries(folder) if parts else {}
+    if not parts:
+        return {}
+    entries = _entries(folder)
     read: dict[str, Tensor] = {}
-    with _opened(folder) if parts else nullcontext() as file:
+    with _opened(folder) as file:
         for name in {name for each in parts.values() for name in each.values()}:
             if name not in entries:
                 raise ValueError(f"{folder / TENSORS} does not hold {name}")

@@ -1,6 +1,5 @@
 """What methods want to know of a model's layers on real inputs, collected in one pass."""
 
-import math
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from soco.objectives import Objective, objective_for, run_model
+from soco.objectives import Objective, by_sequence, objective_for, run_model
 from soco.steps import frozen
 from soco.surgery import twins_of
 
@@ -271,7 +270,7 @@ class _Collector:
                 stack = torch.cat([sums["root"], chunk.double()])
                 sums["root"] = torch.linalg.qr(stack, mode="r").R[: x.shape[-1]]
         if "stacked_gram" in sums:
-            mean = _by_sequence(x, self.shape).float().mean(0)  # (length, in)
+            mean = by_sequence(x, self.shape).float().mean(0)  # (length, in)
             sums["stacked_gram"].add_((mean.T @ mean).double())
         self.tokens[name] = self.tokens.get(name, 0) + len(rows)
 
@@ -294,17 +293,6 @@ class _Collector:
         own = gradients.result(name, outputs, inputs, device)
         parts = cast(dict[str, Any], {**sums, **own})
         return Statistics(tokens=tokens, sequences=gradients.sequences, **parts)
-
-
-def _by_sequence(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(..., features) as (sequences, tokens, features), for ids of ``shape`` (sequences, length).
-
-    Some models flatten their tokens, and an expert sees some tokens of all sequences: those are one
-    sequence.
-    """
-    whole = rows.dim() == 2 and len(rows) == math.prod(shape)
-    sequences = shape[0] if whole else len(rows) if rows.dim() > 2 else 1
-    return rows.reshape(sequences, -1, rows.shape[-1])
 
 
 def _zeros(kinds: Collection[str], inputs: int, device: torch.device) -> dict[str, Tensor]:
@@ -377,7 +365,7 @@ class _Gradients:
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        x, g = (_by_sequence(rows, self.shape).float() for rows in (x, gradient))
+        x, g = (by_sequence(rows, self.shape).float() for rows in (x, gradient))
         sums = self.sums.setdefault(name, {})
         if "grad_gram" in self.kinds:
             total = sums.get("grad_gram", torch.zeros((), dtype=torch.float64, device=g.device))

@@ -254,8 +254,14 @@ def _resumed(path: Path, setup: Mapping[str, Any]) -> Comparison:
         old = done.setup.get(key)
         if key == "config_hash" and old is None:  # of an older soco
             continue
-        if old != value or (key == "texts" and list(old) != list(value)):
-            values = f" ({old!r}, now {value!r})" if len(f"{old!r}{value!r}") < 80 else ""
+        both = isinstance(old, dict) and isinstance(value, dict)
+        if old != value or (key == "texts" and both and list(old) != list(value)):
+            where = next((k for k in value if k in old and old[k] != value[k]), "") if both else ""
+            if where:
+                old, value, where = old[where], value[where], f": {where}"
+            values = where
+            if len(f"{old!r}{value!r}") < 80:
+                values += f" ({old!r}, now {value!r})"
             raise ValueError(
                 f"{path} was made with another {_CALLED.get(key, key.replace('_', ' '))}{values}: "
                 f"choose another output folder"

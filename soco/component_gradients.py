@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from soco.linalg import Factors
+from soco.objectives import by_sequence
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Recorder:
         """
 
         def note(x: Tensor, grad: Tensor) -> None:
-            x, grad = self._by_sequence(x), self._by_sequence(grad)
+            x, grad = (by_sequence(rows.detach().float(), self.shape) for rows in (x, grad))
             g = ((x @ factors.down.float().T) * (grad @ factors.up.float())).sum(1)
             r = g.new_zeros(len(g))
             if weight is not None:
@@ -64,12 +65,6 @@ class Recorder:
             return _Listen.apply(output, inputs[0].detach(), probe, note)
 
         return observe
-
-    def _by_sequence(self, rows: Tensor) -> Tensor:
-        """(..., features) as (sequences, tokens, features), float32; one sequence if unknown."""
-        count, length = self.shape
-        known = (rows.dim() > 2 and len(rows) == count) or rows.shape[:-1].numel() == count * length
-        return rows.detach().float().reshape(count if known else 1, -1, rows.shape[-1])
 
     def take(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Name to samples (samples, rank) and (samples,), and forget them.

@@ -19,6 +19,21 @@ def run_model(model: nn.Module, ids: Tensor) -> Any:
     return model(**inputs)
 
 
+def by_sequence(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What a layer saw, (..., features), as (sequences, tokens, features).
+
+    Some models flatten their tokens, and an expert sees some tokens of all sequences: where it
+    cannot be told to which sequence a row belongs, all are one sequence.
+
+    Args:
+        rows: inputs, outputs or gradients of a layer.
+        shape: (sequences, length) of the ids that run.
+    """
+    count, length = shape
+    known = (rows.dim() > 2 and len(rows) == count) or rows.shape[:-1].numel() == count * length
+    return rows.reshape(count if known else 1, -1, rows.shape[-1])
+
+
 @dataclass(frozen=True)
 class TokenDistribution:
     """For models that predict tokens: the KL divergence of the predicted distributions."""

@@ -180,7 +180,9 @@ class Walk:
             size = getattr(module, "in_features", None) or getattr(module, "nx")  # noqa: B009
             empty = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
             return Behind(empty, empty, 0, False)
-        gram, cross = (sum(parts) / self.tokens for parts in zip(*found, strict=True))
+        gram, cross = (
+            torch.stack(parts).sum(0).div_(self.tokens) for parts in zip(*found, strict=True)
+        )
         if not bool(torch.isfinite(gram).all()):
             raise ValueError(
                 f"the inputs of {name} hold NaN or Inf behind the compressed blocks: the ratio is "

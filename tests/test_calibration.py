@@ -506,10 +506,10 @@ def test_dropout_autocast_and_gradients_of_the_caller_make_no_difference():
     model = tiny_model("opt", dropout=0.3, attention_dropout=0.3)
     layers = find_linears(model)
     kinds = {"gram", "grad_gram"}
-    wanted = collect(model, layers, WINDOWS, kinds=kinds)
+    wanted: dict[str, Any] = dict(collect(model, layers, WINDOWS, kinds=kinds))
     model.train().requires_grad_(True)
     with torch.autocast("cpu", torch.bfloat16):
-        found = collect(model, layers, WINDOWS, kinds=kinds)
+        found: dict[str, Any] = dict(collect(model, layers, WINDOWS, kinds=kinds))
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert all(module.training for module in model.modules())
     for name in layers:

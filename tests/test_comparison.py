@@ -396,8 +396,14 @@ def test_a_record_of_another_configuration_is_refused(done, tmp_path):
     compare(tiny_model("llama"), ["svd"], [0.3], output=tmp_path, seed=3, **SETTINGS)
 
 
+def test_what_differs_in_the_calibration_is_named(done):
+    settings: dict[str, Any] = SETTINGS | {"samples": 5}
+    with pytest.raises(ValueError, match=r"another calibration: sequences \(6, now 5\): choose"):
+        compare(tiny_model("llama"), ["svd"], [0.3], output=done[1], seed=3, **settings)
+
+
 def test_a_record_with_its_texts_in_another_order_is_refused(done):
-    settings = SETTINGS | {"text": {"other": OTHER, "main": TEXT}}
+    settings: dict[str, Any] = SETTINGS | {"text": {"other": OTHER, "main": TEXT}}
     with pytest.raises(ValueError, match="another text to measure on, or in another order"):
         compare(tiny_model("llama"), ["svd"], [0.3], output=done[1], seed=3, **settings)
 
@@ -407,7 +413,9 @@ def test_a_mixture_stays_as_it_was(tmp_path, fails):
     model = tiny_mixture("mixtral")
     names = [name for name, _ in model.named_parameters()]
     modules = {name: id(module) for name, module in model.named_modules()}
-    settings = SETTINGS | {"samples": 20} | ({"include": "nothing*"} if fails else {})
+    settings: dict[str, Any] = (
+        SETTINGS | {"samples": 20} | ({"include": "nothing*"} if fails else {})
+    )
     with pytest.raises(ValueError, match="matches no") if fails else nullcontext():
         compare(model, ["svd", "svd-llm"], [0.3], output=tmp_path, **settings)
     assert [name for name, _ in model.named_parameters()] == names

@@ -46,15 +46,6 @@ def test_equals_the_gradient_by_scales(removed):
         )
 
 
-def test_rows_of_flattened_sequences_are_told_apart():
-    recorder = Recorder()
-    recorder.shape = (3, 4)
-    rows = torch.arange(24.0).view(12, 2)
-    assert torch.equal(recorder._by_sequence(rows), rows.view(3, 4, 2))
-    assert recorder._by_sequence(rows[:5]).shape == (1, 5, 2)
-    assert recorder._by_sequence(rows.view(3, 2, 2, 2)).shape == (3, 4, 2)
-
-
 def test_calls_add_up_sequence_by_sequence_or_all_in_one():
     linear, factors, generator = layer()
     probe = torch.zeros((), requires_grad=True)

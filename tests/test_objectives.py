@@ -11,6 +11,7 @@ from torch import nn
 from soco.objectives import (
     HiddenStates,
     TokenDistribution,
+    by_sequence,
     last_hidden_state,
     objective_for,
     run_model,
@@ -290,3 +291,12 @@ def test_choosing_builds_no_graph():
 def test_both_are_described():
     assert "KL" in TokenDistribution.name
     assert "hidden states" in HiddenStates.name
+
+
+def test_rows_of_flattened_sequences_are_told_apart():
+    rows = torch.arange(24.0).view(12, 2)
+    assert torch.equal(by_sequence(rows, (3, 4)), rows.view(3, 4, 2))
+    assert by_sequence(rows[:5], (3, 4)).shape == (1, 5, 2)
+    assert by_sequence(rows.view(3, 2, 2, 2), (3, 4)).shape == (3, 4, 2)
+    assert by_sequence(rows.view(1, 12, 2), (3, 4)).shape == (3, 4, 2)
+    assert by_sequence(rows.view(3, 4, 2), (3, 9)).shape == (3, 4, 2)
