@@ -182,7 +182,8 @@ def _draw_lines(
     axes.set_yscale("log")
     axes.set_ylim(low, high)
     least = min(row["kept_params"] / row["target_params"] for row in rows)
-    ends = []  # name, x and y of the last point, style
+    ends, early = [], []  # name, x and y of the last point, style
+    apart = gap * math.log(high / low)
     for entry, look in styles.items():
         mine = [row for row in rows if row["method"] == entry and row[key] is not None]
         if not mine:
@@ -197,13 +198,17 @@ def _draw_lines(
         )  # fmt: skip
         over = mine[-1][key] > highest
         name = f"{entry} ↑{mine[-1][key]:.0e}" if over else entry
-        if xs[-1] > least + 0.02:  # it ends early: a line to its name would look like data
-            axes.annotate(
-                name, xy=(xs[-1], ys[-1]), xytext=(0, 4), textcoords="offset points",
-                color=_ink(look.color), fontsize=8, ha="center", va="bottom",
-            )  # fmt: skip
-        else:
-            ends.append((name, xs[-1], ys[-1], look))
+        (early if xs[-1] > least + 0.02 else ends).append((name, xs[-1], ys[-1], look))
+    for name, x, y, look in early:
+        near = [e for e in early if abs(e[1] - x) < 0.1 and abs(math.log(e[2] / y)) < apart]
+        if len(near) > 1:  # their names would cover each other
+            ends.append((name, x, y, look))
+            continue
+        # A line from here to a name at the edge would look like data.
+        axes.annotate(
+            name, xy=(x, y), xytext=(0, 4), textcoords="offset points",
+            color=_ink(look.color), fontsize=8, ha="center", va="bottom",
+        )  # fmt: skip
     _kept_axis(axes, comparison, rows)
     if dense:
         axes.axhline(dense, color=_DENSE, linewidth=1.2, linestyle=(0, (2, 2)), zorder=2)
