@@ -47,9 +47,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
     made = " ".join(["python", "benchmarks/compare.py", *sys.argv[1:]])
-    made = made.replace(str(arguments.data), "DIR").replace(
-        str(arguments.output), "benchmarks/results"
-    )
+    for folder, called in (
+        (arguments.work, "WORK"), (arguments.data, "DIR"), (arguments.output, "benchmarks/results"),
+    ):  # fmt: skip
+        made = made.replace(str(folder), called)
+    made += f" (soco {soco.__version__}, commit {commit()})"  # now: records are files of it, too
     for name in arguments.models:
         train, valid, ratios = RUNS[name]
         folder = arguments.data / "models" / name
@@ -66,7 +68,7 @@ def main() -> None:
             length=LENGTH,
             windows=WINDOWS,
             name=name,
-            command=f"{made} (soco {soco.__version__}, commit {commit()})",
+            command=made,
             on_row=lambda row: print(
                 row["ratio"], row["method"], row.get("perplexity"), row.get("kl"),
                 row.get("seconds"), row.get("error", ""), flush=True,
