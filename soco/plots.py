@@ -95,14 +95,22 @@ def looks(comparison: Comparison) -> dict[str, Look]:
 
 
 def _colors(methods: Collection[str]) -> dict[str, str]:
-    """Method to colour: its own, or the first that is free where that one is taken."""
+    """Method to colour: its own, or the first that is free, or a shade, where it is taken."""
     found: dict[str, str] = {}
     for place, method in enumerate(METHODS):
         if method in methods and method != "soco":
             own = _MUTED[place % len(_MUTED)]
-            free = [color for color in (own, *_MUTED) if color not in found.values()]
-            found[method] = free[0] if free else own
+            shades = (own, *_MUTED, _shade(own), *map(_shade, _MUTED))
+            found[method] = next((c for c in shades if c not in found.values()), own)
     return found
+
+
+def _shade(color: str) -> str:
+    """A dark colour made lighter, a light one darker."""
+    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    dark = sum(w * p for w, p in zip((0.3, 0.59, 0.11), parts, strict=True)) < 110
+    parts = [p + (255 - p) * 0.5 if dark else p * 0.55 for p in parts]
+    return "#" + "".join(f"{round(p):02X}" for p in parts)
 
 
 def spread(places: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
