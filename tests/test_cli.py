@@ -430,6 +430,38 @@ def weights_size(folder):
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_half_precision_that_is_slow_is_computed_in_float32(run, place, monkeypatch, slow):
+    """CPUs without AVX-512: computed in float32, stored as before."""
+    for module in (commands, sources):
+        monkeypatch.setattr(module, "is_slow", lambda dtype, device: slow)
+    seen = []
+    compress = commands.compress_model
+
+    def watched(model, *arguments, **options):
+        seen.append(model.dtype)
+        return compress(model, *arguments, **options)
+
+    monkeypatch.setattr(commands, "compress_model", watched)
+    model = AutoModelForCausalLM.from_pretrained(place / "dense").to(torch.bfloat16)
+    model.save_pretrained(place / "half")
+    write_tokenizer(place / "half")
+    words = ["-c", "text.txt", "--method", "svd-llm", "--samples", "8", "--length", "16"]
+    code, _, err = run("compress", "half", *OUT, *words)
+    assert code == 0
+    assert ("computing in float32: this CPU is slow in bfloat16" in err) == slow
+    assert seen == [torch.float32 if slow else torch.bfloat16]
+    stored = load_file(place / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    done = soco.report(soco.load(place / "out"))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    assert done.model_bytes_before == sum(p.numel() * 2 for p in model.parameters())
+    assert abs(done.model_bytes_after - size) < 64  # sentinels
+    assert done.model_bytes_after == 2 * done.model_params_after
+    out = run("evaluate", "out", "-t", "text.txt", "--length", "16")[1]
+    assert ("in           float32" in out) == slow
+
+
 def test_info(run):
     code, out, _ = run("info")
     assert code == 0

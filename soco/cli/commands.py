@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
+from torch import nn
+from transformers import PreTrainedModel
 
 from soco.checkpoint import CONFIG, export_dense, save
 from soco.cli import demo
@@ -26,6 +28,7 @@ from soco.cli.sources import (
     find_model,
     find_text,
     is_compressed,
+    is_slow,
     open_dense,
     open_model,
     open_tokenizer,
@@ -34,6 +37,7 @@ from soco.diagnosis import diagnose
 from soco.evaluation import Evaluation
 from soco.evaluation import evaluate as evaluate_model
 from soco.headers import read_json
+from soco.installation import size_of
 from soco.methods import Method, SoCo
 from soco.pipeline import compress as compress_model
 from soco.pipeline import find_method, needs_of, reads_text
@@ -82,6 +86,13 @@ def compress(wanted: Compression) -> None:
     with quiet_libraries(bars=_shows_bars(wanted.quiet)):
         tell(f"loading {wanted.model}")
         model = open_dense(wanted.model, wanted.dtype, device)
+        stored, bytes_before = model.dtype, size_of(model)[1]
+        if wide := wanted.dtype == "auto" and is_slow(stored, device):
+            name = str(stored).removeprefix("torch.")
+            tell(
+                f"computing in float32, since this CPU is slow in {name}, which the model stays in"
+            )
+            nn.Module.float(model)
         needs_tokenizer = options.get("calibration", "self") != "self"
         tokenizer = _tokenizer(wanted.model, needed=needs_tokenizer)
         compared = wanted.model == DEMO and isinstance(method, SoCo)
@@ -94,12 +105,18 @@ def compress(wanted: Compression) -> None:
                 f"the memory of {device} is full: try a smaller --batch-size or --length, "
                 f"--micro-batch 1, --checkpointing, --dtype bfloat16 or --device cpu"
             ) from error
+        if wide:
+            nn.Module.to(model, stored)  # transformers' own refuses what it calls quantized
+            held = model.config.quantization_config.report
+            held |= {"model_bytes_before": bytes_before, "model_bytes_after": size_of(model)[1]}
         save(model, wanted.output, tokenizer)
         seconds = time.perf_counter() - begin
         out = console()
         out.print(f"{wanted.model}, compressed and written in {seconds:.0f} s", style="bold")
         out.print(report_of(model).summary(), markup=False)
         if dense is not None:
+            if wide:
+                nn.Module.float(model)
             rows = demo.compare(dense, model, tokenizer, wanted.ratio, options, tell)
             demo.show(rows, options["length"], out)
     _tell_files(wanted, options, out)
@@ -192,8 +209,8 @@ def evaluate(
     with quiet_libraries(bars=_shows_bars(quiet)):
         if tasks is not None:
             check_tasks(tasks, data=task_options["data"], num_fewshot=task_options["num_fewshot"])
-        small = open_model(model, dtype, place)
-        large = None if dense is None else open_model(dense, dtype, place)
+        small = _opened(model, dtype, place)
+        large = None if dense is None else _opened(dense, dtype, place)
         tokenizer = open_tokenizer(model)
         if file is not None:
             found = evaluate_model(
@@ -219,6 +236,13 @@ def evaluate(
         print(json.dumps({k: None if v == math.inf else v for k, v in values.items()}, indent=1))
     else:
         console().print("\n\n".join(told), markup=False)
+
+
+def _opened(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
+    """A model to measure: in float32 where its own dtype is slow, and no other was asked for."""
+    model = open_model(name, dtype, device)
+    wide = dtype == "auto" and is_slow(model.dtype, device)
+    return nn.Module.float(model) if wide else model
 
 
 def _lines(found: Evaluation) -> str:

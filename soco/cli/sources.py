@@ -83,6 +83,20 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
+def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a CPU computes in this half precision many times slower than in float32.
+
+    CPUs without AVX-512 (or what other makers have) multiply bfloat16 and float16 matrices ten
+    times slower: the demo would take half an hour there.
+    """
+    names = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    supported = getattr(torch.ops.mkldnn, names.get(dtype, ""), None)
+    return device.type == "cpu" and supported is not None and not supported()
+
+
 def check_output(path: Path, *, replace: bool) -> None:
     """Find out before any work whether a folder can be written.
 
