@@ -254,17 +254,19 @@ def _resumed(path: Path, setup: Mapping[str, Any]) -> Comparison:
         old = done.setup.get(key)
         if key == "config_hash" and old is None:  # of an older soco
             continue
-        both = isinstance(old, dict) and isinstance(value, dict)
-        if old != value or (key == "texts" and both and list(old) != list(value)):
-            where = next((k for k in value if k in old and old[k] != value[k]), "") if both else ""
-            if where:
-                old, value, where = old[where], value[where], f": {where}"
-            values = where
-            if len(f"{old!r}{value!r}") < 80:
-                values += f" ({old!r}, now {value!r})"
+        where = ""
+        differs = old != value
+        if isinstance(old, dict) and isinstance(value, dict):
+            differs = differs or (key == "texts" and list(old) != list(value))
+            part = next((k for k in value if k in old and old[k] != value[k]), None)
+            if part is not None:
+                where, old, value = f": {part}", old[part], value[part]
+        if differs:
+            values = f" ({old!r}, now {value!r})" if len(f"{old!r}{value!r}") < 80 else ""
+            called = _CALLED.get(key, key.replace("_", " "))
             raise ValueError(
-                f"{path} was made with another {_CALLED.get(key, key.replace('_', ' '))}{values}: "
-                f"choose another output folder"
+                f"{path} was made with another {called}{where}{values}: choose another output "
+                f"folder"
             )
     return done
 

@@ -443,7 +443,7 @@ def test_half_precision_that_is_slow_is_computed_in_float32(run, place, monkeypa
         return compress(model, *arguments, **options)
 
     monkeypatch.setattr(commands, "compress_model", watched)
-    model = AutoModelForCausalLM.from_pretrained(place / "dense").to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(place / "dense", dtype=torch.bfloat16)
     model.save_pretrained(place / "half")
     write_tokenizer(place / "half")
     words = ["-c", "text.txt", "--method", "svd-llm", "--samples", "8", "--length", "16"]

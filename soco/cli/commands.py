@@ -89,9 +89,7 @@ def compress(wanted: Compression) -> None:
         stored, bytes_before = model.dtype, size_of(model)[1]
         if wide := wanted.dtype == "auto" and is_slow(stored, device):
             name = str(stored).removeprefix("torch.")
-            tell(
-                f"computing in float32, since this CPU is slow in {name}, which the model stays in"
-            )
+            tell(f"computing in float32: this CPU is slow in {name}, which the model is stored in")
             nn.Module.float(model)
         needs_tokenizer = options.get("calibration", "self") != "self"
         tokenizer = _tokenizer(wanted.model, needed=needs_tokenizer)
@@ -242,7 +240,9 @@ def _opened(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
     """A model to measure: in float32 where its own dtype is slow, and no other was asked for."""
     model = open_model(name, dtype, device)
     wide = dtype == "auto" and is_slow(model.dtype, device)
-    return nn.Module.float(model) if wide else model
+    if wide:
+        nn.Module.float(model)
+    return model
 
 
 def _lines(found: Evaluation) -> str:
