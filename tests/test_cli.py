@@ -430,6 +430,23 @@ def weights_size(folder):
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("machine", "capability", "slow"),
+    [
+        ("x86_64", "AVX2", (torch.bfloat16, torch.float16)),
+        ("x86_64", "DEFAULT", (torch.bfloat16, torch.float16)),
+        ("x86_64", "AVX512", (torch.float16,)),
+        ("aarch64", "DEFAULT", ()),
+    ],
+)
+def test_where_half_precision_is_slow(monkeypatch, machine, capability, slow):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    assert tuple(d for d in dtypes if sources.is_slow(d, torch.device("cpu"))) == slow
+    assert not any(sources.is_slow(d, torch.device("meta")) for d in dtypes)
+
+
 @pytest.mark.parametrize("slow", [False, True])
 def test_half_precision_that_is_slow_is_computed_in_float32(run, place, monkeypatch, slow):
     """CPUs without AVX-512: computed in float32, stored as before."""
@@ -911,7 +928,7 @@ def test_a_hub_id_offline(tmp_path):
 
 
 def test_ctrl_c_in_the_middle_of_it(tmp_path):
-    words = ["compress", "demo", "-o", tmp_path / "out", "--samples", "2000"]
+    words = ["compress", "demo", "-o", tmp_path / "out", "--samples", "2000", "--dtype", "float32"]
     with soco_program(*words) as program:
         assert program.stderr is not None
         assert program.stderr.readline() == "soco: loading demo\n"

@@ -1,6 +1,7 @@
 """What users call a model, a text or a folder to write -> the thing itself, or why not."""
 
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,15 @@ def find_device(name: str | None) -> torch.device:
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a CPU computes in this half precision many times slower than in float32.
 
-    CPUs without AVX-512 (or what other makers have) multiply bfloat16 and float16 matrices ten
-    times slower: the demo would take half an hour there.
+    Without AVX-512 an x86 CPU multiplies bfloat16 matrices more than ten times slower: the demo
+    would take half an hour. Few have arithmetic for float16 at all.
     """
-    names = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }
-    supported = getattr(torch.ops.mkldnn, names.get(dtype, ""), None)
-    return device.type == "cpu" and supported is not None and not supported()
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    capability = torch.backends.cpu.get_cpu_capability()
+    return dtype == torch.float16 or (
+        dtype == torch.bfloat16 and not capability.startswith("AVX512")
+    )
 
 
 def check_output(path: Path, *, replace: bool) -> None:
