@@ -369,7 +369,7 @@ def _solve(
     rows = np.array([u for u, _ in entries])
     one_each = coo_matrix((np.ones(len(entries)), (rows, np.arange(len(entries)))))
     scale = max(float(error.max()), 1e-300)
-    allowed = problem.budget
+    allowed, less = problem.budget, 0
     while True:
         found = milp(
             error / scale,
@@ -388,7 +388,8 @@ def _solve(
         excess = int(cost[chosen].sum()) - problem.budget
         if excess <= 0:
             return {units[u]: rank for (u, rank), x in zip(entries, chosen, strict=True) if x}
-        allowed -= excess
+        less = max(excess, 2 * less)
+        allowed -= less
 
 
 def _spend(

@@ -91,12 +91,9 @@ def learn_positions(
     shared: Workbench,
     budget: int,
     *,
-    pivoted: bool,
     progress: bool | None,
 ) -> tuple[Result, list[Step]]:
     """Let a method find ranks and factors by its own training; see ``learn_scores``."""
-    if pivoted:
-        raise ValueError(f"method {method.name} cannot count pivoted factors in its budget")
     windows = cast(Tensor, shared.windows)
     steps = getattr(method, "steps", 0)
     with steps_bar(steps, progress) as show:
@@ -112,15 +109,12 @@ def learn_ranks(
     progress: bool | None,
 ) -> dict[str, int]:
     """The ranks that SoCo's training finds for given components: the allocator "learned"."""
-    shapes = {name: (len(each.up), each.down.shape[1]) for name, each in spectra.items()}
-    if shapes != shared.shapes:
-        raise ValueError('the allocator "learned" takes a method without shared bases')
     method = SoCo(seed=shared.seed)
     model, targets = shared.model, shared.targets
     result, _, _ = learn_scores(
         model, method, targets, dict(spectra), shared, budget, pivoted=pivoted, progress=progress
     )
     return {
-        name: found.up.shape[1] if isinstance(found, Factors) else min(shapes[name])
+        name: found.up.shape[1] if isinstance(found, Factors) else min(shared.shapes[name])
         for name, (found, _) in result.items()
     }

@@ -286,9 +286,8 @@ def _factor(
     if isinstance(method, RankLearner):
         with clock("training"), noted(run.notes):
             found, history = learn_positions(
-                run.model, method, run.targets, shared, run.budget,
-                pivoted=pivoted, progress=progress,
-            )  # fmt: skip
+                run.model, method, run.targets, shared, run.budget, progress=progress
+            )
         return _with_biases(run, _rescaled(run, choices, found)), groups, {}, history
     with clock("decomposition"):
         spectra = shared.spectra(method.components, groups)
@@ -467,7 +466,9 @@ def _counterparts(model: nn.Module, shared: Workbench) -> dict[str, nn.Module]:
                 f"the workbench was prepared for another model: this {type(model).__name__} has no "
                 f"layer {name} of the same kind and shape"
             )
-        if not _equal(weight_of(other), weight_of(module)):
+        if not (
+            _equal(weight_of(other), weight_of(module)) and _equal(bias_of(other), bias_of(module))
+        ):
             raise ValueError(
                 f"the workbench was prepared for another model: its {name} has other weights"
             )
@@ -475,7 +476,9 @@ def _counterparts(model: nn.Module, shared: Workbench) -> dict[str, nn.Module]:
     return found
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
     return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
 
 

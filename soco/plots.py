@@ -107,10 +107,8 @@ def _colors(methods: Collection[str]) -> dict[str, str]:
 
 def _shade(color: str) -> str:
     """A dark colour made lighter, a light one darker."""
-    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-    dark = sum(w * p for w, p in zip((0.3, 0.59, 0.11), parts, strict=True)) < 110
-    parts = [p + (255 - p) * 0.5 if dark else p * 0.55 for p in parts]
-    return "#" + "".join(f"{round(p):02X}" for p in parts)
+    parts, light = _light(color)
+    return _hex([p + (255 - p) * 0.5 if light < 110 else p * 0.55 for p in parts])
 
 
 def spread(places: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
@@ -435,10 +433,19 @@ def _short(name: str) -> str:
 
 def _ink(color: str) -> str:
     """The color, or a darker one where text in it would be hard to read on white."""
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    light = 0.3 * red + 0.59 * green + 0.11 * blue
+    parts, light = _light(color)
     part = min(1.0, 125 / light) if light else 1.0
-    return f"#{int(red * part):02X}{int(green * part):02X}{int(blue * part):02X}"
+    return _hex([p * part for p in parts])
+
+
+def _light(color: str) -> tuple[list[int], float]:
+    """Red, green and blue of a colour, and how light it is, each from 0 to 255."""
+    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return parts, sum(w * p for w, p in zip((0.3, 0.59, 0.11), parts, strict=True))
+
+
+def _hex(parts: Sequence[float]) -> str:
+    return "#" + "".join(f"{int(p):02X}" for p in parts)
 
 
 def _number(value: float) -> str:

@@ -103,6 +103,10 @@ def test_rescaled():
     [
         ({"method": "basis-sharing", "pivoted": True}, "basis-sharing shares its bases, which"),
         ({"method": "dobi-svd", "pivoted": True}, "dobi-svd cannot count pivoted factors"),
+        (
+            {"method": "basis-sharing", "allocator": "learned"},
+            '"learned" takes a method without shared bases',
+        ),
         ({"method": "soco", "surgeon": True}, "soco trains its scales, and takes no surgeon"),
         ({"method": "svd", "surgeon": 3}, "surgeon must be True, False or an SVDSurgeon, got 3"),
         ({"method": "svd", "refine": "yes"}, "refine must be True, False or a Refinement"),

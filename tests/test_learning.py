@@ -70,9 +70,6 @@ def test_learned_ranks(bench, monkeypatch):
     ranks = learn_ranks(bench, spectra(bench), budget, pivoted=False, progress=False)
     assert list(ranks) == list(bench.targets)
     assert kept(bench, ranks) <= budget
-    grouped = {name: each for name, each in spectra(bench).items() if ".0." in name}
-    with pytest.raises(ValueError, match='"learned" takes a method without shared bases'):
-        learn_ranks(bench, grouped, budget, pivoted=False, progress=False)
 
 
 def test_positions(bench):
@@ -80,15 +77,11 @@ def test_positions(bench):
     before = logits(bench.model)
     method = DobiSVD(steps=2)
     found, history = learn_positions(
-        bench.model, method, bench.targets, bench, budget, pivoted=False, progress=False
+        bench.model, method, bench.targets, bench, budget, progress=False
     )
     assert found.keys() == bench.targets.keys()
     assert len(history) == 2
     assert torch.equal(logits(bench.model), before)
-    with pytest.raises(ValueError, match="dobi-svd cannot count pivoted factors"):
-        learn_positions(
-            bench.model, method, bench.targets, bench, budget, pivoted=True, progress=False
-        )
 
 
 def test_a_short_calibration_is_told(bench):

@@ -635,6 +635,10 @@ def test_a_workbench_of_other_weights_is_refused():
         compress(other, 0.4, method="svd-llm", shared=bench)
     assert_same_state(before, state(other))
     compress(same, 0.4, method="svd-llm", shared=bench)
+    dense, shifted = tiny_model("gpt2"), tiny_model("gpt2")
+    shifted.transformer.h[1].mlp.c_fc.bias.data += 1
+    with pytest.raises(ValueError, match=r"prepared for another model: its .*c_fc has other wei"):
+        compress(shifted, 0.4, method="svd", shared=prepare(dense))
 
 
 def test_a_workbench_whose_model_was_compressed_is_refused():
