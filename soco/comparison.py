@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from soco.allocators import ALLOCATORS
 from soco.archive import key_of
+from soco.choices import choose
 from soco.data import cut_windows, token_ids
 from soco.diagnosis import describe_machine
 from soco.evaluation import DEFAULT_LENGTH, Evaluation, evaluate
@@ -25,7 +26,7 @@ from soco.experts import experts_apart
 from soco.factorization import kind_of
 from soco.methods import METHODS
 from soco.methods.bases import Plain, Whitened
-from soco.pipeline import compress, needs_of, reads_text
+from soco.pipeline import compress
 from soco.preparation import noted, prepare
 from soco.record import RECORD, Comparison, Row
 from soco.reporting import report
@@ -170,8 +171,8 @@ def compare(
     sizes = list(dict.fromkeys(map(_checked_ratio, ratios)))
     if not entries or not sizes:
         raise ValueError(f"there is no {'ratio' if entries else 'method'} to compare at")
-    needs = {str(entry): needs_of(**entry.arguments()) for entry in entries}
-    readers = [str(each) for each in entries if reads_text(each.method, each.allocator)]
+    chosen = {str(entry): choose(**entry.arguments()) for entry in entries}
+    readers = [name for name, each in chosen.items() if each.reads_text]
     if calibration is None and readers:
         raise ValueError(f"method {readers[0]} learns from text: give calibration=")
     texts = dict(text) if isinstance(text, Mapping) else {_title(text): text}
@@ -209,7 +210,7 @@ def compare(
                 shapes={layer: list(shape) for layer, shape in bench.shapes.items()},
             )
             rows = {(row["method"], row["ratio"]): row for row in result.rows}
-            kinds = frozenset().union(*(needs[str(entry)] for entry, _ in missing))
+            kinds = frozenset().union(*(chosen[str(entry)].needs for entry, _ in missing))
             if kinds:
                 tell("collecting statistics for all methods in one pass")
                 begin = time.perf_counter()

@@ -1,8 +1,6 @@
 """The way from a dense model to a compressed one: ``soco.compress``."""
 
 import dataclasses
-import inspect
-import json
 import math
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
@@ -13,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from soco.allocators import ALLOCATORS, Allocator, Learned
+from soco.allocators import Allocator
 from soco.checkpoint import mark_compressed
+from soco.choices import Choices, choose
 from soco.experts import experts_split, join_experts
 from soco.factorization import choose_ranks, groups_of, make_factors
 from soco.guard import Clock, unchanged_on_error
@@ -22,12 +21,8 @@ from soco.installation import Placed, install, layer_reports, new_biases, size_o
 from soco.learning import learn_positions, learn_ranks, learn_scores
 from soco.linalg import Factors
 from soco.methods import (
-    METHODS,
-    FittedMethod,
     Method,
     RankLearner,
-    SequentialMethod,
-    SharingMethod,
     TrainedMethod,
 )
 from soco.preparation import (
@@ -49,8 +44,6 @@ from soco.workbench import Groups, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_PROBING = ("sensitivity", "lems")  # allocators that try layers out at several ranks
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 
@@ -129,20 +122,13 @@ def compress(
 
     Source: SoCo, arXiv:2502.15092; for the other methods see their classes.
     """
-    chosen = find_method(method, seed)
-    choices = _Choices(
-        chosen,
-        _allocator(allocator, chosen),
-        pivoted,
-        _surgeon(surgeon, chosen, seed),
-        _refinement(refine, seed),
-        progress,
-    )
+    choices = choose(method, allocator, pivoted=pivoted, surgeon=surgeon, refine=refine, seed=seed)
+    chosen = choices.method
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     check_ratio(ratio)
     check_model(model)
-    reads = reads_text(chosen, choices.rule, choices.surgeon, choices.refinement)
+    reads = choices.reads_text
     if reads and (calibration is None if shared is None else shared.windows is None):
         raise ValueError(
             f"method {chosen.name} learns from text: give calibration=, a path or token ids, or "
@@ -169,19 +155,19 @@ def compress(
                     batch_size=batch_size,
                     stats=stats,
                     progress=progress,
-                    keep=_keeps(choices),
+                    keep=choices.keeps,
                 )
         targets = _counterparts(model, shared)
         budget = parameter_budget(shared.shapes, ratio)
         with unchanged_on_error(shared.model, shared.targets), unchanged_on_error(model, targets):
-            run = _Run(model, targets, shared, ratio, budget, clock, notes)
+            run = _Run(model, targets, shared, ratio, budget, clock, notes, progress)
             placed, groups, scores, history = _factor(run, choices)
             made, redone = install(model, targets, placed, groups, pivoted=pivoted)
             if choices.refinement is not None and made:
                 if own:
                     shared.forget()
                 with clock("refinement"), noted(notes):
-                    history += _refine(run, made, redone, choices.refinement, progress)
+                    history += _refine(run, made, redone, choices.refinement)
             join_experts(model, fused)
             layers = layer_reports(targets, made, groups, scores)
             after, peak = size_of(model), clock.peak()
@@ -210,50 +196,6 @@ def compress(
     return model
 
 
-@dataclasses.dataclass(frozen=True)
-class _Choices:
-    """What was asked for, but for model and text."""
-
-    method: Method
-    rule: Allocator
-    pivoted: bool
-    surgeon: SVDSurgeon | None
-    refinement: Refinement | None
-    progress: bool | None
-
-    def __post_init__(self) -> None:
-        """Refuse what does not go together."""
-        if self.pivoted and isinstance(self.method, SharingMethod):
-            raise ValueError(f"method {self.method.name} shares its bases, which cannot be pivoted")
-        if self.pivoted and isinstance(self.method, RankLearner):
-            raise ValueError(
-                f"method {self.method.name} cannot count pivoted factors in its budget"
-            )
-        if isinstance(self.rule, Learned) and isinstance(self.method, SharingMethod):
-            raise ValueError('the allocator "learned" takes a method without shared bases')
-        if self.surgeon is not None and isinstance(self.method, TrainedMethod):
-            raise ValueError(f"method {self.method.name} trains its scales, and takes no surgeon")
-        try:
-            json.dumps(self.settings(), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"the settings are written into the model's config.json and have to be plain, "
-                f"finite values: {error}"
-            ) from error
-
-    def settings(self) -> dict[str, Any]:
-        """What the result depends on, as plain JSON data."""
-        own = dataclasses.asdict(cast(Any, self.method))
-        if not isinstance(self.method, TrainedMethod | RankLearner):
-            fields = dataclasses.asdict(cast(Any, self.rule))
-            own["allocator"] = self.rule.name
-            own |= {f"{self.rule.name}.{name}": value for name, value in fields.items()}
-        for name, part in (("surgeon", self.surgeon), ("refine", self.refinement)):
-            if part is not None:
-                own[name] = dataclasses.asdict(part)
-        return {**own, **({"pivoted": True} if self.pivoted else {})}
-
-
 @dataclasses.dataclass
 class _Run:
     """One compression under way."""
@@ -265,6 +207,7 @@ class _Run:
     budget: int
     clock: Clock
     notes: list[str]
+    progress: bool | None
 
     @property
     def windows(self) -> Tensor:
@@ -273,14 +216,13 @@ class _Run:
 
 
 def _factor(
-    run: _Run, choices: _Choices
+    run: _Run, choices: Choices
 ) -> tuple[Placed, Groups, dict[str, tuple[float, float]], list[Step]]:
     """What becomes of every layer, the layers that share a basis, scores, and steps."""
     method, rule, shared, clock = choices.method, choices.rule, run.shared, run.clock
-    pivoted, progress = choices.pivoted, choices.progress
+    pivoted, progress = choices.pivoted, run.progress
     groups = groups_of(method, shared)
-    needs = method.needs | rule.needs
-    if needs:
+    if needs := choices.needs:
         with clock("statistics"), noted(run.notes):
             warn_of_rare(shared.statistics(needs))
     if isinstance(method, RankLearner):
@@ -313,7 +255,7 @@ def _factor(
 
 
 def _rescaled(
-    run: _Run, choices: _Choices, found: Mapping[str, Factors | None]
+    run: _Run, choices: Choices, found: Mapping[str, Factors | None]
 ) -> Mapping[str, Factors | None]:
     """The factors with their scales updated, if that was asked for."""
     factors = {name: each for name, each in found.items() if each is not None}
@@ -323,7 +265,7 @@ def _rescaled(
     with (
         run.clock("surgeon"),
         noted(run.notes),
-        progress_bar(len(run.windows), "surgeon", choices.progress) as bar,
+        progress_bar(len(run.windows), "surgeon", run.progress) as bar,
     ):
         targets = {name: shared.targets[name] for name in factors}
         scaled = rescale(
@@ -341,7 +283,6 @@ def _refine(
     made: Mapping[str, nn.Module],
     redone: Mapping[str, nn.Module],
     settings: Refinement,
-    progress: bool | None,
 ) -> list[Step]:
     """Train the factors that are in the model now; ``redone`` are its dense layers with others."""
     pairs, others = (
@@ -349,108 +290,10 @@ def _refine(
         for layers in (made, redone)
     )
     objective = run.shared.objective
-    with steps_bar(settings.steps, progress) as show:
+    with steps_bar(settings.steps, run.progress) as show:
         return refine_factors(
             run.model, pairs, run.windows, objective, settings, show, others=others
         )
-
-
-def find_method(method: str | Method, seed: int) -> Method:
-    """A method by its name, with a seed where it takes one; an instance is returned as it is.
-
-    Raises:
-        ValueError: there is no such method.
-    """
-    if isinstance(method, str):
-        if method not in METHODS:
-            known = ", ".join(sorted(METHODS))
-            raise ValueError(f"there is no method {method!r}: choose one of {known}")
-        seeds = "seed" in inspect.signature(METHODS[method]).parameters
-        return METHODS[method](**({"seed": seed} if seeds else {}))
-    if not isinstance(method, Method):
-        raise ValueError(f"method must be a name or an instance of a method, got {method!r}")
-    return method
-
-
-def _allocator(allocator: str | Allocator | None, method: Method) -> Allocator:
-    """The rule that was asked for, or the method's own."""
-    if isinstance(method, TrainedMethod | RankLearner):
-        if getattr(allocator, "name", allocator) not in (None, method.allocator):
-            raise ValueError(
-                f"method {method.name} finds its ranks by training and takes no allocator"
-            )
-        return ALLOCATORS[method.allocator]()
-    name = method.allocator if allocator is None else allocator
-    if isinstance(name, str):
-        if name not in ALLOCATORS:
-            known = ", ".join(sorted(ALLOCATORS))
-            raise ValueError(f"there is no allocator {name!r}: choose one of {known}")
-        return ALLOCATORS[name]()
-    if not isinstance(name, Allocator):
-        raise ValueError(
-            f"allocator must be a name or an instance of an allocator, got {allocator!r}"
-        )
-    return name
-
-
-def needs_of(
-    method: str | Method,
-    allocator: str | Allocator | None = None,
-    pivoted: bool = False,
-    surgeon: bool | SVDSurgeon | None = None,
-    refine: bool | Refinement = False,
-    **_: object,
-) -> frozenset[str]:
-    """The calibration statistics that ``compress`` reads for these of its arguments.
-
-    Raises:
-        ValueError: there is no such method or allocator, or they do not go together.
-    """
-    chosen = find_method(method, 0)
-    rule = _allocator(allocator, chosen)
-    _Choices(chosen, rule, pivoted, _surgeon(surgeon, chosen, 0), _refinement(refine, 0), None)
-    return chosen.needs | rule.needs
-
-
-def reads_text(
-    method: str | Method,
-    allocator: str | Allocator | None = None,
-    surgeon: bool | SVDSurgeon | None = None,
-    refine: bool | Refinement | None = False,
-    **_: object,
-) -> bool:
-    """Whether ``compress`` takes calibration text for these of its arguments."""
-    chosen = find_method(method, 0)
-    rule = _allocator(allocator, chosen)
-    trains = isinstance(chosen, TrainedMethod | RankLearner | SequentialMethod)
-    probes = rule.name in (*_PROBING, "learned")
-    later = _surgeon(surgeon, chosen, 0) is not None or bool(refine)
-    return bool(chosen.needs | rule.needs) or trains or probes or later
-
-
-def _surgeon(surgeon: bool | SVDSurgeon | None, method: Method, seed: int) -> SVDSurgeon | None:
-    if surgeon is None:
-        own = getattr(method, "surgeon", None)
-        return own if isinstance(own, SVDSurgeon) else None
-    if isinstance(surgeon, bool):
-        return SVDSurgeon(seed=seed) if surgeon else None
-    if not isinstance(surgeon, SVDSurgeon):
-        raise ValueError(f"surgeon must be True, False or an SVDSurgeon, got {surgeon!r}")
-    return surgeon
-
-
-def _refinement(refine: bool | Refinement, seed: int) -> Refinement | None:
-    if isinstance(refine, bool):
-        return Refinement(seed=seed) if refine else None
-    if not isinstance(refine, Refinement):
-        raise ValueError(f"refine must be True, False or a Refinement, got {refine!r}")
-    return refine
-
-
-def _keeps(choices: _Choices) -> bool:
-    """Whether statistics or spectra are asked for again after the decomposition."""
-    again = isinstance(choices.method, FittedMethod) or bool(choices.rule.needs)
-    return again or choices.rule.name in _PROBING
 
 
 def _counterparts(model: nn.Module, shared: Workbench) -> dict[str, nn.Module]:

@@ -24,7 +24,7 @@ FLOORS = [
         "surgeon", "training", "truncation",
     },
     {"archive", "methods", "plugin"},
-    {"checkpoint", "evaluation", "reporting", "tasks", "workbench"},
+    {"checkpoint", "choices", "evaluation", "reporting", "tasks", "workbench"},
     {"factorization", "installation", "preparation", "record"},
     {"learning", "plots"},
     {"pipeline"},

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from soco.checkpoint import CONFIG, export_dense, save
+from soco.choices import choose, find_method
 from soco.cli import demo
 from soco.cli.messages import console, quiet_libraries, say
 from soco.cli.sources import (
@@ -40,7 +41,6 @@ from soco.headers import read_json
 from soco.installation import size_of
 from soco.methods import Method, SoCo
 from soco.pipeline import compress as compress_model
-from soco.pipeline import find_method, needs_of, reads_text
 from soco.reporting import Report, format_bytes
 from soco.reporting import report as report_of
 from soco.tasks import check_tasks, evaluate_tasks
@@ -129,9 +129,9 @@ def _compress_options(wanted: Compression, method: Method) -> dict[str, Any]:
     options = {name: value for name in names if (value := getattr(wanted, name))}
     if wanted.model == DEMO:
         options = {**demo.OPTIONS, **options}
-    needs_of(method, **options)  # refuses what does not go together
+    choices = choose(method, **options)
     text = options.get("calibration")
-    if text is None and reads_text(method, **options):
+    if text is None and choices.reads_text:
         raise ValueError(
             f"method {method.name} learns from text: give --calibration FILE, or --calibration "
             f"self for text that the model writes itself"

@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from tqdm import tqdm
 
+from soco.choices import choose
 from soco.cli import demo
 from soco.cli.messages import console, quiet_libraries, say
 from soco.cli.sources import (
@@ -26,7 +27,6 @@ from soco.cli.sources import (
 )
 from soco.comparison import DEFAULT_METHODS, Entry
 from soco.comparison import compare as compare_methods
-from soco.pipeline import needs_of, reads_text
 from soco.record import RECORD, Comparison, Row
 from soco.rendering import columns, render
 from soco.reporting import format_bytes, format_percent
@@ -193,7 +193,7 @@ def _entries(names: str | None) -> list[Entry]:
     if not entries:
         raise ValueError("--methods names no method")
     for entry in entries:
-        needs_of(**entry.arguments())
+        choose(**entry.arguments())
     return list({str(entry): entry for entry in entries}.values())
 
 
@@ -216,7 +216,7 @@ def _ratios(numbers: str) -> list[float]:
 def _calibration(wanted: Wanted, entries: list[Entry]) -> str | Path | None:
     """The text to learn from, if there is one."""
     text = wanted.calibration or (demo.OPTIONS["calibration"] if wanted.model == DEMO else None)
-    readers = [entry for entry in entries if reads_text(entry.method, entry.allocator)]
+    readers = [entry for entry in entries if choose(**entry.arguments()).reads_text]
     if text is None and readers:
         raise ValueError(
             f"method {readers[0]} learns from text: give --calibration FILE, or --calibration self "

@@ -1,0 +1,165 @@
+"""What a compression was asked for: method, allocator and options that go together."""
+
+import inspect
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from soco.allocators import ALLOCATORS, Allocator, Learned
+from soco.methods import (
+    METHODS,
+    FittedMethod,
+    Method,
+    RankLearner,
+    SequentialMethod,
+    SharingMethod,
+    TrainedMethod,
+)
+from soco.refinement import Refinement
+from soco.surgeon import SVDSurgeon
+
+_PROBING = ("sensitivity", "lems")  # allocators that try layers out at several ranks
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was asked for, but for model and text."""
+
+    method: Method
+    rule: Allocator
+    pivoted: bool
+    surgeon: SVDSurgeon | None
+    refinement: Refinement | None
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        if self.pivoted and isinstance(self.method, SharingMethod):
+            raise ValueError(f"method {self.method.name} shares its bases, which cannot be pivoted")
+        if self.pivoted and isinstance(self.method, RankLearner):
+            raise ValueError(
+                f"method {self.method.name} cannot count pivoted factors in its budget"
+            )
+        if isinstance(self.rule, Learned) and isinstance(self.method, SharingMethod):
+            raise ValueError('the allocator "learned" takes a method without shared bases')
+        if self.surgeon is not None and isinstance(self.method, TrainedMethod):
+            raise ValueError(f"method {self.method.name} trains its scales, and takes no surgeon")
+        try:
+            json.dumps(self.settings(), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the settings are written into the model's config.json and have to be plain, "
+                f"finite values: {error}"
+            ) from error
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on, as plain JSON data."""
+        own = asdict(cast(Any, self.method))
+        if not isinstance(self.method, TrainedMethod | RankLearner):
+            fields = asdict(cast(Any, self.rule))
+            own["allocator"] = self.rule.name
+            own |= {f"{self.rule.name}.{name}": value for name, value in fields.items()}
+        for name, part in (("surgeon", self.surgeon), ("refine", self.refinement)):
+            if part is not None:
+                own[name] = asdict(part)
+        return {**own, **({"pivoted": True} if self.pivoted else {})}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The calibration statistics that are read."""
+        return self.method.needs | self.rule.needs
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there has to be calibration text."""
+        trains = isinstance(self.method, TrainedMethod | RankLearner | SequentialMethod)
+        probes = self.rule.name in (*_PROBING, "learned")
+        later = self.surgeon is not None or self.refinement is not None
+        return bool(self.needs) or trains or probes or later
+
+    @property
+    def keeps(self) -> bool:
+        """Whether statistics or spectra are asked for again after the decomposition."""
+        again = isinstance(self.method, FittedMethod) or bool(self.rule.needs)
+        return again or self.rule.name in _PROBING
+
+
+def choose(
+    method: str | Method,
+    allocator: str | Allocator | None = None,
+    *,
+    pivoted: bool = False,
+    surgeon: bool | SVDSurgeon | None = None,
+    refine: bool | Refinement = False,
+    seed: int = 0,
+    **_: object,
+) -> Choices:
+    """What these arguments of ``soco.compress`` come to; its others are no choices.
+
+    Raises:
+        ValueError: there is no such method or allocator, or they do not go together.
+    """
+    chosen = find_method(method, seed)
+    return Choices(
+        chosen,
+        _allocator(allocator, chosen),
+        pivoted,
+        _surgeon(surgeon, chosen, seed),
+        _refinement(refine, seed),
+    )
+
+
+def find_method(method: str | Method, seed: int) -> Method:
+    """A method by its name, with a seed where it takes one; an instance is returned as it is.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            known = ", ".join(sorted(METHODS))
+            raise ValueError(f"there is no method {method!r}: choose one of {known}")
+        seeds = "seed" in inspect.signature(METHODS[method]).parameters
+        return METHODS[method](**({"seed": seed} if seeds else {}))
+    if not isinstance(method, Method):
+        raise ValueError(f"method must be a name or an instance of a method, got {method!r}")
+    return method
+
+
+def _allocator(allocator: str | Allocator | None, method: Method) -> Allocator:
+    """The rule that was asked for, or the method's own."""
+    if isinstance(method, TrainedMethod | RankLearner):
+        if getattr(allocator, "name", allocator) not in (None, method.allocator):
+            raise ValueError(
+                f"method {method.name} finds its ranks by training and takes no allocator"
+            )
+        return ALLOCATORS[method.allocator]()
+    name = method.allocator if allocator is None else allocator
+    if isinstance(name, str):
+        if name not in ALLOCATORS:
+            known = ", ".join(sorted(ALLOCATORS))
+            raise ValueError(f"there is no allocator {name!r}: choose one of {known}")
+        return ALLOCATORS[name]()
+    if not isinstance(name, Allocator):
+        raise ValueError(
+            f"allocator must be a name or an instance of an allocator, got {allocator!r}"
+        )
+    return name
+
+
+def _surgeon(surgeon: bool | SVDSurgeon | None, method: Method, seed: int) -> SVDSurgeon | None:
+    if surgeon is None:
+        own = getattr(method, "surgeon", None)
+        return own if isinstance(own, SVDSurgeon) else None
+    if isinstance(surgeon, bool):
+        return SVDSurgeon(seed=seed) if surgeon else None
+    if not isinstance(surgeon, SVDSurgeon):
+        raise ValueError(f"surgeon must be True, False or an SVDSurgeon, got {surgeon!r}")
+    return surgeon
+
+
+def _refinement(refine: bool | Refinement, seed: int) -> Refinement | None:
+    if isinstance(refine, bool):
+        return Refinement(seed=seed) if refine else None
+    if not isinstance(refine, Refinement):
+        raise ValueError(f"refine must be True, False or a Refinement, got {refine!r}")
+    return refine
