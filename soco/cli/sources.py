@@ -87,8 +87,8 @@ def find_device(name: str | None) -> torch.device:
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a CPU computes in this half precision many times slower than in float32.
 
-    Without AVX-512 an x86 CPU multiplies bfloat16 matrices more than ten times slower: the demo
-    would take half an hour. Few have arithmetic for float16 at all.
+    Without AVX-512 an x86 CPU multiplies such matrices some 30 times slower
+    (benchmarks/half_precision.py). Few have arithmetic for float16 at all.
     """
     if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
