@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import soco
 from soco.diagnosis import describe_machine
 from soco.methods import SVD, SVDLLM, SoCo
-from soco.training import STAGES, Stage
+from soco.stages import STAGES, Stage
 
 STORIES = ("text/tinystories_train_sample.clean.txt", "text/tinystories_valid_a.txt")
 BOOKS = (
@@ -58,7 +58,7 @@ TRIALS = {
     ),
     "largest score 4": SoCo(largest_score=4.0),
     "learning rate 0.05": SoCo(learning_rate=0.05),
-    "deviation": SoCo(deviation=True),
+    "deviation": SoCo(deviation="vector"),
     "plain basis": SoCo(basis="plain"),
     "criterion score": SoCo(criterion="score"),
     "cross-entropy 0.5": SoCo(

@@ -203,6 +203,7 @@ def _sizes(shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
     outputs, inputs = shape
     return {
         "gram": (inputs, inputs),
+        "mean": (inputs,),
         "abs_mean": (inputs,),
         "stacked_gram": (inputs, inputs),
         "root": (inputs, inputs),

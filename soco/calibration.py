@@ -13,7 +13,7 @@ from soco.steps import frozen
 from soco.surgery import twins_of
 
 # What can be collected. All but the last two are of the inputs; those take a backward pass.
-KINDS = frozenset({"gram", "abs_mean", "stacked_gram", "root", "fisher", "grad_gram"})
+KINDS = frozenset({"gram", "mean", "abs_mean", "stacked_gram", "root", "fisher", "grad_gram"})
 OF_GRADIENTS = frozenset({"fisher", "grad_gram"})
 
 # Rows of a chunk: of a product in float32 that is summed in float64, and of one step of the QR.
@@ -27,6 +27,7 @@ class Statistics:
     gram: Tensor  # (in, in), float64: sum of x^T x over all tokens
     tokens: int
     sequences: int = 0
+    mean: Tensor | None = None  # (in,), float64: sum of x
     abs_mean: Tensor | None = None  # (in,), float64: sum of |x|
     stacked_gram: Tensor | None = None  # (in, in), float64: like gram, of means over each batch
     root: Tensor | None = None  # (in, in), float64: upper triangular R, R^T R = gram, by QR
@@ -38,19 +39,24 @@ class Statistics:
 
         Args:
             tokens: of the whole calibration. What the inputs are is counted per token of it, so
-                that a layer that sees few of them (an expert) matters less; ``abs_mean`` and
-                ``grad_gram`` are per token that the layer saw, ``fisher`` per sequence.
+                that a layer that sees few of them (an expert) matters less; ``mean``, ``abs_mean``
+                and ``grad_gram`` are per token that the layer saw, ``fisher`` per sequence.
+                Where there is a mean, "centered_gram" is that of the inputs less their mean.
         """
         here, seen = max(1, tokens), max(1, self.tokens)
         sums = {
             "gram": (self.gram, here),
+            "mean": (self.mean, seen),
             "abs_mean": (self.abs_mean, seen),
             "stacked_gram": (self.stacked_gram, here),
             "root": (self.root, here**0.5),
             "fisher": (self.fisher, max(1, self.sequences)),
             "grad_gram": (self.grad_gram, seen),
         }
-        return {name: value / count for name, (value, count) in sums.items() if value is not None}
+        found = {name: value / count for name, (value, count) in sums.items() if value is not None}
+        if self.mean is not None:
+            found["centered_gram"] = (self.gram - self.mean[:, None] * self.mean / seen) / here
+        return found
 
     def parts(self) -> dict[str, Tensor]:
         """The sums that are there, by name."""
@@ -264,6 +270,8 @@ class _Collector:
         for chunk in rows.split(_CHUNK):
             wide = chunk.float()
             sums["gram"].add_((wide.T @ wide).double())
+            if "mean" in sums:
+                sums["mean"].add_(wide.sum(0).double())
             if "abs_mean" in sums:
                 sums["abs_mean"].add_(wide.abs().sum(0).double())
             if "root" in sums:
@@ -299,6 +307,7 @@ def _zeros(kinds: Collection[str], inputs: int, device: torch.device) -> dict[st
     """The statistics of inputs that nobody has seen."""
     sizes = {
         "gram": (inputs, inputs),
+        "mean": (inputs,),
         "abs_mean": (inputs,),
         "stacked_gram": (inputs, inputs),
         "root": (inputs, inputs),

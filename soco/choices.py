@@ -41,8 +41,6 @@ class Choices:
             )
         if isinstance(self.rule, Learned) and isinstance(self.method, SharingMethod):
             raise ValueError('the allocator "learned" takes a method without shared bases')
-        if self.surgeon is not None and isinstance(self.method, TrainedMethod):
-            raise ValueError(f"method {self.method.name} trains its scales, and takes no surgeon")
         try:
             json.dumps(self.settings(), allow_nan=False)
         except (TypeError, ValueError) as error:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
@@ -14,10 +15,26 @@ from soco.preparation import steps_bar
 from soco.spectral import SpectralLinear
 from soco.steps import Step, checkpointed
 from soco.surgery import bias_of, replaced, transformer_blocks, weight_of
-from soco.training import train_scores
+from soco.training import Snapshot, train_scores
 from soco.workbench import Workbench
 
-Folded = dict[str, tuple[Tensor | Factors, Tensor | None]]  # layer to weight or factors, and bias
+
+@dataclass(frozen=True)
+class Learned:
+    """What a training of scores leaves behind."""
+
+    layers: dict[str, SpectralLinear]  # their masks meet the last budget
+    snapshots: list[dict[str, Snapshot]]  # for every budget
+    history: list[Step]
+
+    def folded(self) -> dict[str, tuple[Tensor | Factors, Tensor | None]]:
+        """Layer to its weight (where it stays dense) or factors, and its bias."""
+        return {name: layer.fold() for name, layer in self.layers.items()}
+
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Layer to the smallest and largest score of the components kept."""
+        alive = {name: layer.scores().detach()[layer.mask] for name, layer in self.layers.items()}
+        return {name: (float(scores.min()), float(scores.max())) for name, scores in alive.items()}
 
 
 def learn_scores(
@@ -26,11 +43,11 @@ def learn_scores(
     targets: Mapping[str, nn.Module],
     spectra: dict[str, Spectrum],
     shared: Workbench,
-    budget: int,
+    budgets: Sequence[int],
     *,
     pivoted: bool,
     progress: bool | None,
-) -> tuple[Folded, dict[str, tuple[float, float]], list[Step]]:
+) -> Learned:
     """Train the scores of all layers, and fold them.
 
     Args:
@@ -39,13 +56,9 @@ def learn_scores(
         targets: name to dense layer.
         spectra: name to full decomposition; emptied on the way, to save memory.
         shared: has the calibration and the objective.
-        budget: parameters that may be kept.
+        budgets: parameters that may be kept, descending; what is folded is the last.
         pivoted: whether factors will be pivoted, which hold less.
         progress: whether to show a bar.
-
-    Returns:
-        Layer to its weight (where it stays dense) or factors, and its bias; layer to the smallest
-        and largest score of the components kept; the steps.
     """
     windows = cast(Tensor, shared.windows)
     settings = method.settings()
@@ -65,7 +78,8 @@ def learn_scores(
             bias_of(module),
             spectra.pop(name),
             largest_score=method.largest_score,
-            deviation=method.deviation,
+            deviation=method.deviation == "vector",
+            mean=shared.means(name)["mean"] if method.deviation == "mean" else None,
         )
     blocks = transformer_blocks(model) if settings.checkpointing else []
     with (
@@ -73,15 +87,10 @@ def learn_scores(
         steps_bar(settings.steps, progress) as show,
         checkpointed(blocks),
     ):
-        history = train_scores(
-            model, layers, windows, budget, objective, settings, show, pivoted=pivoted
+        history, snapshots = train_scores(
+            model, layers, windows, budgets, objective, settings, show, pivoted=pivoted
         )
-    result, scores = {}, {}
-    for name, layer in layers.items():
-        result[name] = layer.fold()
-        alive = layer.scores().detach()[layer.mask]
-        scores[name] = float(alive.min()), float(alive.max())
-    return result, scores, history
+    return Learned(layers, snapshots, history)
 
 
 def learn_positions(
@@ -111,10 +120,7 @@ def learn_ranks(
     """The ranks that SoCo's training finds for given components: the allocator "learned"."""
     method = SoCo(seed=shared.seed)
     model, targets = shared.model, shared.targets
-    result, _, _ = learn_scores(
-        model, method, targets, dict(spectra), shared, budget, pivoted=pivoted, progress=progress
+    learned = learn_scores(
+        model, method, targets, dict(spectra), shared, [budget], pivoted=pivoted, progress=progress
     )
-    return {
-        name: found.up.shape[1] if isinstance(found, Factors) else min(shared.shapes[name])
-        for name, (found, _) in result.items()
-    }
+    return {name: int(layer.mask.sum()) for name, layer in learned.layers.items()}

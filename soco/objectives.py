@@ -1,6 +1,7 @@
 """What a compressed model should keep of the dense one: a distance, and how sharply it is felt."""
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +41,47 @@ class TokenDistribution:
 
     name = "KL divergence to the dense model (nats per token)"
 
+    temperature: float = 1.0  # of both distributions in the divergence
+
+    def __post_init__(self) -> None:
+        """Refuse a temperature that is none."""
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+
     def outputs(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Log probabilities (sequences, length, vocabulary), float32."""
         return run_model(model, ids).logits.float().log_softmax(-1)
 
+    def outputs_and_states(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The outputs, and the inputs of the output head.
+
+        Returns:
+            Log probabilities as from ``outputs``, and states (sequences, length, hidden); None
+            where there is no head, or it is not called once with all tokens.
+        """
+        head = _head(model)
+        if head is None:
+            return self.outputs(model, ids), None
+        seen: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        try:
+            outputs = self.outputs(model, ids)
+        finally:
+            hook.remove()
+        whole = len(seen) == 1 and seen[0].shape[:-1] == ids.shape
+        return outputs, seen[0] if whole else None
+
+    def from_states(self, model: nn.Module, states: Tensor) -> Tensor:
+        """The outputs from states, where nothing else follows the head."""
+        head = _head(model)
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no output head")
+        return head(states).float().log_softmax(-1)
+
     def divergence(self, dense: Tensor, student: Tensor) -> Tensor:
-        """KL(dense || student), the mean over tokens."""
+        """KL(dense || student) at the temperature, the mean over tokens."""
+        if self.temperature != 1:
+            dense, student = ((x / self.temperature).log_softmax(-1) for x in (dense, student))
         return (dense.exp() * (dense - student)).sum(-1).mean()
 
     def surprise(self, dense: Tensor, student: Tensor, generator: torch.Generator) -> Tensor:
@@ -75,6 +111,15 @@ class HiddenStates:
         """The last hidden states (sequences, length, hidden), float32."""
         return last_hidden_state(model, ids).float()
 
+    def outputs_and_states(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The outputs, and what ``from_states`` makes the same of: the states as they are."""
+        states = last_hidden_state(model, ids)
+        return states.float(), states
+
+    def from_states(self, model: nn.Module, states: Tensor) -> Tensor:
+        """The outputs from the last hidden states."""
+        return states.float()
+
     def divergence(self, dense: Tensor, student: Tensor) -> Tensor:
         """The mean squared distance as a fraction of the dense states' variance."""
         return (dense - student).square().mean() / dense.var().clamp_min(1e-12)
@@ -100,6 +145,12 @@ class HiddenStates:
 
 
 Objective = TokenDistribution | HiddenStates
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The output head of a transformers model."""
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if callable(find) else None
 
 
 def last_hidden_state(model: nn.Module, ids: Tensor) -> Tensor:

@@ -235,11 +235,15 @@ def _factor(
         spectra = shared.spectra(method.components, groups)
     if isinstance(method, TrainedMethod):
         with clock("training"), noted(run.notes):
-            folded, scores, history = learn_scores(
-                run.model, method, run.targets, spectra, shared, run.budget,
+            learned = learn_scores(
+                run.model, method, run.targets, spectra, shared, [run.budget],
                 pivoted=pivoted, progress=progress,
             )  # fmt: skip
-        return folded, groups, scores, history
+        folded = learned.folded()
+        found = {n: each if isinstance(each, Factors) else None for n, (each, _) in folded.items()}
+        rescaled = _rescaled(run, choices, found)
+        placed = {n: (rescaled[n] or each, bias) for n, (each, bias) in folded.items()}
+        return placed, groups, learned.ranges(), learned.history
     with clock("ranks"), noted(run.notes):
         ranks = choose_ranks(
             shared, method, rule, groups, spectra, run.budget, pivoted,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from soco.objectives import Objective
-from soco.steps import Step, checkpointed, endless_batches, frozen
+from soco.steps import TEACHER_ROOM, Step, Teacher, checkpointed, endless_batches, frozen
 from soco.surgery import transformer_blocks
 
 # Adam's epsilon: gradients of a mean over tokens by badly scaled factors go down to 1e-8, and none
@@ -158,7 +158,7 @@ def refine(
         )
     matrices = {p for layer in dense for p in layer.parameters() if p.dim() > 1}
     kept = sum(p.numel() for p in trained if p.dim() > 1) / sum(p.numel() for p in matrices)
-    run = _Run(model, swaps, objective, settings, _sizes(pairs, trained), kept)
+    run = _Run(model, objective, settings, _sizes(pairs, trained), kept)
     blocks = transformer_blocks(model) if settings.checkpointing else []
     apart = [pair[0] for pair in (others or {}).values()]
     with frozen(model, *dense, *apart), checkpointed(blocks):
@@ -166,7 +166,11 @@ def refine(
             parameter.requires_grad_(True)
         best = _Best(trained)
         try:
-            return _train(run, trained, best, train, held_out, size, on_step)
+            teachers = [
+                Teacher(model, lambda: _dense_in_place(swaps), objective, each, room)
+                for each, room in ((held_out, TEACHER_ROOM // 4), (train, TEACHER_ROOM))
+            ]
+            return _train(run, trained, best, teachers[1], teachers[0], size, on_step)
         finally:
             best.restore()
 
@@ -174,7 +178,6 @@ def refine(
 @dataclass
 class _Run:
     model: nn.Module
-    swaps: list[Swap]
     objective: Objective
     settings: Refinement
     sizes: list[float]  # of the trained parameters
@@ -293,8 +296,8 @@ def _train(
     run: _Run,
     trained: list[nn.Parameter],
     best: _Best,
-    train: Tensor,
-    held_out: Tensor,
+    train: Teacher,
+    held_out: Teacher,
     size: int,
     on_step: Callable[[Step], None],
 ) -> list[Step]:
@@ -313,9 +316,9 @@ def _train(
         return history
     masters = _Masters(trained, run.sizes, settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    following = endless_batches(train, size, generator)
+    following = endless_batches(len(train.windows), size, generator)
     for step in range(1, settings.steps + 1):
-        loss, divergence, norm = _pass(run, masters, next(following))
+        loss, divergence, norm = _pass(run, masters, train, next(following))
         if not math.isfinite(loss):
             note(step, loss, divergence, None)
             _warn_stop(f"the loss became {loss} in step {step} of refine")
@@ -342,16 +345,20 @@ def _train(
     return history
 
 
-def _pass(run: _Run, masters: _Masters, batch: Tensor) -> tuple[float, float, float]:
-    """Forward and backward over ``batch`` in micro-batches; the gradients are in the masters.
+def _pass(
+    run: _Run, masters: _Masters, teacher: Teacher, batch: Tensor
+) -> tuple[float, float, float]:
+    """Forward and backward over ``batch``, a choice of the teacher's windows, in micro-batches.
+
+    The gradients are in the masters.
 
     Returns:
         The loss and the divergence in it, means over the batch, and the norm of the gradient.
     """
     sums = torch.zeros(2)
-    for ids in batch.split(run.settings.micro_batch or len(batch)):
-        part = len(ids) / len(batch)
-        loss, divergence = _losses(run, ids)
+    for chosen in batch.split(run.settings.micro_batch or len(batch)):
+        part = len(chosen) / len(batch)
+        loss, divergence = _losses(run, teacher, chosen)
         (loss * (part * masters.scale)).backward()
         masters.collect()
         sums = sums.to(loss.device) + part * torch.stack([loss.detach(), divergence.detach()])
@@ -361,24 +368,22 @@ def _pass(run: _Run, masters: _Masters, batch: Tensor) -> tuple[float, float, fl
 
 
 @torch.no_grad()
-def _evaluate(run: _Run, windows: Tensor, size: int) -> tuple[float, float]:
-    """The loss and the divergence in it, means over ``windows``, taken in float64."""
+def _evaluate(run: _Run, teacher: Teacher, size: int) -> tuple[float, float]:
+    """The loss and the divergence in it, means over all windows, taken in float64."""
+    count = len(teacher.windows)
     parts = [
-        torch.stack(_losses(run, ids)).double() * len(ids)
-        for ids in windows.split(run.settings.micro_batch or size)
+        torch.stack(_losses(run, teacher, chosen)).double() * len(chosen)
+        for chosen in torch.arange(count).split(run.settings.micro_batch or size)
     ]
-    loss, divergence = (torch.stack(parts).sum(0) / len(windows)).tolist()
+    loss, divergence = (torch.stack(parts).sum(0) / count).tolist()
     return loss, divergence
 
 
-def _losses(run: _Run, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss and the divergence in it for ids (sequences, length)."""
+def _losses(run: _Run, teacher: Teacher, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the divergence in it for the windows ``chosen``."""
     settings, objective = run.settings, run.objective
-    ids = ids.to(next(run.model.parameters()).device)
-    dense = None
-    if settings.divergence:
-        with torch.no_grad(), _dense_in_place(run.swaps):
-            dense = objective.outputs(run.model, ids)
+    ids = teacher.windows[chosen].to(next(run.model.parameters()).device)
+    dense = teacher.outputs(chosen) if settings.divergence else None
     student = objective.outputs(run.model, ids)
     loss = divergence = student.new_zeros(())
     if dense is not None:

@@ -14,13 +14,18 @@ from soco.linalg import Factors, Spectrum
 class SpectralLinear(nn.Module):
     """A linear layer with one trainable score per spectral component.
 
-    ``y = up ((sigma * score * mask) * (down x)) + bias (+ deviation)``; ``up``, ``sigma`` and
-    ``down`` are frozen and together are the weight, so that with every score at 1 and nothing
-    masked the layer computes what it computed before.
+    ``y = up ((sigma * score * mask) * (down x)) + bias``; ``up``, ``sigma`` and ``down`` are frozen
+    and together are the weight, so that with every score at 1 and nothing masked the layer computes
+    what it computed before.
 
     The scores are ``largest_score * sigmoid(logit + shift)`` with the shift that makes them 1 at
     ``logit = 0``: bounded, positive, and able to pass 1, so that components that stay can make up
-    for those that go.
+    for those that go. With ``largest_score=inf`` they are ``exp(logit)``.
+
+    Two kinds of deviation may be added where components are masked. Given the ``mean`` of the
+    layer's inputs, ``weight mean - up ((sigma * score * mask) * (down mean))``: then the scores
+    work on the inputs less their mean, and the outputs keep theirs, whatever the scores are. With
+    ``deviation``, a trainable vector. Both become the bias in the end.
 
     Args:
         weight: (out, in), the dense weight; kept by reference, for the dense outputs.
@@ -28,10 +33,10 @@ class SpectralLinear(nn.Module):
         spectrum: a full decomposition of ``weight`` (``linalg.whitened_svd`` without a rank).
         largest_score: bound of the scores, above 1.
         deviation: whether a trainable vector (out,), zero at the start, is added to the outputs.
+        mean: (in,), of the inputs on the calibration text, or None.
 
     Raises:
-        ValueError: ``largest_score`` is not above 1 and finite, or the spectrum does not fit the
-            weight.
+        ValueError: ``largest_score`` is not above 1, or the spectrum does not fit the weight.
 
     Source: SoCo, arXiv:2502.15092 (the spectrum, scores that may pass 1, the deviation). The form
     of the score function and of the deviation is our choice; the paper's is not published.
@@ -39,8 +44,11 @@ class SpectralLinear(nn.Module):
 
     up: Tensor  # (out, rank), the weight's dtype, columns of unit norm
     down: Tensor  # (rank, in), the weight's dtype, rows of unit norm
+    order: Tensor  # (rank,), int64: which component each column of up and row of down is
     gain: Tensor  # (rank,), float32: sigma, times the norms that up's columns and down's rows had
     mask: Tensor  # (rank,), bool: the components that are alive
+    mean: Tensor | None  # (in,), float32
+    mean_output: Tensor | None  # (out,), float32: the weight times the mean
 
     def __init__(
         self,
@@ -50,11 +58,12 @@ class SpectralLinear(nn.Module):
         *,
         largest_score: float = 2.0,
         deviation: bool = False,
+        mean: Tensor | None = None,
     ) -> None:
         """Take a weight apart; nothing is trained yet."""
         super().__init__()
-        if not 1 < largest_score < math.inf:
-            raise ValueError(f"largest_score must be above 1 and finite, got {largest_score}")
+        if not largest_score > 1:
+            raise ValueError(f"largest_score must be above 1, got {largest_score}")
         out_features, in_features = weight.shape
         rank = min(weight.shape)
         if spectrum.up.shape != (out_features, rank) or spectrum.down.shape != (rank, in_features):
@@ -66,9 +75,11 @@ class SpectralLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.largest_score = largest_score
         self.dense = False  # True: forward is the dense layer's
-        self.recording = False  # True: backward records the gradient of the scores per sequence
+        self.recording = False  # True: backward records the gradient of the scores per sequence,
+        self.listening = True  # unless this is False: for a second gradient of the same outputs
+        self.computed = rank  # the first so many places of ``order`` are computed, no others
         self._recorded: Tensor | None = None  # (sequences, rank), float32
-        self._shift = -math.log(largest_score - 1)
+        self._shift = -math.log(largest_score - 1) if math.isfinite(largest_score) else 0.0
         self.weight, self.bias = weight, bias
         # Rows of down that the inputs hardly see are huge; columns of up that the loss hardly sees.
         up, down = spectrum.up.double(), spectrum.down.double()
@@ -76,6 +87,8 @@ class SpectralLinear(nn.Module):
         left, right = up.norm(dim=0).clamp_min(tiny), down.norm(dim=1).clamp_min(tiny)
         self.register_buffer("up", (up / left).to(weight.dtype), persistent=False)
         self.register_buffer("down", (down / right[:, None]).to(weight.dtype), persistent=False)
+        order = torch.arange(rank, device=weight.device)
+        self.register_buffer("order", order, persistent=False)
         self.register_buffer("gain", (spectrum.sigma * left * right).float(), persistent=False)
         mask = torch.ones(rank, dtype=torch.bool, device=weight.device)
         self.register_buffer("mask", mask, persistent=False)
@@ -83,22 +96,55 @@ class SpectralLinear(nn.Module):
         self.deviation = (
             nn.Parameter(torch.zeros(out_features, device=weight.device)) if deviation else None
         )
+        self.register_buffer("mean", None, persistent=False)
+        self.register_buffer("mean_output", None, persistent=False)
+        if mean is not None:
+            self.mean = mean.to(weight.device, torch.float32)
+            self.mean_output = weight.detach().float() @ self.mean
 
     def scores(self) -> Tensor:
         """The importance scores (rank,), float32, between 0 and ``largest_score``."""
+        if math.isinf(self.largest_score):
+            return self.logit.exp()
         return self.largest_score * torch.sigmoid(self.logit + self._shift)
+
+    @torch.no_grad()
+    def arrange(self, order: Tensor, computed: int) -> None:
+        """Bring the components into an order in which the last ones need not be computed.
+
+        Gains, scores and mask stay where they are; ``up`` and ``down`` are sorted in place.
+
+        Args:
+            order: (rank,), a permutation of the components.
+            computed: of these, so many at the beginning are computed from now on. What lies behind
+                counts as masked, and nothing is recorded of it.
+        """
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(len(place), device=place.device)
+        move = place[order]
+        self.up.copy_(self.up[:, move])
+        self.down.copy_(self.down[move])
+        self.order.copy_(order)
+        self.computed = computed
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., in) to (..., out)."""
         if self.dense:
             return F.linear(x, self.weight, self.bias)
-        z = F.linear(x, self.down)  # (..., rank)
-        scaled = ops.spectral_scale(z, self.gain * self.scores(), self.mask)
+        chosen = self.order[: self.computed]
+        scale, mask = (self.gain * self.scores())[chosen], self.mask[chosen]
+        up, down = self.up[:, : self.computed], self.down[: self.computed]
+        z = F.linear(x, down)  # (..., computed)
+        cut = None if self.mean is None and self.deviation is None else ~self.mask.all()  # no sync
+        if self.mean is not None:
+            z = z - (F.linear(self.mean.to(down.dtype), down).float() * cut).to(z.dtype)
+        scaled = ops.spectral_scale(z, scale, mask)
         if self.recording:
             scaled = _RecordScores.apply(scaled, z, self)
-        y = F.linear(scaled, self.up, self.bias)
-        if self.deviation is not None and not bool(self.mask.all()):
-            y = y + self.deviation.to(y.dtype)
+        y = F.linear(scaled, up, self.bias)
+        for added in (self.mean_output, self.deviation):
+            if added is not None:
+                y = y + (added * cut).to(y.dtype)
         return y
 
     def take_recorded(self) -> Tensor | None:
@@ -106,11 +152,16 @@ class SpectralLinear(nn.Module):
 
         Returns:
             (sequences, rank), float32: the gradient of the loss by each score, masked ones
-            included, summed over the tokens of a sequence; one row for all sequences where the
-            layer sees its tokens without a batch dimension; None if nothing was recorded.
+            included, summed over the tokens of a sequence; 0 for those that were not computed; one
+            row for all sequences where the layer sees its tokens without a batch dimension; None if
+            nothing was recorded.
         """
         recorded, self._recorded = self._recorded, None
-        return recorded
+        if recorded is None:
+            return None
+        full = recorded.new_zeros(len(recorded), len(self.order))
+        full[:, self.order[: recorded.shape[1]]] = recorded
+        return full
 
     @torch.no_grad()
     def fold(self) -> tuple[Tensor | Factors, Tensor | None]:
@@ -121,17 +172,22 @@ class SpectralLinear(nn.Module):
             factors of the components alive, ``sqrt(gain * score)`` on either side; in the weight's
             dtype. Then the bias (out,), the deviation in it, or None.
         """
-        scale = self.gain * self.scores()  # (rank,)
+        scale = (self.gain * self.scores())[self.order]  # (rank,)
         up, down = self.up.float(), self.down.float()
         dtype = self.weight.dtype
         if bool(self.mask.all()):
             return ((up * scale) @ down).to(dtype), self.bias
-        root = scale[self.mask].sqrt()
-        factors = Factors(up[:, self.mask] * root, root[:, None] * down[self.mask]).to(dtype)
-        if self.deviation is None:
+        alive = self.mask[self.order]
+        root = scale[alive].sqrt()
+        factors = Factors(up[:, alive] * root, root[:, None] * down[alive]).to(dtype)
+        bias = None if self.bias is None else self.bias.float()
+        added = None if self.deviation is None else self.deviation.detach()
+        if self.mean is not None and self.mean_output is not None:
+            shift = self.mean_output - factors.up.float() @ (factors.down.float() @ self.mean)
+            added = shift if added is None else added + shift
+        if added is None:
             return factors, self.bias
-        bias = self.deviation if self.bias is None else self.bias.float() + self.deviation
-        return factors, bias.detach().to(dtype)
+        return factors, (added if bias is None else bias + added).detach().to(dtype)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
@@ -144,9 +200,9 @@ class SpectralLinear(nn.Module):
 class _RecordScores(torch.autograd.Function):
     """The identity; its backward notes the gradient by the scores for each sequence.
 
-    With ``h = gain * score * z`` the gradient by a score is ``sum_t dL/dh_t gain z_t``, whether the
-    component is masked or not. What is needed later is saved for backward and held nowhere else, so
-    that activation checkpointing keeps its gain.
+    With ``h = gain * score * z`` (z less its mean, where that is taken off) the gradient by a score
+    is ``sum_t dL/dh_t gain z_t``, whether the component is masked or not. What is needed later is
+    saved for backward and held nowhere else, so that activation checkpointing keeps its gain.
     """
 
     @staticmethod
@@ -160,10 +216,11 @@ class _RecordScores(torch.autograd.Function):
         (grad,) = grads
         (z,) = ctx.saved_tensors
         layer: SpectralLinear = ctx.layer
-        if layer.recording:
+        if layer.recording and layer.listening:
             product = grad.detach().float() * z.detach().float()  # (..., rank)
             sequences = len(product) if product.dim() > 2 else 1
-            row = product.reshape(sequences, -1, product.shape[-1]).sum(1) * layer.gain
+            row = product.reshape(sequences, -1, product.shape[-1]).sum(1)
+            row = row * layer.gain[layer.order[: row.shape[1]]]
             seen = layer._recorded
             if seen is not None and seen.shape != row.shape:  # called with and without a batch
                 seen, row = seen.sum(0, keepdim=True), row.sum(0, keepdim=True)

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from soco.objectives import Objective
+
+TEACHER_ROOM = 4 * 2**30  # bytes of the dense model's last states that a training keeps
 
 
 class Switchable(Protocol):
@@ -32,21 +34,20 @@ class Step:
     held_out: float | None = None  # the loss on text that is not trained on, where it was measured
 
 
-def endless_batches(windows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def endless_batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Batches without end, every window once before any comes again; the odd rest is left out.
 
     Args:
-        windows: token ids (sequences, length).
-        size: sequences per batch, at most ``len(windows)``.
+        count: windows.
+        size: windows per batch, at most ``count``.
         generator: of the order, which is new in every round.
 
     Yields:
-        Token ids (size, length).
+        Which windows, (size,), int64.
     """
     while True:
-        order = torch.randperm(len(windows), generator=generator)
-        for chosen in order[: len(order) // size * size].split(size):
-            yield windows[chosen]
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count // size * size].split(size)
 
 
 @contextmanager
@@ -91,19 +92,89 @@ def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
                 block.forward = forward
 
 
-@torch.no_grad()
-def dense_outputs(
-    model: nn.Module, layers: Iterable[Switchable], objective: Objective, ids: Tensor
-) -> Tensor:
-    """The objective's outputs for token ids (sequences, length) with all layers dense."""
+@contextmanager
+def all_dense(layers: Iterable[Switchable]) -> Iterator[None]:
+    """Inside, every layer computes what the dense one does."""
     layers = list(layers)
     for layer in layers:
         layer.dense = True
     try:
-        return objective.outputs(model, ids)
+        yield
     finally:
         for layer in layers:
             layer.dense = False
+
+
+class Teacher:
+    """What the dense model gives for calibration windows; the model runs once for each of them.
+
+    What is kept is not the outputs, which have the vocabulary's size, but what the output head
+    makes them of (``Objective.outputs_and_states``), on the CPU, in the model's dtype. Windows for
+    which there is no room run anew each time, and so do all where that is not possible.
+
+    Args:
+        model: the model.
+        dense: makes a context in which it computes what the dense one does.
+        objective: whose outputs these are.
+        windows: token ids (sequences, length), on the CPU.
+        room: bytes that may be kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: Callable[[], AbstractContextManager[None]],
+        objective: Objective,
+        windows: Tensor,
+        room: int = TEACHER_ROOM,
+    ) -> None:
+        """Nothing runs yet."""
+        self.model, self.dense, self.objective, self.windows = model, dense, objective, windows
+        self.room = room
+        self.kept: dict[int, Tensor] = {}  # window to its states (length, hidden)
+
+    @torch.no_grad()
+    def outputs(self, chosen: Tensor) -> Tensor:
+        """The objective's outputs of the windows ``chosen`` (int64), on the model's device."""
+        device = next(self.model.parameters()).device
+        known = [self.kept.get(index) for index in chosen.tolist()]
+        with self.dense():
+            if not any(each is None for each in known):
+                states = torch.stack(cast(list[Tensor], known)).to(device, non_blocking=True)
+                return self.objective.from_states(self.model, states)
+            ids = self.windows[chosen].to(device)
+            if not self.room:
+                return self.objective.outputs(self.model, ids)
+            outputs, states = self.objective.outputs_and_states(self.model, ids)
+            if states is None or not self._follow(outputs, states):
+                self.room = 0
+                return outputs
+        for index, known_state, state in zip(chosen.tolist(), known, states, strict=True):
+            size = state.numel() * state.element_size()
+            if known_state is None and size <= self.room:
+                self.kept[index] = state.to("cpu", copy=True)
+                self.room -= size
+        return outputs
+
+    def states(self, chosen: Tensor) -> Tensor:
+        """The states (sequences, length, hidden) of windows whose outputs were asked for.
+
+        Raises:
+            ValueError: they were not kept.
+        """
+        device = next(self.model.parameters()).device
+        try:
+            return torch.stack([self.kept[index] for index in chosen.tolist()]).to(device)
+        except KeyError:
+            raise ValueError(
+                "the last hidden states of the dense model are not at hand: its outputs do not "
+                "follow from them by the head alone, or there are too many to keep"
+            ) from None
+
+    def _follow(self, outputs: Tensor, states: Tensor) -> bool:
+        """Whether the outputs are what the head makes of the states."""
+        again = self.objective.from_states(self.model, states)
+        return again.shape == outputs.shape and torch.allclose(again, outputs, rtol=0, atol=1e-4)
 
 
 def half_cosine(step: int, steps: int, begin: float, end: float) -> float:

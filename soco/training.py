@@ -1,129 +1,28 @@
-"""One training loop for spectral scores; a stage of it is data."""
+"""One training loop for spectral scores: who stays, and how much each counts, for every size."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from soco.objectives import Objective
+from soco.objectives import HiddenStates, Objective, TokenDistribution
 from soco.ranks import allocate, layer_params
 from soco.spectral import SpectralLinear
-from soco.steps import Step, dense_outputs, endless_batches, half_cosine
+from soco.stages import Stage, TrainingSettings
+from soco.steps import Step, Teacher, all_dense, endless_batches
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stretch of the training: what is minimized, and how many components may live.
+class Snapshot:
+    """What a layer's scores were, and what its components were worth, when a budget was met."""
 
-    The excess says how far from the target the budget of living parameters is: 1 is all of them, 0
-    is the target. It runs from ``excess_begin`` to ``excess_end`` over the stage.
-    """
-
-    name: str
-    share: float  # of all steps, in (0, 1]
-    excess_begin: float = 0.0
-    excess_end: float = 0.0
-    exponent: float = 1.0  # of the way the excess takes: 1 linear, 3 fast at first, gentle at last
-    period: int = 4  # steps between two choices of who lives
-    recover: int | None = None  # of a period, this many steps recover: they have the excess, and
-    # the ratio loss is off; the rest compress: no excess, ratio loss on. None: both at all times.
-    choose_until: float = 1.0  # fraction of the stage after which the living ones stay the same
-    hard: bool = True  # False: nothing is masked, only the losses press
-    rate_begin: float = 1.0  # learning rate as a multiple of the run's, at the beginning
-    rate_end: float = 1.0  # and at the end; in between it follows half a cosine
-    divergence: float = 1.0  # weight of the distance to the dense model
-    cross_entropy: float = 0.0  # weight of the loss on the text itself
-    ratio: float = 0.0  # weight of the squared parameter ratio above the target (differentiable)
-    sparsity: float = 0.0  # weight of the regularizer that drives scores apart, to 0 or up
-    patience: int | None = None  # stop after so many steps without a lower smoothed loss
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        if not 0 < self.share <= 1:
-            raise ValueError(f"stage {self.name}: share must be in (0, 1], got {self.share}")
-        if not 0 <= self.excess_begin <= 1 or not 0 <= self.excess_end <= 1:
-            raise ValueError(
-                f"stage {self.name}: excess must be from 0 to 1, got {self.excess_begin} and "
-                f"{self.excess_end}"
-            )
-        if self.period < 1 or not 0 <= (self.recover or 0) <= self.period:
-            raise ValueError(
-                f"stage {self.name}: recover must be 0 to period, got {self.recover} of "
-                f"{self.period}"
-            )
-
-    def excess(self, step: int, steps: int) -> float:
-        """How much of the way from the target to everything may live at ``step`` of ``steps``."""
-        done = min(1.0, (step + self.period) / steps)  # what is chosen now lasts for a period
-        curve = (
-            self.excess_end + (self.excess_begin - self.excess_end) * (1 - done) ** self.exponent
-        )
-        return curve if self.recover is None or step % self.period < self.recover else 0.0
-
-    def ratio_weight(self, step: int) -> float:
-        """The weight of the ratio loss at ``step``."""
-        pressing = self.recover is None or step % self.period >= self.recover
-        return self.ratio if pressing else 0.0
-
-    def rate(self, step: int, steps: int) -> float:
-        """The multiple of the run's learning rate at ``step`` of ``steps``."""
-        return half_cosine(step, steps, self.rate_begin, self.rate_end)
-
-
-STAGES = (
-    Stage("coarse", share=0.4, excess_begin=1.0, exponent=3.0),
-    Stage("refine", share=0.35, excess_begin=0.15, excess_end=0.02, period=8, recover=5),
-    Stage("sparsify", share=0.25, period=6, choose_until=0.6, rate_end=0.0),
-)
-
-# The published order of losses, without a mask until the end; all numbers are our choice.
-SOFT_STAGES = (
-    Stage("coarse", share=0.3, hard=False, ratio=100.0),
-    Stage("refine", share=0.3, hard=False, ratio=100.0, period=16, recover=8),
-    Stage("sparsify", share=0.4, hard=False, ratio=100.0, sparsity=1.0, rate_end=0.0),
-)
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """Everything the loop can be told; what no field speaks of is not decided anywhere else."""
-
-    stages: tuple[Stage, ...] = STAGES
-    steps: int = 240  # optimizer steps over all stages
-    criterion: Literal["fisher", "score"] = "fisher"  # what a component is kept for
-    batch_size: int = 8  # sequences per step
-    micro_batch: int | None = None  # sequences at a time in memory; None: the whole batch
-    learning_rate: float = 0.02  # of Adam, on the logits of the scores
-    deviation_rate: float = 0.05  # learning rate of the deviations, as a multiple of that one
-    betas: tuple[float, float] = (0.9, 0.99)  # of Adam
-    fisher_decay: float = 0.98  # of the running average of the squared score gradients
-    fisher_every: int = 2  # steps between two of its updates
-    fisher_warmup: int = 4  # batches it sees of the untouched model before the first step
-    threshold: float = 0.5  # score at which the soft count of living components is one half
-    temperature: float = 0.1  # width of that count's sigmoid, in scores
-    checkpointing: bool = False  # recompute activations in backward: less memory, a third slower
-    seed: int = 0  # of the order of the sequences and of the drawn labels
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        for name in ("steps", "batch_size", "fisher_every", "fisher_warmup"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
-            raise ValueError(
-                f"micro_batch must be from 1 to batch_size ({self.batch_size}), got "
-                f"{self.micro_batch}"
-            )
-        if self.criterion not in ("fisher", "score"):
-            raise ValueError(f'criterion must be "fisher" or "score", got {self.criterion!r}')
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not self.stages or sum(stage.share for stage in self.stages) > 1 + 1e-6:
-            raise ValueError("the shares of the stages must be above 0 and sum to at most 1")
+    scores: Tensor  # (rank,), float32
+    values: Tensor  # (rank,), float32: what a component is worth in the loss
+    mask: Tensor  # (rank,), bool: the components that are alive
 
 
 @dataclass
@@ -133,22 +32,26 @@ class _Run:
     objective: Objective
     settings: TrainingSettings
     generator: torch.Generator
+    teacher: Teacher
     pivoted: bool = False
-    fisher: dict[str, Tensor] = field(default_factory=dict)
-    fisher_updates: int = 0
+    squares: dict[str, Tensor] = field(default_factory=dict)  # decayed sums, (rank,)
+    weights: dict[str, Tensor] = field(default_factory=dict)  # of what they sum, (rank,)
+    alive: dict[str, int] = field(default_factory=dict)  # living components
+    watched: dict[str, int] = field(default_factory=dict)  # and those that may come back
+    kept: float = 1.0  # living parameters, as a fraction of the targets'
 
 
 def train_scores(
     model: nn.Module,
     layers: Mapping[str, SpectralLinear],
     windows: Tensor,
-    budget: int,
+    budgets: Sequence[int],
     objective: Objective,
     settings: TrainingSettings,
     on_step: Callable[[Step], None] = lambda step: None,
     *,
     pivoted: bool = False,
-) -> list[Step]:
+) -> tuple[list[Step], list[dict[str, Snapshot]]]:
     """Learn the scores of all layers together, and who of the components stays.
 
     With the criterion "fisher" a component is worth the second-order change of the loss when it
@@ -158,23 +61,28 @@ def train_scores(
     "score" it is worth its score. Each choice is one ``ranks.allocate`` over all layers, with dense
     fallback.
 
-    At the end every layer's ``mask`` meets ``budget``, whatever the stages did.
+    Of several budgets the first is trained for from all components, and each of the others from
+    what lived before it, with the scores that were learned until then.
 
     Args:
         model: holds ``layers``; all other parameters are left as they are.
-        layers: name to layer, on their devices.
+        layers: name to layer, on their devices. At the end their masks meet the last budget,
+            whatever the stages did.
         windows: token ids (sequences, length), on the CPU.
-        budget: parameters the layers may keep together (``ranks.parameter_budget``).
+        budgets: parameters the layers may keep together (``ranks.parameter_budget``), one or
+            several, descending.
         objective: what the compressed model should keep.
         settings: everything else.
-        on_step: called after each optimizer step.
+        on_step: called after each optimizer step, with the one before it: nothing waits for a
+            number that is still being computed.
         pivoted: whether the factors will be pivoted, which hold less (``ranks.layer_params``).
 
     Returns:
-        All steps, in order.
+        All steps, in order; and for each budget the snapshots of all layers.
 
     Raises:
-        ValueError: fewer windows than one batch, or a loss that is not finite.
+        ValueError: fewer windows than one batch, budgets that do not descend, or a loss that is not
+            finite.
 
     Source: three stages of SoCo, arXiv:2502.15092; the Fisher criterion and the hard mask that
     follows it are ours (docs/methods.md says why).
@@ -183,66 +91,133 @@ def train_scores(
         raise ValueError(
             f"a batch takes {settings.batch_size} sequences, the calibration has {len(windows)}"
         )
+    if not budgets or any(a <= b for a, b in pairwise(budgets)):
+        raise ValueError(f"budgets must be one or more and descend, got {list(budgets)}")
     generator = torch.Generator().manual_seed(settings.seed)
-    run = _Run(model, layers, objective, settings, generator, pivoted)
-    batches = endless_batches(windows, settings.batch_size, generator)
-    total = sum(layer.weight.numel() for layer in layers.values())
-    for layer in layers.values():
-        layer.mask.fill_(True)
+    if settings.softening != 1 and isinstance(objective, TokenDistribution):
+        objective = replace(objective, temperature=settings.softening)
+    teacher = Teacher(model, lambda: all_dense(layers.values()), objective, windows)
+    run = _Run(model, layers, objective, settings, generator, teacher, pivoted)
+    batches = endless_batches(len(windows), settings.batch_size, generator)
+    _offer(run)
     if settings.criterion == "fisher":
         for _ in range(settings.fisher_warmup):
             _pass(run, next(batches), None, record=True)
-    deviations = [d for layer in layers.values() if (d := layer.deviation) is not None]
+    begin = sum(layer.weight.numel() for layer in layers.values())
+    later = settings.later_steps or max(1, settings.steps // 2)
+    total = settings.steps + later * (len(budgets) - 1)
+    losses = _Losses(total, on_step)
+    snapshots = []
+    for position, budget in enumerate(budgets):
+        optimizer = _optimizer(run)
+        for stage in settings.stages:
+            steps = max(1, round(stage.share * (later if position else settings.steps)))
+            _run_stage(run, stage, steps, batches, begin, budget, optimizer, losses)
+        if kept_params(layers, pivoted) > budget:
+            _choose(run, budget)
+        begin = budget
+        values = component_values(layers, _fisher(run))
+        snapshots.append(
+            {
+                name: Snapshot(layer.scores().detach(), values[name], layer.mask.clone())
+                for name, layer in layers.items()
+            }
+        )
+    losses.wait()
+    return losses.history, snapshots
+
+
+class _Losses:
+    """The history; it is one step behind, so that no step waits for its own loss."""
+
+    def __init__(self, total: int, on_step: Callable[[Step], None]) -> None:
+        self.total, self.on_step = total, on_step
+        self.history: list[Step] = []
+        self.pending: tuple[Stage, Tensor, float] | None = None
+        self.smooth, self.best, self.since = math.nan, math.inf, 0
+
+    def begin_stage(self) -> None:
+        """What came before counts no more for the patience."""
+        self.wait()
+        self.smooth, self.best, self.since = math.nan, math.inf, 0
+
+    def add(self, stage: Stage, losses: Tensor, kept: float) -> None:
+        """Note the loss and the divergence in it, (2,), and read those of the step before."""
+        self.wait()
+        self.pending = stage, losses, kept
+
+    def wait(self) -> None:
+        """Read what is pending.
+
+        Raises:
+            ValueError: a loss is not finite.
+        """
+        if self.pending is None:
+            return
+        stage, losses, kept = self.pending
+        self.pending = None
+        loss, divergence = losses.tolist()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss became {loss} in stage {stage.name}: the model's outputs are not finite "
+                f"(float16 overflows; try bfloat16 or float32) or learning_rate is too high"
+            )
+        step = Step(stage.name, len(self.history) + 1, self.total, loss, divergence, kept)
+        self.history.append(step)
+        self.on_step(step)
+        self.smooth = loss if math.isnan(self.smooth) else 0.9 * self.smooth + 0.1 * loss
+        lower = self.smooth < self.best
+        self.best, self.since = (self.smooth, 0) if lower else (self.best, self.since + 1)
+
+
+def _optimizer(run: _Run) -> torch.optim.Adam:
+    """Adam for the scores, and the deviations where there are any."""
+    settings = run.settings
+    deviations = [d for layer in run.layers.values() if (d := layer.deviation) is not None]
     groups = [
-        {"params": [layer.logit for layer in layers.values()], "multiple": 1.0},
+        {"params": [layer.logit for layer in run.layers.values()], "multiple": 1.0},
         {"params": deviations, "multiple": settings.deviation_rate},
     ]
-    optimizer = torch.optim.Adam(
+    return torch.optim.Adam(
         [group for group in groups if group["params"]],
         lr=settings.learning_rate,
         betas=settings.betas,
     )
-    history: list[Step] = []
-    for stage in settings.stages:
-        for loss, divergence in _run_stage(run, stage, batches, budget, total, optimizer):
-            kept = kept_params(layers, pivoted) / total
-            done = len(history) + 1
-            history.append(Step(stage.name, done, settings.steps, loss, divergence, kept))
-            on_step(history[-1])
-    if kept_params(layers, pivoted) > budget:
-        choose_components(layers, _fisher(run), budget, pivoted)
-    return history
 
 
 def _run_stage(
     run: _Run,
     stage: Stage,
+    steps: int,
     batches: Iterator[Tensor],
+    begin: int,
     budget: int,
-    total: int,
     optimizer: torch.optim.Optimizer,
-) -> Iterator[tuple[float, float]]:
-    """Train through one stage; the loss, and the divergence in it, after each step."""
+    losses: _Losses,
+) -> None:
+    """Train through one stage, from ``begin`` parameters to ``budget``."""
     settings = run.settings
-    steps = max(1, round(stage.share * settings.steps))
-    best, since, smooth = math.inf, 0, math.nan
+    total = sum(layer.weight.numel() for layer in run.layers.values())
+    losses.begin_stage()
     for step in range(steps):
         choosing = step == 0 or step < stage.choose_until * steps
         if stage.hard and choosing and step % stage.period in (0, stage.recover):
-            excess = int((total - budget) * stage.excess(step, steps))
-            choose_components(run.layers, _fisher(run), budget + excess, run.pivoted)
+            excess = int((begin - budget) * stage.excess(step, steps))
+            changed = _choose(run, budget + excess)
+            if stage.settled is not None and not excess and changed <= stage.settled:
+                return
         for group in optimizer.param_groups:
             rate = settings.learning_rate * group["multiple"]
             group["lr"] = rate * stage.rate(step, steps)
         optimizer.zero_grad(set_to_none=True)
         record = settings.criterion == "fisher" and choosing and step % settings.fisher_every == 0
-        loss, divergence = _pass(run, next(batches), stage, record)
-        loss += _press(run, stage.ratio_weight(step), stage.sparsity, budget / total)
+        found = _pass(run, next(batches), stage, record)
+        pressed = _press(run, stage.ratio_weight(step), stage.sparsity, budget / total)
+        if pressed is not None:
+            found = found + torch.stack([pressed, torch.zeros_like(pressed)]).to(found)
         optimizer.step()
-        yield loss, divergence
-        smooth = loss if math.isnan(smooth) else 0.9 * smooth + 0.1 * loss
-        best, since = (smooth, 0) if smooth < best else (best, since + 1)
-        if stage.patience is not None and since >= stage.patience:
+        losses.add(stage, found, run.kept)
+        if stage.patience is not None and losses.since >= stage.patience:
             return
 
 
@@ -254,30 +229,81 @@ def kept_params(layers: Mapping[str, SpectralLinear], pivoted: bool = False) -> 
     )
 
 
+def component_values(
+    layers: Mapping[str, SpectralLinear], fisher: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What every component is worth: name to (rank,), not negative.
+
+    Args:
+        layers: name to layer.
+        fisher: name to Fisher information of the scores, (rank,): a component is worth
+            ``score^2 fisher / 2``. Empty: it is worth its score.
+    """
+    return {
+        name: (layer.scores().square() * fisher[name] / 2 if fisher else layer.scores()).detach()
+        for name, layer in layers.items()
+    }
+
+
 @torch.no_grad()
 def choose_components(
     layers: Mapping[str, SpectralLinear],
     fisher: Mapping[str, Tensor],
     budget: int,
     pivoted: bool = False,
-) -> None:
+) -> dict[str, Tensor]:
     """Mask all but the components worth most within ``budget`` parameters.
 
     Args:
         layers: name to layer; their masks are written.
-        fisher: name to Fisher information of the scores, (rank,): a component is worth
-            ``score^2 fisher / 2``. Empty: it is worth its score.
+        fisher: as in ``component_values``.
         budget: parameters that may live, counted as they are stored.
         pivoted: whether that is as pivoted factors.
+
+    Returns:
+        name to the components, (rank,), the most valuable first: those alive are in front.
     """
-    values = {
-        name: layer.scores().square() * fisher[name] / 2 if fisher else layer.scores()
-        for name, layer in layers.items()
-    }
+    values = component_values(layers, fisher)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    orders = {}
     for name, rank in allocate(values, shapes, budget, pivoted=pivoted).items():
-        alive = values[name].argsort(descending=True, stable=True)[:rank]
-        layers[name].mask.fill_(False).index_fill_(0, alive, True)
+        orders[name] = values[name].argsort(descending=True, stable=True)
+        layers[name].mask.fill_(False).index_fill_(0, orders[name][:rank], True)
+    return orders
+
+
+def _choose(run: _Run, budget: int) -> float:
+    """Choose within ``budget``, and compute no more than is needed from now on.
+
+    Returns:
+        How many components changed sides, as a fraction of the living ones.
+    """
+    before = {name: layer.mask.clone() for name, layer in run.layers.items()}
+    orders = choose_components(run.layers, _fisher(run), budget, run.pivoted)
+    changed = 0
+    for name, layer in run.layers.items():
+        alive = run.alive[name] = int(layer.mask.sum())
+        full = len(layer.mask)
+        watched = alive + math.ceil(run.settings.spare * alive)
+        run.watched[name] = min(full, watched) if run.settings.criterion == "fisher" else alive
+        changed += int((layer.mask != before[name]).sum())
+        layer.arrange(orders[name], alive)
+    total = sum(layer.weight.numel() for layer in run.layers.values())
+    run.kept = kept_params(run.layers, run.pivoted) / total
+    return changed / max(1, sum(run.alive.values()))
+
+
+def _offer(run: _Run) -> None:
+    """Let the components live that a layer begins with: all, or its first ones."""
+    offered = run.settings.offered
+    for name, layer in run.layers.items():
+        rank = len(layer.mask)
+        if offered is not None:
+            even = layer.weight.numel() / (layer.in_features + layer.out_features)
+            rank = max(1, min(rank, round(offered * even)))
+        layer.mask.copy_(torch.arange(len(layer.mask), device=layer.mask.device) < rank)
+        layer.arrange(torch.arange(len(layer.mask), device=layer.mask.device), rank)
+        run.alive[name] = run.watched[name] = rank
 
 
 def soft_ratio(
@@ -312,84 +338,112 @@ def polarization(
     return (4 * undecided * (1 - undecided)).mean()
 
 
-def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> tuple[float, float]:
-    """Forward and backward over ``batch`` in micro-batches.
+def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> Tensor:
+    """Forward and backward over ``batch``, a choice of windows, in micro-batches.
 
     Args:
         run: the run.
-        batch: token ids (sequences, length).
+        batch: which windows, (sequences,).
         stage: its losses leave their gradients in the scores; None: no gradients, only recording.
         record: whether the Fisher information sees this batch.
 
     Returns:
-        The loss of the stage, and the divergence in it; means over the batch.
+        (2,), the loss of the stage and the divergence in it, means over the batch.
     """
-    settings = run.settings
+    settings, objective = run.settings, run.objective
+    device = next(run.model.parameters()).device
     squares: dict[str, Tensor] = {}
-    loss_sum = divergence_sum = 0.0
-    for ids in batch.split(settings.micro_batch or settings.batch_size):
-        part = len(ids) / len(batch)
-        ids = ids.to(next(run.model.parameters()).device)
-        dense = dense_outputs(run.model, run.layers.values(), run.objective, ids)
-        if record:
-            _record(run, ids, dense, squares)
-        if stage is None:
-            continue
-        student = run.objective.outputs(run.model, ids)
-        divergence = run.objective.divergence(dense, student)
-        loss = stage.divergence * divergence
-        if stage.cross_entropy:
-            loss = loss + stage.cross_entropy * run.objective.cross_entropy(student, ids)
-        if not math.isfinite(loss.item()):
-            raise ValueError(
-                f"the loss became {loss.item()} in stage {stage.name}: the model's outputs are not "
-                f"finite (float16 overflows; try bfloat16 or float32) or learning_rate "
-                f"({settings.learning_rate}) is too high"
-            )
-        (loss * part).backward()
-        loss_sum += loss.item() * part
-        divergence_sum += divergence.item() * part
-    if record:
-        decay = settings.fisher_decay
-        for name, layer in run.layers.items():
-            fresh = squares.get(name, torch.zeros_like(layer.gain)) / batch.numel()
-            old = run.fisher.get(name, torch.zeros_like(fresh))
-            run.fisher[name] = decay * old + (1 - decay) * fresh
-        run.fisher_updates += 1
-    return loss_sum, divergence_sum
-
-
-def _record(run: _Run, ids: Tensor, dense: Tensor, squares: dict[str, Tensor]) -> None:
-    """Add the squared score gradients of each sequence, (rank,) per layer, to ``squares``."""
-    layers = run.layers.values()
-    for layer in layers:
-        layer.recording = True
-    try:
-        student = run.objective.outputs(run.model, ids)
-        surprise = run.objective.surprise(dense, student, run.generator)
-        torch.autograd.grad(surprise, [layer.logit for layer in layers], allow_unused=True)
-    finally:
-        for layer in layers:
-            layer.recording = False
+    sums = torch.zeros(2, device=device)
     for name, layer in run.layers.items():
+        layer.computed = (run.watched if record else run.alive)[name]
+    for chosen in batch.split(settings.micro_batch or settings.batch_size):
+        part = len(chosen) / len(batch)
+        ids = run.teacher.windows[chosen].to(device)
+        dense = run.teacher.outputs(chosen)
+        with _recording(run.layers, record):
+            states = None
+            if stage is not None and stage.states:
+                student, states = objective.outputs_and_states(run.model, ids)
+            else:
+                student = objective.outputs(run.model, ids)
+            if record:
+                _record(run, dense, student, squares, again=stage is not None)
+            if stage is None:
+                continue
+            divergence = objective.divergence(dense, student)
+            loss = stage.divergence * divergence
+            if stage.states and states is not None:
+                wanted = run.teacher.states(chosen)
+                loss = loss + stage.states * HiddenStates().divergence(wanted, states)
+            if stage.cross_entropy:
+                loss = loss + stage.cross_entropy * objective.cross_entropy(student, ids)
+            (loss * part).backward()
+        sums += torch.stack([loss.detach(), divergence.detach()]) * part
+    if record:
+        _average(run, squares, batch.numel() * run.teacher.windows.shape[1])
+    return sums
+
+
+@contextmanager
+def _recording(layers: Mapping[str, SpectralLinear], record: bool) -> Iterator[None]:
+    """Inside, the first gradient of outputs is recorded (``_record``), if ``record``."""
+    for layer in layers.values():
+        layer.recording, layer.listening = record, True
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.recording, layer.listening = False, True
+
+
+def _record(
+    run: _Run, dense: Tensor, student: Tensor, squares: dict[str, Tensor], *, again: bool
+) -> None:
+    """Add the squared score gradients of each sequence, (rank,) per layer, to ``squares``.
+
+    Args:
+        run: the run.
+        dense: outputs of the dense model.
+        student: outputs of this one.
+        squares: is written to.
+        again: whether another gradient of the same outputs follows.
+    """
+    surprise = run.objective.surprise(dense, student, run.generator)
+    logits = [layer.logit for layer in run.layers.values()]
+    torch.autograd.grad(surprise, logits, allow_unused=True, retain_graph=again)
+    for name, layer in run.layers.items():
+        layer.listening = False
         recorded = layer.take_recorded()
         if recorded is not None:
             squares[name] = squares.get(name, 0) + recorded.square().sum(0)
 
 
-def _press(run: _Run, ratio_weight: float, sparsity_weight: float, kept: float) -> float:
+def _average(run: _Run, squares: Mapping[str, Tensor], tokens: int) -> None:
+    """Take the squares of one batch into the running averages of the components it computed."""
+    decay = run.settings.fisher_decay
+    for name, layer in run.layers.items():
+        old = run.squares.setdefault(name, torch.zeros_like(layer.gain))
+        weight = run.weights.setdefault(name, torch.zeros_like(layer.gain))
+        seen = layer.order[: layer.computed]
+        fresh = squares.get(name, torch.zeros_like(old)) / tokens
+        old[seen] = decay * old[seen] + (1 - decay) * fresh[seen]
+        weight[seen] = decay * weight[seen] + (1 - decay)
+
+
+def _press(run: _Run, ratio_weight: float, sparsity_weight: float, kept: float) -> Tensor | None:
     """Add the gradients of the losses that press on the scores alone; what they come to."""
     if not ratio_weight and not sparsity_weight:
-        return 0.0
+        return None
     threshold, temperature = run.settings.threshold, run.settings.temperature
     over = (soft_ratio(run.layers, threshold, temperature) - kept).clamp_min(0)
     loss = ratio_weight * over.square()
     loss = loss + sparsity_weight * polarization(run.layers, threshold, temperature)
     loss.backward()
-    return loss.item()
+    return loss.detach()
 
 
 def _fisher(run: _Run) -> dict[str, Tensor]:
-    """The running average, free of its start at zero."""
-    correction = 1 - run.settings.fisher_decay**run.fisher_updates
-    return {name: value / correction for name, value in run.fisher.items()}
+    """The running averages, free of their start at zero; empty where nothing is recorded."""
+    return {
+        name: square / run.weights[name].clamp_min(1e-30) for name, square in run.squares.items()
+    }

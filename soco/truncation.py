@@ -13,7 +13,7 @@ from soco.linalg import Factors
 from soco.objectives import HiddenStates, Objective, run_model
 from soco.principal import PrincipalDirections, project
 from soco.ranks import Shape, allocate, is_dense
-from soco.steps import Step, dense_outputs, endless_batches, half_cosine
+from soco.steps import Step, Teacher, all_dense, endless_batches, half_cosine
 from soco.svd_gradient import stable_svd
 
 # How much more valuable a component counts that is earlier by the whole of its layer's rank, as a
@@ -301,7 +301,8 @@ def train_positions(
             f'take "divergence"'
         )
     generator = torch.Generator().manual_seed(settings.seed)
-    stream = endless_batches(windows, settings.batch_size, generator)
+    stream = endless_batches(len(windows), settings.batch_size, generator)
+    teacher = Teacher(model, lambda: all_dense(layers.values()), objective, windows)
     target = budget / sum(layer.weight.numel() for layer in layers.values())
     positions = [layer.position for layer in layers.values()]
     optimizer = torch.optim.Adam(positions, lr=settings.learning_rate, betas=settings.betas)
@@ -312,7 +313,7 @@ def train_positions(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate
         optimizer.zero_grad(set_to_none=True)
-        loss, divergence, excess = _pass(model, layers, next(stream), objective, settings)
+        loss, divergence, excess = _pass(teacher, layers, next(stream), settings)
         if step == 0:
             weight = settings.ratio_weight * max(excess, 0.0) / (1 - target)
         kept = parameter_ratio(layers)
@@ -329,24 +330,24 @@ def train_positions(
 
 
 def _pass(
-    model: nn.Module,
+    teacher: Teacher,
     layers: Mapping[str, TruncatedLinear],
     batch: Tensor,
-    objective: Objective,
     settings: PositionSettings,
 ) -> tuple[float, float, float]:
-    """Forward and backward over ``batch`` (sequences, length) in micro-batches.
+    """Forward and backward over ``batch``, a choice of windows, in micro-batches.
 
     Returns:
         The loss; the divergence, whether it is the loss or not; and how far the loss is above the
         dense model's. Means over the batch.
     """
+    model, objective = teacher.model, teacher.objective
     positions = [layer.position for layer in layers.values()]
     sums = torch.zeros(3, dtype=torch.float64)
-    for ids in batch.split(settings.micro_batch or settings.batch_size):
-        part = len(ids) / len(batch)
-        ids = ids.to(next(model.parameters()).device)
-        dense = dense_outputs(model, layers.values(), objective, ids)
+    for chosen in batch.split(settings.micro_batch or settings.batch_size):
+        part = len(chosen) / len(batch)
+        ids = teacher.windows[chosen].to(next(model.parameters()).device)
+        dense = teacher.outputs(chosen)
         if not bool(dense.isfinite().all()):
             raise ValueError(
                 "the outputs of the dense model are not finite (float16 overflows; try bfloat16 "

@@ -390,6 +390,7 @@ def test_every_statistic_against_plain_autograd(name):
         each = found[layer]
         close: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}
         torch.testing.assert_close(each.gram, flat.T @ flat, **close)
+        torch.testing.assert_close(each.mean, flat.sum(0), **close)
         torch.testing.assert_close(each.abs_mean, flat.abs().sum(0), **close)
         torch.testing.assert_close(each.root.T @ each.root, flat.T @ flat, **close)
         assert torch.equal(each.root, each.root.triu())
@@ -545,12 +546,13 @@ def test_what_a_rare_expert_saw_counts_by_how_often_it_was_asked():
     """Sums of inputs per token of the calibration; means and gradients per token it saw."""
     one = torch.ones(2, 2, dtype=torch.float64)
     rare = Statistics(
-        tokens=5, sequences=2, gram=10 * one, abs_mean=10 * one[0], stacked_gram=20 * one,
-        root=2 * one, fisher=6 * one, grad_gram=15 * one,
+        tokens=5, sequences=2, gram=10 * one, abs_mean=10 * one[0], mean=5 * one[0],
+        stacked_gram=20 * one, root=2 * one, fisher=6 * one, grad_gram=15 * one,
     )  # fmt: skip
     means = rare.means(20)
     assert torch.equal(means["gram"], one / 2)
     assert torch.equal(means["abs_mean"], 2 * one[0])
+    assert torch.equal(means["mean"], one[0])
     assert torch.equal(means["stacked_gram"], one)
     torch.testing.assert_close(means["root"].T @ means["root"], (2 * one).T @ (2 * one) / 20)
     assert torch.equal(means["fisher"], 3 * one)

@@ -77,7 +77,6 @@ def test_who_asks_again_after_the_decomposition(arguments, keeps):
         ({"method": "dobi-svd", "pivoted": True}, "dobi-svd cannot count pivoted factors"),
         ({"method": "basis-sharing", "pivoted": True}, "shares its bases, which cannot be pivoted"),
         ({"method": "basis-sharing", "allocator": "learned"}, "a method without shared bases"),
-        ({"method": "soco", "surgeon": True}, "trains its scales, and takes no surgeon"),
         ({"method": SoCo(learning_rate=math.inf)}, "have to be plain, finite values"),
     ],
 )

@@ -570,7 +570,6 @@ def test_what_compress_refuses(fails, place, words, expected):
         ("compress", ["--method", "basis-sharing", "--pivoted"], "bases, which cannot be pivoted"),
         ("compress", ["--calibration", "empty.txt"], "the file 'empty.txt' is empty"),
         ("compress", ["--stats", "text.txt"], "text.txt is a file, and should be a folder"),
-        ("compare", ["--methods", "soco+surgeon"], "trains its scales, and takes no surgeon"),
         ("compare", ["--methods", "svd,basis-sharing+pivoted"], "which cannot be pivoted"),
         ("compare", ["--methods", "basis-sharing@learned"], "a method without shared bases"),
         ("compare", ["--text", "empty.txt"], "the file 'empty.txt' is empty"),

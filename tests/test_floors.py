@@ -21,9 +21,9 @@ FLOORS = [
     },
     {
         "calibration", "contents", "experts", "guard", "refinement", "sampling", "sequential",
-        "surgeon", "training", "truncation",
+        "stages", "surgeon", "truncation",
     },
-    {"archive", "methods", "plugin"},
+    {"archive", "methods", "plugin", "training"},
     {"checkpoint", "choices", "evaluation", "reporting", "tasks", "workbench"},
     {"factorization", "installation", "preparation", "record"},
     {"learning", "plots"},

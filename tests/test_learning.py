@@ -33,10 +33,11 @@ def kept(bench, ranks, pivoted=False):
 def test_scores_meet_the_budget_and_the_model_is_back(bench, pivoted):
     before, places = logits(bench.model), dict(bench.model.named_modules())
     budget = parameter_budget(bench.shapes, 0.5)
-    result, scores, history = learn_scores(
-        bench.model, SoCo(steps=6, fisher_warmup=1), bench.targets, spectra(bench), bench, budget,
+    learned = learn_scores(
+        bench.model, SoCo(steps=6, fisher_warmup=1), bench.targets, spectra(bench), bench, [budget],
         pivoted=pivoted, progress=False,
     )  # fmt: skip
+    result, scores, history = learned.folded(), learned.ranges(), learned.history
     assert dict(bench.model.named_modules()) == places
     assert torch.equal(logits(bench.model), before)
     ranks = {
@@ -52,10 +53,10 @@ def test_pivoted_budgets_hold_more_rank(bench):
     budget = parameter_budget(bench.shapes, 0.5)
     total = {}
     for pivoted in (False, True):
-        result, _, _ = learn_scores(
+        result = learn_scores(
             bench.model, SoCo(steps=3, fisher_warmup=1), bench.targets, spectra(bench), bench,
-            budget, pivoted=pivoted, progress=False,
-        )  # fmt: skip
+            [budget], pivoted=pivoted, progress=False,
+        ).folded()  # fmt: skip
         total[pivoted] = sum(
             found.up.shape[1] for found, _ in result.values() if isinstance(found, Factors)
         )
@@ -90,5 +91,5 @@ def test_a_short_calibration_is_told(bench):
     with pytest.warns(UserWarning, match="3 sequences, fewer than one batch of 8"):
         learn_scores(
             bench.model, SoCo(steps=3, fisher_warmup=1), bench.targets, spectra(bench), bench,
-            budget, pivoted=False, progress=False,
+            [budget], pivoted=False, progress=False,
         )  # fmt: skip

@@ -12,8 +12,8 @@ from soco.linalg import Factors
 from soco.methods import METHODS, SVD, SVDLLM, DobiSVD, Method, SoCo, TrainedMethod
 from soco.objectives import HiddenStates, objective_for
 from soco.ranks import layer_params, parameter_budget
+from soco.stages import SOFT_STAGES, TrainingSettings
 from soco.surgery import find_linears, shape_of, weight_of
-from soco.training import SOFT_STAGES, TrainingSettings
 from soco.truncation import PositionSettings
 from tiny_models import tiny_model
 
@@ -54,16 +54,26 @@ def test_whitening_pays_on_its_inputs_and_costs_on_the_weight():
     assert (WEIGHT - whitened).norm() > (WEIGHT - plain).norm()
 
 
-@pytest.mark.parametrize("method", [SoCo(), SoCo(basis="plain")])
-def test_soco_starts_at_the_weight_itself(method):
-    stats = {"gram": GRAM} if method.needs else {}
+@pytest.mark.parametrize("basis", ["kfac", "whitened", "scaled", "plain"])
+@pytest.mark.parametrize("deviation", ["none", "mean"])
+def test_soco_starts_at_the_weight_itself(basis, deviation):
+    method = SoCo(basis=basis, deviation=deviation)
+    mean = INPUTS.mean(1)
+    centered = GRAM - INPUTS.shape[1] * mean[:, None] * mean
+    known = {"gram": GRAM, "abs_mean": INPUTS.abs().mean(1), "mean": mean,
+             "centered_gram": centered, "grad_gram": 2 * torch.eye(9).double()}  # fmt: skip
+    stats = {name: known[name] for name in {*method.needs, "centered_gram"}}
     up, sigma, down = method.spectrum(WEIGHT, stats, name="w")
     torch.testing.assert_close((up * sigma) @ down, WEIGHT)
 
 
-def test_soco_needs_a_gram_matrix_only_to_whiten():
-    assert SoCo().needs == {"gram"}
+def test_soco_needs_what_its_basis_reads():
+    assert SoCo().needs == {"gram", "grad_gram"}
+    assert SoCo(basis="whitened").needs == {"gram"}
+    assert SoCo(basis="scaled").needs == {"abs_mean"}
     assert SoCo(basis="plain").needs == frozenset()
+    assert SoCo(basis="plain", deviation="mean").needs == {"mean"}
+    assert SoCo(deviation="mean").needs == {"gram", "grad_gram", "mean"}
 
 
 def test_settings_are_soco_s_own_fields():
@@ -74,7 +84,7 @@ def test_settings_are_soco_s_own_fields():
 
 def test_paper_preset():
     paper = SoCo.paper(steps=9)
-    assert (paper.basis, paper.criterion, paper.deviation) == ("plain", "score", True)
+    assert (paper.basis, paper.criterion, paper.deviation) == ("plain", "score", "vector")
     assert paper.stages == SOFT_STAGES
     assert not any(stage.hard for stage in paper.stages)
     assert paper.steps == 9
@@ -93,7 +103,8 @@ def test_table(name):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"basis": "best"}, 'basis must be "whitened" or "plain", got \'best\''),
+        ({"basis": "best"}, "basis must be one of kfac, whitened, scaled, plain, got 'best'"),
+        ({"deviation": True}, "deviation must be one of none, mean, vector, got True"),
         ({"largest_score": 1.0}, "largest_score must be above 1, got 1.0"),
         ({"steps": -1}, "steps must be a positive whole number, got -1"),
     ],

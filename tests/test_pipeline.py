@@ -167,7 +167,7 @@ def test_saved_folder_gives_the_same_logits(tmp_path):
 
 def test_deviation_survives_saving(tmp_path):
     """A layer without a bias gets one, in memory and in the file."""
-    method = SoCo(steps=6, batch_size=4, fisher_warmup=1, deviation=True)
+    method = SoCo(steps=6, batch_size=4, fisher_warmup=1, deviation="vector")
     model = compress(tiny_model("llama"), 0.4, method=method, calibration=tokens(), samples=16)
     biases = [module.bias for module in model.modules() if isinstance(module, LowRankLinear)]
     assert any(float(bias.detach().abs().max()) > 0 for bias in biases if bias is not None)
@@ -534,7 +534,7 @@ def test_an_error_leaves_the_experts_fused(monkeypatch, error, where):
 
 @NEEDS_5
 def test_deviation_gives_experts_biases(tmp_path):
-    method = SoCo(steps=6, batch_size=4, fisher_warmup=1, deviation=True)
+    method = SoCo(steps=6, batch_size=4, fisher_warmup=1, deviation="vector")
     model = compress(tiny_mixture("mixtral"), 0.4, method=method, calibration=tokens(), samples=16)
     names = [
         n for n, m in model.get_submodule(EXPERTS).named_modules() if isinstance(m, LowRankLinear)

@@ -1,16 +1,18 @@
 """What loops share: batches in order, models frozen and given back as they were."""
 
-from typing import Any, cast
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from soco.objectives import Objective
+from soco.objectives import TokenDistribution
 from soco.steps import (
     Step,
+    Teacher,
+    all_dense,
     checkpointed,
-    dense_outputs,
     endless_batches,
     frozen,
     half_cosine,
@@ -18,13 +20,12 @@ from soco.steps import (
 
 
 def test_every_window_comes_once_before_any_comes_again():
-    windows = torch.arange(7)[:, None]
-    batches = endless_batches(windows, 3, torch.Generator().manual_seed(0))
-    rounds = [torch.cat([next(batches), next(batches)])[:, 0].tolist() for _ in range(4)]
+    batches = endless_batches(7, 3, torch.Generator().manual_seed(0))
+    rounds = [torch.cat([next(batches), next(batches)]).tolist() for _ in range(4)]
     assert all(len(set(each)) == 6 for each in rounds)
     assert len({tuple(each) for each in rounds}) > 1
-    again = endless_batches(windows, 3, torch.Generator().manual_seed(0))
-    assert next(again)[:, 0].tolist() == rounds[0][:3]
+    again = endless_batches(7, 3, torch.Generator().manual_seed(0))
+    assert next(again).tolist() == rounds[0][:3]
 
 
 def test_frozen_gives_modes_and_flags_back():
@@ -78,32 +79,88 @@ class Layer:
     dense = False
 
 
-class Watching:
-    """An objective that notes whether its layers were dense and gradients were off."""
-
-    def __init__(self, layers, fails=False):
-        self.layers, self.fails = layers, fails
-
-    def outputs(self, model, ids):
-        if self.fails:
-            raise RuntimeError("in the middle")
-        dense = all(layer.dense for layer in self.layers)
-        return torch.tensor([dense, torch.is_grad_enabled()])
-
-
-def test_dense_outputs_switch_and_switch_back():
+def test_all_dense_switches_and_switches_back():
     layers = [Layer(), Layer()]
-    seen = dense_outputs(nn.Identity(), iter(layers), cast(Any, Watching(layers)), torch.zeros(1))
-    assert seen.tolist() == [True, False]
+    with all_dense(iter(layers)):
+        assert all(layer.dense for layer in layers)
+    assert not any(layer.dense for layer in layers)
+    with pytest.raises(KeyError), all_dense(layers):
+        raise KeyError
     assert not any(layer.dense for layer in layers)
 
 
-def test_dense_outputs_switch_back_after_an_error():
-    layers = [Layer()]
-    objective = cast(Objective, Watching(layers, fails=True))
-    with pytest.raises(RuntimeError, match="in the middle"):
-        dense_outputs(nn.Identity(), layers, objective, torch.zeros(1))
-    assert not layers[0].dense
+class Counting(nn.Module):
+    """An embedding and a head, as a transformers model shows them; it counts what runs."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 4)
+        self.head = nn.Linear(4, 11, bias=False)
+        self.scale, self.rows = scale, 0
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids):
+        self.rows += len(input_ids)
+        return SimpleNamespace(logits=self.head(self.embed(input_ids).tanh()) * self.scale)
+
+
+WINDOWS = torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(1))
+
+
+def taught(model, room=2**20, objective=None):
+    teacher = Teacher(model, nullcontext, objective or TokenDistribution(), WINDOWS, room)
+    choices = [torch.tensor(each) for each in ([0, 3], [3, 0], [1, 0], [5], [5, 1, 3])]
+    for chosen in choices:
+        with torch.no_grad():
+            rows = model.rows
+            wanted = teacher.objective.outputs(model, WINDOWS[chosen])
+            model.rows = rows
+        torch.testing.assert_close(teacher.outputs(chosen), wanted)
+    return teacher, model.rows
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_every_window_runs_through_the_dense_model_once(temperature):
+    """Batches of windows that are known, unknown, and both."""
+    teacher, rows = taught(Counting(), objective=TokenDistribution(temperature))
+    assert rows == 2 + 2 + 1
+    assert teacher.kept.keys() == {0, 1, 3, 5}
+    assert all(states.shape == (5, 4) for states in teacher.kept.values())
+
+
+def test_no_more_is_kept_than_there_is_room_for():
+    teacher, rows = taught(Counting(), room=2 * 5 * 4 * 4 + 1)
+    assert teacher.kept.keys() == {0, 3}
+    assert rows == 2 + 2 + 1 + 3
+
+
+@pytest.mark.parametrize("scale", [1.5, -1.0])
+def test_a_head_that_is_not_all_there_is_to_the_outputs(scale):
+    """What such a model makes of its head's outputs cannot be known: nothing is kept."""
+    teacher, rows = taught(Counting(scale))
+    assert not teacher.kept
+    assert rows == 2 + 2 + 2 + 1 + 3
+
+
+def test_the_teacher_asks_in_its_context_and_without_gradients():
+    model, inside = Counting(), []
+
+    @contextmanager
+    def dense():
+        inside.append(True)
+        yield
+        inside.append(False)
+
+    model.head.register_forward_hook(lambda *_: inside.append(torch.is_grad_enabled()))
+    teacher = Teacher(model, dense, TokenDistribution(), WINDOWS)
+    outputs = teacher.outputs(torch.tensor([2]))
+    assert inside == [True, False, False, False]  # the head once in the model, once to compare
+    assert not outputs.requires_grad
+    teacher.outputs(torch.tensor([2]))
+    assert inside[4:] == [True, False, False]
 
 
 def test_half_cosine():

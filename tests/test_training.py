@@ -1,6 +1,5 @@
 """The training loop: what a stage may do, what it leaves behind, and that learning pays."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -13,12 +12,10 @@ from soco.linalg import whitened_svd
 from soco.objectives import TokenDistribution
 from soco.ranks import is_dense
 from soco.spectral import SpectralLinear
-from soco.steps import checkpointed
+from soco.stages import SOFT_STAGES, STAGES, Stage, TrainingSettings
+from soco.steps import Teacher, all_dense, checkpointed
 from soco.training import (
-    SOFT_STAGES,
-    STAGES,
-    Stage,
-    TrainingSettings,
+    Snapshot,
     choose_components,
     kept_params,
     polarization,
@@ -96,29 +93,10 @@ def divergence(model, layers, windows):
 def train(model, layers, windows, kept=0.5, on_step=lambda step: None, **settings):
     settings = TrainingSettings(**{"steps": 40, "batch_size": 4, **settings})
     budget = int(kept * total(layers))
-    history = train_scores(model, layers, windows, budget, TokenDistribution(), settings, on_step)
+    history, _ = train_scores(
+        model, layers, windows, [budget], TokenDistribution(), settings, on_step
+    )
     return budget, history
-
-
-def test_excess_runs_down_to_the_target():
-    stage = Stage("coarse", share=1.0, excess_begin=1.0, exponent=3.0, period=4)
-    values = [stage.excess(step, 40) for step in range(0, 40, 4)]
-    assert values == sorted(values, reverse=True)
-    assert values[0] == pytest.approx((1 - 0.1) ** 3)
-    assert values[-1] == 0.0
-
-
-def test_refinement_alternates():
-    stage = Stage("refine", 1.0, excess_begin=0.2, excess_end=0.2, period=8, recover=5, ratio=3.0)
-    assert [stage.excess(step, 80) for step in range(8)] == pytest.approx([0.2] * 5 + [0.0] * 3)
-    assert [stage.ratio_weight(step) for step in range(8)] == [0.0] * 5 + [3.0] * 3
-
-
-def test_rate_follows_a_cosine():
-    stage = Stage("sparsify", 1.0, rate_begin=1.0, rate_end=0.0)
-    assert stage.rate(0, 10) == 1.0
-    assert stage.rate(5, 10) == pytest.approx(0.5)
-    assert stage.rate(10, 10) == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.5, 0.8])
@@ -213,8 +191,11 @@ def test_fisher_is_the_mean_squared_score_gradient():
     batch = windows[:5]
     settings = TrainingSettings(batch_size=5)
     generator = torch.Generator().manual_seed(7)
-    run = _Run(model, layers, TokenDistribution(), settings, generator)
-    _pass(run, batch, None, record=True)
+    teacher = Teacher(model, lambda: all_dense(layers.values()), TokenDistribution(), windows)
+    run = _Run(model, layers, TokenDistribution(), settings, generator, teacher)
+    for name, layer in layers.items():
+        run.alive[name] = run.watched[name] = len(layer.mask)
+    _pass(run, torch.arange(5), None, record=True)
     objective = TokenDistribution()
     generator.manual_seed(7)
     for layer in layers.values():
@@ -348,30 +329,77 @@ def test_too_few_windows():
         train(model, layers, windows[:3])
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "text"),
-    [
-        ("steps", 0, "steps must be a positive whole number, got 0"),
-        ("batch_size", 2.5, "batch_size must be a positive whole number, got 2.5"),
-        ("micro_batch", 9, r"micro_batch must be from 1 to batch_size \(8\), got 9"),
-        ("learning_rate", 0.0, "learning_rate must be positive, got 0.0"),
-        ("criterion", "size", 'criterion must be "fisher" or "score", got \'size\''),
-        ("stages", (), "the shares of the stages must be above 0"),
-    ],
-)
-def test_settings_are_checked(field, value, text):
-    with pytest.raises(ValueError, match=text):
-        TrainingSettings(**{field: value})
+def test_each_budget_is_met_and_kept_as_a_snapshot():
+    model, layers, windows = toy()
+    budgets = [int(kept * total(layers)) for kept in (0.8, 0.5, 0.3)]
+    settings = TrainingSettings(steps=20, later_steps=10, batch_size=4)
+    history, snapshots = train_scores(
+        model, layers, windows, budgets, TokenDistribution(), settings
+    )
+    assert len(history) == 40
+    assert {step.steps for step in history} == {40}
+    kept = [step.kept * total(layers) for step in history]
+    losses = []
+    for last, budget, found in zip((20, 30, 40), budgets, snapshots, strict=True):
+        assert kept[last - 1] <= budget < kept[last - 1] + 36
+        for name, layer in layers.items():
+            layer.mask.copy_(found[name].mask)
+            assert found[name].scores.shape == found[name].values.shape == layer.mask.shape
+            assert bool((found[name].scores > 0).all())
+        assert kept_params(layers) <= budget
+        losses.append(divergence(model, layers, windows))
+    assert losses == sorted(losses)
+    assert kept == sorted(kept, reverse=True) or any(s.stage == "refine" for s in history)
+    last = snapshots[-1]
+    for name, layer in layers.items():
+        assert isinstance(last[name], Snapshot)
+        assert torch.equal(last[name].scores, layer.scores().detach())
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"share": 0.0}, "share must be in"),
-        ({"excess_begin": 1.5}, "excess must be from 0 to 1"),
-        ({"recover": 9}, "recover must be 0 to period"),
-    ],
-)
-def test_stages_are_checked(change, text):
-    with pytest.raises(ValueError, match=f"stage coarse: {text}"):
-        dataclasses.replace(STAGES[0], **change)
+@pytest.mark.parametrize("budgets", [[], [100, 100], [100, 200]])
+def test_budgets_descend(budgets):
+    model, layers, windows = toy()
+    settings = TrainingSettings(batch_size=4)
+    with pytest.raises(ValueError, match="budgets must be one or more and descend, got"):
+        train_scores(model, layers, windows, budgets, TokenDistribution(), settings)
+
+
+@pytest.mark.parametrize("spare", [0.0, 0.5, 50.0])
+def test_only_what_lives_or_may_come_back_is_computed(spare):
+    """Rows of ``down`` that run, at every step: the living ones, and those watched now and then."""
+    model, layers, windows = toy()
+    sizes = []
+    layer = layers["blocks.1.2"]
+    layer.register_forward_pre_hook(
+        lambda *_: None if layer.dense else sizes.append((layer.computed, int(layer.mask.sum())))
+    )
+    train(model, layers, windows, 0.3, spare=spare, fisher_warmup=1)
+    assert sizes[0] == (12, 12)
+    for computed, alive in sizes[1:]:
+        assert computed in {alive, min(12, alive + math.ceil(spare * alive))}
+    if spare:
+        assert any(computed > alive for computed, alive in sizes)
+    assert sizes[-1][0] == sizes[-1][1] < 12
+
+
+def test_a_stage_ends_when_its_choice_is_settled():
+    model, layers, windows = toy()
+    stage = Stage("only", 1.0, period=5, settled=0.0)
+    _, history = train(model, layers, windows, stages=(stage,), learning_rate=1e-9, steps=200)
+    assert 5 <= len(history) < 200
+    assert len(history) % 5 == 0
+
+
+def test_the_callback_is_one_step_behind_until_the_end():
+    """Or the step would wait for its own loss."""
+    from soco.training import _Losses
+
+    seen = []
+    losses = _Losses(3, seen.append)
+    for value in (1.0, 2.0):
+        losses.add(STAGES[0], torch.tensor([value, 0.5]), 0.7)
+    assert [step.loss for step in seen] == [1.0]
+    losses.wait()
+    assert [(s.loss, s.divergence, s.kept, s.step, s.steps) for s in seen] == [
+        (1.0, 0.5, 0.7, 1, 3), (2.0, 0.5, 0.7, 2, 3)
+    ]  # fmt: skip

@@ -19,6 +19,7 @@ from soco.cli.options import (
     AllocatorName,
     Basis,
     BatchSizeOption,
+    Deviation,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -142,19 +143,19 @@ def compress(
     basis: Annotated[
         Basis | None,
         typer.Option(
-            help="Components of the weight as its inputs see it, or of the weight alone.",
-            show_default="whitened",
+            help="Whose components: kfac-svd's, svd-llm's (whitened), asvd's (scaled), or svd's.",
+            show_default="kfac",
             rich_help_panel=TRAINING,
         ),
     ] = None,
     deviation: Annotated[
-        bool,
+        Deviation | None,
         typer.Option(
-            "--deviation",
-            help="Train a vector that is added to each layer's outputs.",
+            help="Add to each layer's outputs what keeps their mean, or a trained vector.",
+            show_default="none",
             rich_help_panel=TRAINING,
         ),
-    ] = False,
+    ] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(metavar="X", help="Of Adam.", show_default="0.02", rich_help_panel=TRAINING),
@@ -204,7 +205,6 @@ def compress(
         typer.Option(
             "--surgeon",
             help="Scale the components that stay so that they make up for those that went.",
-            rich_help_panel=CLOSED,
         ),
     ] = False,
     stats: StatsOption = None,
@@ -217,15 +217,14 @@ def compress(
     training = {
         "steps": steps,
         "basis": None if basis is None else basis.value,
-        "deviation": deviation or None,
+        "deviation": None if deviation is None else deviation.value,
         "learning_rate": learning_rate,
         "micro_batch": micro_batch,
         "checkpointing": checkpointing or None,
     }
     training = {name: value for name, value in training.items() if value is not None}
-    for option, given in (("allocator", allocator is not None), ("surgeon", surgeon)):
-        if method is MethodName.soco and given:
-            raise ValueError(f"--{option} is for other methods: method soco trains for itself")
+    if method is MethodName.soco and allocator is not None:
+        raise ValueError("--allocator is for other methods: soco finds its ranks by training")
     if method is not MethodName.soco and training:
         option = next(iter(training)).replace("_", "-")
         raise ValueError(f"--{option} is for method soco: method {method.value} has no training")

@@ -46,8 +46,18 @@ ENTRY_OPTIONS = ("pivoted", "surgeon", "refine")
 class Basis(str, Enum):
     """Whose components SoCo learns to weigh."""
 
+    kfac = "kfac"
     whitened = "whitened"
+    scaled = "scaled"
     plain = "plain"
+
+
+class Deviation(str, Enum):
+    """What is added to the outputs of a compressed layer."""
+
+    none = "none"
+    mean = "mean"
+    vector = "vector"
 
 
 class Dtype(str, Enum):

@@ -41,16 +41,22 @@ class Whitened:
     """
 
     route: Literal["output", "eigen", "qr"] = "output"
+    centered: bool = False  # measure on the inputs less their mean: for layers that keep the mean
+    # of their outputs by a bias; not by the route "qr"
 
     def __post_init__(self) -> None:
         """Refuse what is no route."""
         if self.route not in ("output", "eigen", "qr"):
             raise ValueError(f'route must be "output", "eigen" or "qr", got {self.route!r}')
+        if self.centered and self.route == "qr":
+            raise ValueError('the route "qr" reads no means: centered takes "output" or "eigen"')
 
     @property
     def needs(self) -> frozenset[str]:
         """The inputs' Gram matrix, or the R of their QR decomposition."""
-        return frozenset({"root"}) if self.route == "qr" else frozenset({"gram"})
+        if self.route == "qr":
+            return frozenset({"root"})
+        return frozenset({"gram", *(["mean"] if self.centered else [])})
 
     @property
     def in_loss(self) -> bool:
@@ -60,8 +66,11 @@ class Whitened:
     def spectrum(self, weight: Tensor, stats: Mapping[str, Tensor], *, name: str) -> Spectrum:
         """The decomposition of ``weight`` (out, in) by its whitened singular values."""
         if self.route == "output":
-            return whitened_svd(weight, stats["gram"], name=name)
-        root = eigen_root(stats["gram"]) if self.route == "eigen" else stats["root"].mT
+            return whitened_svd(weight, _inputs_gram(stats, self.centered), name=name)
+        if self.route == "eigen":
+            root = eigen_root(_inputs_gram(stats, self.centered))
+        else:
+            root = stats["root"].mT
         return rooted_svd(weight, root, name=name)
 
 
@@ -140,6 +149,8 @@ class TwoSided:
 
     input_shrinkage: float = 0.0  # share of the mean diagonal in A
     output_shrinkage: float = 0.0  # share of the mean diagonal in B
+    centered: bool = False  # take A of the inputs less their mean: for layers that keep the mean
+    # of their outputs by a bias
 
     def __post_init__(self) -> None:
         """Refuse shares that are none."""
@@ -150,7 +161,7 @@ class TwoSided:
     @property
     def needs(self) -> frozenset[str]:
         """Gram matrices of the inputs and of the gradients of the outputs."""
-        return frozenset({"gram", "grad_gram"})
+        return frozenset({"gram", "grad_gram", *(["mean"] if self.centered else [])})
 
     @property
     def in_loss(self) -> bool:
@@ -159,9 +170,13 @@ class TwoSided:
 
     def spectrum(self, weight: Tensor, stats: Mapping[str, Tensor], *, name: str) -> Spectrum:
         """The decomposition of ``weight`` (out, in) by what its components are worth."""
-        gram, grad_gram = stats["gram"], stats["grad_gram"]
+        gram, grad_gram = _inputs_gram(stats, self.centered), stats["grad_gram"]
         if self.input_shrinkage and bool(torch.any(gram)):
             gram = shrunk(gram, self.input_shrinkage)
         if self.output_shrinkage:
             grad_gram = shrunk(grad_gram, self.output_shrinkage)
         return two_sided_svd(weight, gram, grad_gram, name=name)
+
+
+def _inputs_gram(stats: Mapping[str, Tensor], centered: bool) -> Tensor:
+    return stats["centered_gram" if centered else "gram"]

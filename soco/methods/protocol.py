@@ -1,14 +1,14 @@
 """What every method is: a small frozen dataclass that takes one weight apart."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from soco.linalg import Factors, Spectrum
 from soco.objectives import Objective
+from soco.stages import TrainingSettings
 from soco.steps import Step
-from soco.training import TrainingSettings
 
 
 @runtime_checkable
@@ -142,8 +142,8 @@ class TrainedMethod(Method, Protocol):
         ...
 
     @property
-    def deviation(self) -> bool:
-        """Whether compressed layers learn a vector that is added to their outputs."""
+    def deviation(self) -> Literal["none", "mean", "vector"]:
+        """What is added to the outputs of compressed layers: see ``SoCo``."""
         ...
 
     def settings(self) -> TrainingSettings:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from soco.methods.bases import Plain, Whitened
-from soco.methods.protocol import ClosedForm
-from soco.training import SOFT_STAGES, TrainingSettings
+from soco.methods.bases import Plain, Scaled, TwoSided, Whitened
+from soco.methods.protocol import Basis, ClosedForm
+from soco.stages import SOFT_STAGES, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,19 @@ class SoCo(TrainingSettings, ClosedForm):
     factors. With every score at 1 and nothing pruned, W' is W.
 
     The form, the losses and the order of the stages are those of arXiv:2502.15092. What is not
-    published is our choice: the score function, the Fisher criterion, the whitened basis, the hard
-    mask, and every number. ``SoCo.paper()`` is the nearest to the published description.
+    published is our choice: the score function, the Fisher criterion, the basis, the hard mask, and
+    every number (docs/methods.md says why). ``SoCo.paper()`` is the nearest to the published
+    description.
     """
 
     name: ClassVar[str] = "soco"
     allocator: ClassVar[str] = "learned"
 
-    basis: Literal["whitened", "plain"] = "whitened"  # whose components: SVD-LLM's, or the weight's
-    largest_score: float = 2.0  # bound of the scores; they start at 1
-    deviation: bool = False  # train a vector that is added to each compressed layer's outputs
+    basis: Literal["kfac", "whitened", "scaled", "plain"] = "kfac"  # whose components: KFAC-SVD's,
+    # SVD-LLM's, ASVD's, or the weight's own
+    largest_score: float = 2.0  # bound of the scores, which start at 1; inf: there is none
+    deviation: Literal["none", "mean", "vector"] = "none"  # what is added to the outputs of each
+    # compressed layer: nothing; what keeps their mean on the calibration text; a trained vector
 
     @classmethod
     def paper(cls, **changes: object) -> "SoCo":
@@ -39,7 +42,7 @@ class SoCo(TrainingSettings, ClosedForm):
             "basis": "plain",
             "criterion": "score",
             "stages": SOFT_STAGES,
-            "deviation": True,
+            "deviation": "vector",
             "steps": 600,
         }
         return cls(**{**preset, **changes})  # type: ignore[arg-type]
@@ -47,15 +50,31 @@ class SoCo(TrainingSettings, ClosedForm):
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
         super().__post_init__()
-        if self.basis not in ("whitened", "plain"):
-            raise ValueError(f'basis must be "whitened" or "plain", got {self.basis!r}')
+        for name, known in (
+            ("basis", ("kfac", "whitened", "scaled", "plain")),
+            ("deviation", ("none", "mean", "vector")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
         if not self.largest_score > 1:
             raise ValueError(f"largest_score must be above 1, got {self.largest_score}")
 
     @property
-    def components(self) -> Whitened | Plain:
+    def components(self) -> Basis:
         """The basis in which weights are trained."""
-        return Whitened() if self.basis == "whitened" else Plain()
+        centered = self.deviation == "mean"
+        if self.basis == "kfac":
+            return TwoSided(centered=centered)
+        if self.basis == "whitened":
+            return Whitened(centered=centered)
+        return Scaled() if self.basis == "scaled" else Plain()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics of its basis, and the means of the inputs where they are kept."""
+        return self.components.needs | ({"mean"} if self.deviation == "mean" else set())
 
     def settings(self) -> TrainingSettings:
         """How the scores are trained."""

@@ -1,0 +1,59 @@
+"""What a training can be told, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from soco.stages import STAGES, Stage, TrainingSettings
+
+
+def test_excess_runs_down_to_the_target():
+    stage = Stage("coarse", share=1.0, excess_begin=1.0, exponent=3.0, period=4)
+    values = [stage.excess(step, 40) for step in range(0, 40, 4)]
+    assert values == sorted(values, reverse=True)
+    assert values[0] == pytest.approx((1 - 0.1) ** 3)
+    assert values[-1] == 0.0
+
+
+def test_refinement_alternates():
+    stage = Stage("refine", 1.0, excess_begin=0.2, excess_end=0.2, period=8, recover=5, ratio=3.0)
+    assert [stage.excess(step, 80) for step in range(8)] == pytest.approx([0.2] * 5 + [0.0] * 3)
+    assert [stage.ratio_weight(step) for step in range(8)] == [0.0] * 5 + [3.0] * 3
+
+
+def test_rate_follows_a_cosine():
+    stage = Stage("sparsify", 1.0, rate_begin=1.0, rate_end=0.0)
+    assert stage.rate(0, 10) == 1.0
+    assert stage.rate(5, 10) == pytest.approx(0.5)
+    assert stage.rate(10, 10) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("steps", 0, "steps must be a positive whole number, got 0"),
+        ("batch_size", 2.5, "batch_size must be a positive whole number, got 2.5"),
+        ("micro_batch", 9, r"micro_batch must be from 1 to batch_size \(8\), got 9"),
+        ("learning_rate", 0.0, "learning_rate must be positive, got 0.0"),
+        ("criterion", "size", 'criterion must be "fisher" or "score", got \'size\''),
+        ("later_steps", 0, "later_steps must be at least 1, or None, got 0"),
+        ("spare", -0.5, "spare must be at least 0, got -0.5"),
+        ("stages", (), "the shares of the stages must be above 0"),
+    ],
+)
+def test_settings_are_checked(field, value, text):
+    with pytest.raises(ValueError, match=text):
+        TrainingSettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"share": 0.0}, "share must be in"),
+        ({"excess_begin": 1.5}, "excess must be from 0 to 1"),
+        ({"recover": 9}, "recover must be 0 to period"),
+    ],
+)
+def test_stages_are_checked(change, text):
+    with pytest.raises(ValueError, match=f"stage coarse: {text}"):
+        dataclasses.replace(STAGES[0], **change)
