@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from compare import RUNS
-from quality import LENGTH, commit
+from protocol import LENGTH, commit
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import soco

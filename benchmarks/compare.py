@@ -13,18 +13,17 @@ import sys
 from pathlib import Path
 
 import torch
-from quality import BOOKS, LENGTH, SAMPLES, STORIES, WINDOWS, commit
+from protocol import LENGTH, OUTSIDE, SAMPLES, TEXTS, WINDOWS, commit
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import soco
 from soco.comparison import compare
 from soco.record import RECORD
 
-# model: calibration text, evaluation text, ratios
-RUNS = {
-    "babyllama105": (*STORIES, (0.2, 0.4, 0.6)),
-    "stories260K": (*STORIES, (0.2, 0.4, 0.6)),
-    "books-llama-6m": (*BOOKS, (0.4, 0.6, 0.8)),
+RATIOS = {
+    "babyllama105": (0.2, 0.4, 0.6),
+    "stories260K": (0.2, 0.4, 0.6),
+    "books-llama-6m": (0.4, 0.6, 0.8),
 }
 METHODS = (
     "svd", "fwsvd", "tfwsvd", "asvd@uniform", "svd-llm", "svd-llm-v2", "adasvd", "basis-sharing",
@@ -32,7 +31,10 @@ METHODS = (
     "kfac-svd@uniform", "kfac-svd", "kfac-svd+pivoted", "kfac-svd+surgeon", "asvd",
     "svd-llm@lems", "kfac-svd@lems",
 )  # fmt: skip
-TRAINED = ("soco", "kfac-svd+refine", "dobi-svd")
+TRAINED = (
+    "soco:fast", "soco", "soco+unpivoted", "soco:best", "kfac-svd+refine",
+    "kfac-svd+pivoted+refine", "dobi-svd",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of models and texts")
     parser.add_argument("--output", type=Path, required=True, help="folder of the records")
     parser.add_argument("--work", type=Path, default=Path("build/compare"), help="folder of rows")
-    parser.add_argument("--models", nargs="*", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--models", nargs="*", default=list(RATIOS), choices=list(RATIOS))
     parser.add_argument("--methods", nargs="*", default=[*METHODS, *TRAINED])
     parser.add_argument("--ratios", nargs="*", type=float, help="instead of the model's own")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -53,15 +55,15 @@ def main() -> None:
         made = made.replace(str(folder), called)
     made += f" (soco {soco.__version__}, commit {commit()})"  # now: records are files of it, too
     for name in arguments.models:
-        train, valid, ratios = RUNS[name]
+        train, valid = TEXTS[name]
         folder = arguments.data / "models" / name
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         compare(
             model.to(arguments.device),
             arguments.methods,
-            arguments.ratios or ratios,
+            arguments.ratios or RATIOS[name],
             calibration=arguments.data / train,
-            text={Path(valid).name: arguments.data / valid},
+            text={Path(each).name: arguments.data / each for each in (valid, OUTSIDE)},
             output=arguments.work / f"compare-{name}",
             tokenizer=PreTrainedTokenizerFast.from_pretrained(folder),
             samples=SAMPLES,

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from quality import commit
+from protocol import commit
 
 from soco.diagnosis import describe_machine
 

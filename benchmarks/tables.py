@@ -1,8 +1,8 @@
 """Make the tables and pictures in README and docs from recorded results.
 
-    python benchmarks/tables.py benchmarks/results/quality-*.json
+    python benchmarks/tables.py benchmarks/results/ablation-*.json
 
-writes the table between the ``results`` markers of docs/methods.md, and docs/images/quality.png.
+writes a table of every study between the ``studies`` markers of docs/ablations.md.
 
     python benchmarks/tables.py benchmarks/results/compare-*.json
 
@@ -15,69 +15,22 @@ once.
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from protocol import TEXTS
 
 from soco import plots
 from soco.record import Comparison
 from soco.rendering import about, across, notes
 
 ROOT = Path(__file__).parents[1]
-# Okabe and Ito's colours, told apart by everybody, and a marker each.
-LOOKS = {
-    "svd, uniform ranks": ("#999999", "v"),
-    "svd, energy ranks": ("#E69F00", "^"),
-    "svd-llm, uniform ranks": ("#56B4E9", "s"),
-    "svd-llm, energy ranks": ("#0072B2", "D"),
-    "soco": ("#D55E00", "o"),
-}
-
 # The columns of the short table: what there was, the best closed forms, and what is trained.
 BRIEF = (
     "svd", "svd-llm", "svd-llm@energy", "kfac-svd", "kfac-svd@lems", "kfac-svd+pivoted", "dobi-svd",
-    "kfac-svd+refine", "soco",
+    "kfac-svd+refine", "soco:fast", "soco", "soco:best",
 )  # fmt: skip
-
-
-def table(result: dict) -> str:
-    """Perplexity / KL of every model and ratio, a column per method."""
-    rows = {(row["model"], row["ratio"], row["method"]): row for row in result["rows"]}
-    head = "| model (dense perplexity) | removed | " + " | ".join(LOOKS) + " |"
-    lines = [head, "|---" * (len(LOOKS) + 2) + "|"]
-    for model in dict.fromkeys(row["model"] for row in result["rows"]):
-        for ratio in sorted({row["ratio"] for row in result["rows"] if row["model"] == model}):
-            found = [rows[model, ratio, label] for label in LOOKS]
-            best = min(found, key=lambda row: row["kl"])
-            cells = []
-            for row in found:
-                cell = f"{number(row['perplexity'])} / {row['kl']:.3f}"
-                cells.append(f"**{cell}**" if row is best else cell)
-            dense = number(found[0]["dense_perplexity"])
-            lines.append(f"| {model} ({dense}) | {ratio:.0%} | " + " | ".join(cells) + " |")
-    lines += ["", caption(result, rows)]
-    return "\n".join(lines)
-
-
-def caption(result: dict, rows: dict) -> str:
-    """What the table says, where and how it was measured."""
-    machine = result["machine"]
-    learned = [row for (_, _, label), row in rows.items() if label == "soco"]
-    times = [row["seconds"] for row in learned]
-    calibration = learned[0]["calibration"]
-    return (
-        f"Perplexity / mean KL divergence to the dense model in nats per token, on held-out text "
-        f"({learned[0]['evaluation']['windows']} windows of {calibration['length']} tokens); lower "
-        f"is better. Removed is the fraction of the parameters of the linears in the blocks; no "
-        f"cell keeps more than that leaves. All methods saw the same {calibration['sequences']} "
-        f"calibration sequences. soco took {min(times):.0f} to {max(times):.0f} s a run "
-        f"(threads: {machine['threads']}; CPU: {machine['cpu']}, busy with other work). "
-        f"Measured on {result['date'][:10]} at commit `{result['commit']}` by "
-        f"`{result['command']}`; the table was made by "
-        f"`python benchmarks/tables.py benchmarks/results/quality-*.json`."
-    )
 
 
 def number(value: float) -> str:
@@ -91,28 +44,51 @@ def number(value: float) -> str:
     return f"{value:.2f}" if value >= 10 else f"{value:.3f}"
 
 
-def draw(result: dict, path: Path) -> None:
-    """KL against the fraction removed, a panel per model, log axis."""
-    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
-    figure = Figure(figsize=(4 * len(models), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(models), squeeze=False)[0]
-    for axis, model in zip(axes, models, strict=True):
-        rows = [row for row in result["rows"] if row["model"] == model]
-        for label, (color, marker) in LOOKS.items():
-            mine = sorted((r["ratio"], r["kl"]) for r in rows if r["method"] == label)
-            axis.semilogy(*zip(*mine, strict=True), color=color, marker=marker, label=label)
-        axis.set_title(model)
-        ratios = sorted({row["ratio"] for row in rows})
-        axis.set_xticks(ratios, [f"{ratio:.0%}" for ratio in ratios])
-        axis.set_xlabel("parameters removed")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.grid(True, which="major", color="0.9")
-    axes[0].set_ylabel("KL to the dense model (nats per token)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def studied(study: dict) -> str:
+    """A section of docs/ablations.md: KL of every variant, and against the first one."""
+    rows = study["rows"]
+    places = sorted({(row["model"], row["ratio"]) for row in rows}, key=_place)
+    head = "| KL | " + " | ".join(f"{model} {ratio:.0%}" for model, ratio in places) + " | mean |"
+    lines = [f"### {study['study']}", "", head, "|---" + "|--:" * (len(places) + 1) + "|"]
+    means = {
+        (row["variant"], row["model"], row["ratio"]): [
+            each["kl"]
+            for each in rows
+            if all(each[k] == row[k] for k in ("variant", "model", "ratio"))
+        ]
+        for row in rows
+    }
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    for variant in variants:
+        cells, ratios = [], []
+        for model, ratio in places:
+            found = means.get((variant, model, ratio))
+            if found is None:
+                cells.append("-")
+                continue
+            value = sum(found) / len(found)
+            spread = f" ± {(max(found) - min(found)) / 2:.2g}" if len(found) > 1 else ""
+            cells.append(f"{value:.3g}{spread}")
+            base = means.get((variants[0], model, ratio))
+            if base is not None:
+                ratios.append(math.log(value * len(base) / sum(base)))
+        mean = f"{math.exp(sum(ratios) / len(ratios)):.2f}" if ratios else "-"
+        lines.append(f"| {variant} | " + " | ".join(cells) + f" | {mean} |")
+    commits = ", ".join(f"`{c}`" for c in dict.fromkeys(row["commit"] for row in rows))
+    dates = sorted(row["date"][:10] for row in rows)
+    lines += [
+        "",
+        f"Mean: geometric mean of the KL as a fraction of the first line's, over the places that "
+        f"both have. ±: half the spread of several seeds. Made on {dates[0]} to {dates[-1]} at "
+        f"{commits} by `{rows[-1]['command']}` and the like ({rows[-1]['machine']['cpu']}, "
+        f"{rows[-1]['machine']['threads']} thread).",
+    ]
+    return "\n".join(lines)
+
+
+def _place(place: tuple[str, float]) -> tuple[int, float]:
+    """Models in the order of ``TEXTS``, ratios ascending."""
+    return list(TEXTS).index(place[0]), place[1]
 
 
 def compared(comparison: Comparison) -> str:
@@ -189,28 +165,24 @@ def main() -> None:
     """Update the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "results", type=Path, nargs="+", help="JSON of benchmarks/quality.py, or of soco compare"
+        "results",
+        type=Path,
+        nargs="+",
+        help="JSON of benchmarks/ablation or of soco compare",
     )
     arguments = parser.parse_args()
     parts = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in arguments.results]
-    measured = [part for _, part in parts if "setup" not in part]
+    studies = [part for _, part in parts if "study" in part]
     comparisons = [Comparison.from_dict(part, str(path)) for path, part in parts if "setup" in part]
-    if measured:
-        write_results(measured)
+    if studies:
+        write_studies(studies)
     if comparisons:
         write_comparisons(comparisons)
 
 
-def write_results(parts: list[dict]) -> None:
-    """Update what benchmarks/quality.py measured."""
-    result = {
-        **parts[0],
-        "rows": [row for part in parts for row in part["rows"]],
-        "commit": "`, `".join(dict.fromkeys(part["commit"] for part in parts)),
-        "command": "` and `".join(part["command"] for part in parts),
-    }
-    insert(ROOT / "docs" / "methods.md", "results", table(result))
-    draw(result, ROOT / "docs" / "images" / "quality.png")
+def write_studies(studies: list[dict]) -> None:
+    """Update what benchmarks/ablation measured."""
+    insert(ROOT / "docs" / "ablations.md", "studies", "\n\n".join(map(studied, studies)))
 
 
 def write_comparisons(comparisons: list[Comparison]) -> None:

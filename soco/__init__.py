@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from soco.preparation import prepare as prepare
     from soco.reporting import Report as Report
     from soco.reporting import report as report
+    from soco.resizing import resize as resize
     from soco.tasks import TaskScore as TaskScore
     from soco.tasks import TaskScores as TaskScores
     from soco.tasks import evaluate_tasks as evaluate_tasks
@@ -52,6 +53,7 @@ __all__ = [
     "ops",
     "prepare",
     "report",
+    "resize",
     "save",
 ]
 
@@ -68,6 +70,7 @@ _HOME = {  # public name to the file it lives in
     "load": "checkpoint",
     "prepare": "preparation",
     "report": "reporting",
+    "resize": "resizing",
     "save": "checkpoint",
 }
 

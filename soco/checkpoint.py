@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from soco.experts import find_experts
-from soco.folders import carry_over, replaced
+from soco.folders import SPECTRUM, carry_over, replaced
 from soco.headers import check_index, read_headers, read_json, weight_files
 from soco.modules import LowRankLinear, PivotedLinear
 from soco.plugin import QUANT_METHOD, SocoConfig, SocoQuantizer, check_ties
@@ -94,7 +94,8 @@ def save(
     """Write a compressed model as ``model.save_pretrained`` does, as a whole or not at all.
 
     The files are written into a folder beside ``directory``, which then takes its place. A crash
-    on the way leaves what was there.
+    on the way leaves what was there. A model that was compressed for several ratios is written with
+    the spectrum that ``soco.resize`` makes the others of (``model.soco_spectrum``).
 
     Args:
         model: compressed.
@@ -126,6 +127,9 @@ def save(
         options["max_shard_size"] = max_shard_size
     with replaced(target) as folder:
         model.save_pretrained(str(folder), **options)
+        spectrum = getattr(model, "soco_spectrum", None)
+        if spectrum is not None:
+            spectrum.save(folder / SPECTRUM, model.dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
 

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from soco.allocators import ALLOCATORS, Allocator, Learned
@@ -13,8 +13,10 @@ from soco.methods import (
     RankLearner,
     SequentialMethod,
     SharingMethod,
+    SoCo,
     TrainedMethod,
 )
+from soco.methods.soco import EFFORTS
 from soco.refinement import Refinement
 from soco.surgeon import SVDSurgeon
 
@@ -52,6 +54,8 @@ class Choices:
     def settings(self) -> dict[str, Any]:
         """What the result depends on, as plain JSON data."""
         own = asdict(cast(Any, self.method))
+        for name in ("pivoted", "refinement"):  # said below, as they are used
+            own.pop(name, None)
         if not isinstance(self.method, TrainedMethod | RankLearner):
             fields = asdict(cast(Any, self.rule))
             own["allocator"] = self.rule.name
@@ -78,6 +82,7 @@ class Choices:
     def keeps(self) -> bool:
         """Whether statistics or spectra are asked for again after the decomposition."""
         again = isinstance(self.method, FittedMethod) or bool(self.rule.needs)
+        again = again or getattr(self.method, "deviation", None) == "mean"
         return again or self.rule.name in _PROBING
 
 
@@ -85,33 +90,40 @@ def choose(
     method: str | Method,
     allocator: str | Allocator | None = None,
     *,
-    pivoted: bool = False,
+    effort: str | None = None,
+    preset: str | None = None,
+    pivoted: bool | None = None,
     surgeon: bool | SVDSurgeon | None = None,
-    refine: bool | Refinement = False,
+    refine: bool | Refinement | None = None,
     seed: int = 0,
     **_: object,
 ) -> Choices:
     """What these arguments of ``soco.compress`` come to; its others are no choices.
 
     Raises:
-        ValueError: there is no such method or allocator, or they do not go together.
+        ValueError: there is no such method, effort, preset or allocator, or they do not go
+            together.
     """
-    chosen = find_method(method, seed)
+    chosen = find_method(method, seed, effort=effort, preset=preset)
     return Choices(
         chosen,
         _allocator(allocator, chosen),
-        pivoted,
+        bool(getattr(chosen, "pivoted", False)) if pivoted is None else bool(pivoted),
         _surgeon(surgeon, chosen, seed),
-        _refinement(refine, seed),
+        _refinement(refine, chosen, seed),
     )
 
 
-def find_method(method: str | Method, seed: int) -> Method:
+def find_method(
+    method: str | Method, seed: int, *, effort: str | None = None, preset: str | None = None
+) -> Method:
     """A method by its name, with a seed where it takes one; an instance is returned as it is.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: there is no such method, effort or preset, or the method has none.
     """
+    if effort is not None or preset is not None:
+        return _preset(method, seed, effort, preset)
     if isinstance(method, str):
         if method not in METHODS:
             known = ", ".join(sorted(METHODS))
@@ -155,7 +167,23 @@ def _surgeon(surgeon: bool | SVDSurgeon | None, method: Method, seed: int) -> SV
     return surgeon
 
 
-def _refinement(refine: bool | Refinement, seed: int) -> Refinement | None:
+def _preset(method: str | Method, seed: int, effort: str | None, preset: str | None) -> SoCo:
+    """SoCo as a preset has it, one of its efforts among them."""
+    what = "effort" if preset is None else "preset"
+    if effort is not None and preset is not None:
+        raise ValueError(f"effort {effort!r} and preset {preset!r} are two presets: give one")
+    if method != SoCo.name:
+        name = method if isinstance(method, str) else f"a {type(method).__name__} that is made"
+        raise ValueError(f'{what} is for method="soco", and {name} has none')
+    if effort is not None and effort not in EFFORTS:
+        raise ValueError(f"there is no effort {effort!r}: choose one of {', '.join(EFFORTS)}")
+    return SoCo.preset(effort or preset or "balanced", seed=seed)
+
+
+def _refinement(refine: bool | Refinement | None, method: Method, seed: int) -> Refinement | None:
+    if refine is None:
+        own = getattr(method, "refinement", None)
+        return replace(own, seed=seed) if isinstance(own, Refinement) else None
     if isinstance(refine, bool):
         return Refinement(seed=seed) if refine else None
     if not isinstance(refine, Refinement):

@@ -26,6 +26,7 @@ from soco.experts import experts_apart
 from soco.factorization import kind_of
 from soco.methods import METHODS
 from soco.methods.bases import Plain, Whitened
+from soco.methods.soco import EFFORTS
 from soco.pipeline import compress
 from soco.preparation import noted, prepare
 from soco.record import RECORD, Comparison, Row
@@ -36,38 +37,44 @@ from soco.workbench import Workbench
 # What is compared where nobody says otherwise, most of it in the order of the papers.
 DEFAULT_METHODS = (
     "svd", "fwsvd", "tfwsvd", "asvd", "svd-llm", "svd-llm-v2", "adasvd", "basis-sharing",
-    "dobi-svd", "aa-svd", "saes", "svd-surgeon", "svd-llm@energy", "kfac-svd", "soco",
+    "dobi-svd", "aa-svd", "saes", "svd-surgeon", "svd-llm@energy", "kfac-svd", "kfac-svd+pivoted",
+    "soco:fast", "soco",
 )  # fmt: skip
 DEFAULT_RATIOS = (0.2, 0.4, 0.6)
 
 # Switches of ``compress`` that an entry may turn on.
-OPTIONS = ("pivoted", "surgeon", "refine")
+OPTIONS = ("pivoted", "unpivoted", "surgeon", "refine")
 
 _SPECTRUM_POINTS = 256  # of a layer's singular values in the record
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One way to compress: ``method@allocator+option+option``."""
+    """One way to compress: ``method:effort@allocator+option+option``."""
 
     method: str
     allocator: str | None = None  # None: the method's own
     options: tuple[str, ...] = ()  # of ``OPTIONS``
+    effort: str | None = None  # of method soco; None: the usual one
 
     @classmethod
     def parse(cls, text: str) -> "Entry":
-        """Read ``method`` or ``method@allocator``, with ``+pivoted`` and the like behind it.
+        """Read ``method``, ``method:effort`` or ``method@allocator``, and ``+pivoted`` or such.
 
         Raises:
-            ValueError: a method, allocator or option is not known.
+            ValueError: a method, effort, allocator or option is not known.
 
         >>> Entry.parse("svd-llm@energy+pivoted")
-        Entry(method='svd-llm', allocator='energy', options=('pivoted',))
+        Entry(method='svd-llm', allocator='energy', options=('pivoted',), effort=None)
+        >>> Entry.parse("soco:fast")
+        Entry(method='soco', allocator=None, options=(), effort='fast')
         """
         named, *options = text.strip().split("+")
         method, at, allocator = named.partition("@")
+        method, colon, effort = method.partition(":")
         for what, given, known in (
             ("method", [method], METHODS),
+            ("effort", [effort] if colon else [], EFFORTS),
             ("allocator", [allocator] if at else [], ALLOCATORS),
             ("option", options, OPTIONS),
         ):
@@ -76,18 +83,26 @@ class Entry:
                     raise ValueError(
                         f"{text!r} names no {what} {name!r}: choose from {', '.join(sorted(known))}"
                     )
+        if {"pivoted", "unpivoted"} <= {*options}:
+            raise ValueError(f"{text!r} is pivoted and unpivoted: take one")
         chosen = tuple(option for option in OPTIONS if option in options)
-        return cls(method, allocator or None, chosen)
+        return cls(method, allocator or None, chosen, effort or None)
 
     def __str__(self) -> str:
         """As ``parse`` reads it."""
         rule = f"@{self.allocator}" if self.allocator else ""
-        return f"{self.method}{rule}" + "".join(f"+{option}" for option in self.options)
+        named = f"{self.method}:{self.effort}" if self.effort else self.method
+        return f"{named}{rule}" + "".join(f"+{option}" for option in self.options)
 
     def arguments(self) -> dict[str, Any]:
         """Of ``soco.compress``."""
         given: dict[str, Any] = {"method": self.method, **dict.fromkeys(self.options, True)}
-        return given if self.allocator is None else {**given, "allocator": self.allocator}
+        if given.pop("unpivoted", False):
+            given["pivoted"] = False
+        for name in ("allocator", "effort"):
+            if getattr(self, name) is not None:
+                given[name] = getattr(self, name)
+        return given
 
 
 def compare(
@@ -122,7 +137,8 @@ def compare(
 
     Args:
         model: a dense transformers model; it stays as it is. Copies are made of it.
-        methods: ``method`` or ``method@allocator``, with ``+pivoted``, ``+surgeon``, ``+refine``.
+        methods: ``method``, ``method:effort`` or ``method@allocator``, with ``+pivoted``,
+            ``+unpivoted``, ``+surgeon``, ``+refine``.
         ratios: fractions of the targets' parameters to remove.
         calibration: text to learn from, as in ``soco.compress``.
         text: text to measure on, as in ``soco.evaluate``; or a mapping of titles to several, the

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+SPECTRUM = "soco_spectrum.safetensors"  # beside a model that can be resized
+
 _AT_FDCWD = -100  # Linux: paths are relative to the working directory
 _RENAME_EXCHANGE = 2
 
@@ -54,12 +56,12 @@ def replaced(target: Path) -> Iterator[Path]:
 
 
 def carry_over(source: Path, target: Path, *, move: bool = False) -> None:
-    """Bring along what lies in ``source`` and not in ``target``, except for weights."""
+    """Bring along what lies in ``source`` and not in ``target``, but no weights or spectrum."""
     for entry in sorted(source.iterdir()):
         weights = entry.name.startswith(("model", "pytorch_model")) and entry.name.endswith(
             (".safetensors", ".bin", ".index.json")
         )
-        if weights or (target / entry.name).exists():
+        if weights or entry.name == SPECTRUM or (target / entry.name).exists():
             continue
         if move:
             entry.rename(target / entry.name)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from soco.factorization import Result
@@ -30,6 +31,17 @@ class Learned:
     def folded(self) -> dict[str, tuple[Tensor | Factors, Tensor | None]]:
         """Layer to its weight (where it stays dense) or factors, and its bias."""
         return {name: layer.fold() for name, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def go_back(self, station: int) -> None:
+        """Give the layers the scores and masks that they had at a budget."""
+        for name, layer in self.layers.items():
+            then = self.snapshots[station][name]
+            layer.logit.copy_(then.logit)
+            layer.mask.copy_(then.mask)
+            layer.computed = len(layer.mask)
+            if layer.deviation is not None and then.deviation is not None:
+                layer.deviation.copy_(then.deviation)
 
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Layer to the smallest and largest score of the components kept."""

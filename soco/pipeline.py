@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from os import PathLike
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from soco.allocators import Allocator
 from soco.checkpoint import mark_compressed
 from soco.choices import Choices, choose
+from soco.elastic import ElasticSpectrum, elastic_spectrum
 from soco.experts import experts_split, join_experts
 from soco.factorization import choose_ranks, groups_of, make_factors
 from soco.guard import Clock, unchanged_on_error
@@ -37,6 +38,7 @@ from soco.ranks import check_ratio, parameter_budget
 from soco.refinement import Refinement
 from soco.refinement import refine as refine_factors
 from soco.reporting import Report
+from soco.sizes import params_for_bytes, parse_bytes
 from soco.steps import Step
 from soco.surgeon import SVDSurgeon, rescale
 from soco.surgery import bias_of, fused_experts, is_linear, shape_of, weight_of
@@ -50,18 +52,21 @@ ModelType = TypeVar("ModelType", bound=nn.Module)
 
 def compress(
     model: ModelType,
-    ratio: float = 0.5,
+    ratio: float | Sequence[float] = 0.5,
     *,
+    size: int | str | None = None,
     method: str | Method = "soco",
+    effort: str | None = None,
+    preset: str | None = None,
     tokenizer: Any = None,
     calibration: Any = None,
     samples: int = 256,
     length: int | None = None,
     seed: int = 0,
     allocator: str | Allocator | None = None,
-    pivoted: bool = False,
+    pivoted: bool | None = None,
     surgeon: bool | SVDSurgeon | None = None,
-    refine: bool | Refinement = False,
+    refine: bool | Refinement | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     batch_size: int = 8,
@@ -79,8 +84,14 @@ def compress(
     Args:
         model: a transformers model on any device, float32, bfloat16 or float16; not quantized.
         ratio: fraction of the targets' parameters to *remove*, above 0 and below 1. It is met to
-            within one rank of one layer, and never missed by removing less.
+            within one rank of one layer, and never missed by removing less. Several of them (for
+            method "soco"): one training for all sizes from the smallest ratio to the largest; the
+            model has the smallest, and ``soco.resize`` makes the others.
+        size: instead of a ratio, the bytes that all parameters of the model may take: a number, or
+            text such as "4GiB" or "500MB".
         method: a name in ``soco.methods.METHODS``, or an instance such as ``SoCo(steps=400)``.
+        effort: of method "soco": "fast", "balanced" (as without it) or "best", which refines.
+        preset: of method "soco": "paper", as near to the published method as is known.
         tokenizer: needed where the calibration is text.
         calibration: a path to text or JSON lines (also ``.gz``), a list of strings, token ids (a
             tensor or an iterable of lists), a ``datasets`` dataset, or "self": sequences that the
@@ -93,11 +104,13 @@ def compress(
             ``soco.allocators.ALLOCATORS``, or an instance; None: the method's own. Methods that
             train find their own ranks.
         pivoted: store a layer as pivot rows and what combines them (``soco.pivots``): the same
-            layer in ``rank^2`` fewer parameters, so that more rank fits into the budget.
+            layer in ``rank^2`` fewer parameters, so that more rank fits into the budget; None: as
+            the method has it ("soco" does).
         surgeon: after the truncation, scale the components that stay so that they make up for those
             that went (``soco.surgeon``): True, or an ``SVDSurgeon``; None: as the method has it.
         refine: at the end, train all factors together to give what the dense model gives, stopped
-            early by held-out text (``soco.refinement``): True, or a ``Refinement``.
+            early by held-out text (``soco.refinement``): True, or a ``Refinement``; None: as the
+            method has it ("soco" with effort "best" does).
         include: glob patterns of the layers to compress, anywhere in the model.
         exclude: glob patterns of layers to leave alone.
         batch_size: sequences at a time in the calibration pass.
@@ -122,11 +135,14 @@ def compress(
 
     Source: SoCo, arXiv:2502.15092; for the other methods see their classes.
     """
-    choices = choose(method, allocator, pivoted=pivoted, surgeon=surgeon, refine=refine, seed=seed)
+    choices = choose(
+        method, allocator, effort=effort, preset=preset, pivoted=pivoted, surgeon=surgeon,
+        refine=refine, seed=seed,
+    )  # fmt: skip
     chosen = choices.method
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-    check_ratio(ratio)
+    ratios = _ratios(ratio, size, choices)
     check_model(model)
     reads = choices.reads_text
     if reads and (calibration is None if shared is None else shared.windows is None):
@@ -158,11 +174,11 @@ def compress(
                     keep=choices.keeps,
                 )
         targets = _counterparts(model, shared)
-        budget = parameter_budget(shared.shapes, ratio)
+        ratios, budgets = _budgets(model, shared, ratios, size, choices)
         with unchanged_on_error(shared.model, shared.targets), unchanged_on_error(model, targets):
-            run = _Run(model, targets, shared, ratio, budget, clock, notes, progress)
-            placed, groups, scores, history = _factor(run, choices)
-            made, redone = install(model, targets, placed, groups, pivoted=pivoted)
+            run = _Run(model, targets, shared, ratios, budgets, clock, notes, progress)
+            placed, groups, scores, history, spectrum = _factor(run, choices)
+            made, redone = install(model, targets, placed, groups, pivoted=choices.pivoted)
             if choices.refinement is not None and made:
                 if own:
                     shared.forget()
@@ -173,7 +189,7 @@ def compress(
             after, peak = size_of(model), clock.peak()
             outcome = Report(
                 method=chosen.name,
-                ratio=float(ratio),
+                ratio=run.ratio,
                 layers=layers,
                 model_params_before=before[0],
                 model_params_after=after[0],
@@ -193,6 +209,8 @@ def compress(
             ranks = {name: layer.rank for name, layer in made.items()}
             biases = new_biases(targets, made)
             mark_compressed(cast("PreTrainedModel", model), ranks, outcome.to_dict(), biases)
+            if spectrum is not None:
+                model.soco_spectrum = spectrum  # type: ignore[assignment]
     return model
 
 
@@ -203,11 +221,21 @@ class _Run:
     model: nn.Module
     targets: Mapping[str, nn.Module]
     shared: Workbench
-    ratio: float
-    budget: int
+    ratios: tuple[float, ...]  # one, or several in one training, ascending
+    budgets: tuple[int, ...]  # parameters that may be kept at each
     clock: Clock
     notes: list[str]
     progress: bool | None
+
+    @property
+    def ratio(self) -> float:
+        """Of the size that the model gets."""
+        return self.ratios[0]
+
+    @property
+    def budget(self) -> int:
+        """Of the size that the model gets."""
+        return self.budgets[0]
 
     @property
     def windows(self) -> Tensor:
@@ -217,8 +245,8 @@ class _Run:
 
 def _factor(
     run: _Run, choices: Choices
-) -> tuple[Placed, Groups, dict[str, tuple[float, float]], list[Step]]:
-    """What becomes of every layer, the layers that share a basis, scores, and steps."""
+) -> tuple[Placed, Groups, dict[str, tuple[float, float]], list[Step], ElasticSpectrum | None]:
+    """What becomes of every layer, those that share a basis, scores, steps, other sizes."""
     method, rule, shared, clock = choices.method, choices.rule, run.shared, run.clock
     pivoted, progress = choices.pivoted, run.progress
     groups = groups_of(method, shared)
@@ -230,20 +258,27 @@ def _factor(
             found, history = learn_positions(
                 run.model, method, run.targets, shared, run.budget, progress=progress
             )
-        return _with_biases(run, _rescaled(run, choices, found)), groups, {}, history
+        return _with_biases(run, _rescaled(run, choices, found)), groups, {}, history, None
     with clock("decomposition"):
         spectra = shared.spectra(method.components, groups)
     if isinstance(method, TrainedMethod):
         with clock("training"), noted(run.notes):
             learned = learn_scores(
-                run.model, method, run.targets, spectra, shared, [run.budget],
+                run.model, method, run.targets, spectra, shared, run.budgets,
                 pivoted=pivoted, progress=progress,
             )  # fmt: skip
+        spectrum = None
+        if len(run.budgets) > 1:
+            spectrum = elastic_spectrum(
+                run.ratios, run.budgets, run.targets, learned.layers, learned.snapshots,
+                pivoted=pivoted,
+            )  # fmt: skip
+            learned.go_back(0)
         folded = learned.folded()
         found = {n: each if isinstance(each, Factors) else None for n, (each, _) in folded.items()}
         rescaled = _rescaled(run, choices, found)
         placed = {n: (rescaled[n] or each, bias) for n, (each, bias) in folded.items()}
-        return placed, groups, learned.ranges(), learned.history
+        return placed, groups, learned.ranges(), learned.history, spectrum
     with clock("ranks"), noted(run.notes):
         ranks = choose_ranks(
             shared, method, rule, groups, spectra, run.budget, pivoted,
@@ -255,7 +290,58 @@ def _factor(
         found = make_factors(
             shared, method, groups, spectra, ranks, ratio=run.ratio, pivoted=pivoted
         )
-    return _with_biases(run, _rescaled(run, choices, found)), groups, {}, []
+    return _with_biases(run, _rescaled(run, choices, found)), groups, {}, [], None
+
+
+def _ratios(
+    ratio: float | Sequence[float], size: int | str | None, choices: Choices
+) -> tuple[float, ...]:
+    """The ratios that were asked for, ascending; none where it was a size in bytes."""
+    several = isinstance(ratio, Sequence) and not isinstance(ratio, str)
+    if size is not None:
+        parse_bytes(size)
+        if ratio != 0.5:
+            raise ValueError("give either ratio or size, and not both")
+        return ()
+    ratios = tuple(cast(Sequence[float], ratio)) if several else (ratio,)
+    for each in ratios:
+        check_ratio(cast(float, each))
+    if not ratios or len(set(ratios)) < len(ratios):
+        raise ValueError(f"ratios must be one or more different numbers, got {list(ratios)}")
+    if len(ratios) > 1 and not isinstance(choices.method, TrainedMethod):
+        raise ValueError(
+            f"several ratios in one run are for method soco: call {choices.method.name} once for "
+            f"each"
+        )
+    if len(ratios) > 1 and (choices.refinement is not None or choices.surgeon is not None):
+        name = "refine" if choices.refinement is not None else "surgeon"
+        raise ValueError(
+            f"{name} changes the factors of one size, which the others do not share: leave it out, "
+            f"or compress for one ratio"
+        )
+    return tuple(sorted(float(cast(float, each)) for each in ratios))
+
+
+def _budgets(
+    model: nn.Module,
+    shared: Workbench,
+    ratios: tuple[float, ...],
+    size: int | str | None,
+    choices: Choices,
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Ratios, and the parameters that may be kept at each."""
+    if size is None:
+        return ratios, tuple(parameter_budget(shared.shapes, ratio) for ratio in ratios)
+    parameter = next(model.parameters())
+    sizes = shared.shapes.values()
+    total, width = sum(rows * columns for rows, columns in sizes), parameter.element_size()
+    fixed = size_of(model)[1] - total * width
+    if getattr(choices.method, "deviation", "none") != "none":
+        fixed += sum(rows for rows, _ in sizes) * width
+    budget = params_for_bytes(
+        size, fixed=fixed, shapes=shared.shapes, width=width, pivoted=choices.pivoted
+    )
+    return (1 - budget / total,), (budget,)
 
 
 def _rescaled(

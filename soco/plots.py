@@ -1,6 +1,7 @@
 """Pictures of a comparison: what is lost at what size, the ranks of all layers, the spectra."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -73,11 +74,11 @@ def looks(comparison: Comparison) -> dict[str, Look]:
     best = Counter(row["method"] for ratio in comparison.ratios if (row := comparison.best(ratio)))
     winner = best.most_common(1)[0][0] if best else None
     known = list(METHODS)
-    colors = _colors({entry.partition("+")[0].partition("@")[0] for entry in entries})
+    colors = _colors({_method(entry) for entry in entries})
     variants: Counter[str] = Counter()
     found = {}
     for entry in entries:
-        method = entry.partition("+")[0].partition("@")[0]
+        method = _method(entry)
         if method not in known:
             known.append(method)
         place = known.index(method)
@@ -92,6 +93,11 @@ def looks(comparison: Comparison) -> dict[str, Look]:
             color = _BEST
         found[entry] = Look(color, marker, line, method == "soco" or entry == winner)
     return found
+
+
+def _method(entry: str) -> str:
+    """The method that an entry such as "soco:best" or "svd-llm@energy+refine" names."""
+    return re.split("[:@+]", entry, maxsplit=1)[0]
 
 
 def _colors(methods: Collection[str]) -> dict[str, str]:

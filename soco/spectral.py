@@ -163,31 +163,20 @@ class SpectralLinear(nn.Module):
         full[:, self.order[: recorded.shape[1]]] = recorded
         return full
 
-    @torch.no_grad()
     def fold(self) -> tuple[Tensor | Factors, Tensor | None]:
-        """The trained layer as a plain one: its weight or factors, and its bias.
-
-        Returns:
-            The dense weight (out, in) with the scores in it where nothing is masked, else the
-            factors of the components alive, ``sqrt(gain * score)`` on either side; in the weight's
-            dtype. Then the bias (out,), the deviation in it, or None.
-        """
-        scale = (self.gain * self.scores())[self.order]  # (rank,)
-        up, down = self.up.float(), self.down.float()
-        dtype = self.weight.dtype
-        if bool(self.mask.all()):
-            return ((up * scale) @ down).to(dtype), self.bias
-        alive = self.mask[self.order]
-        root = scale[alive].sqrt()
-        factors = Factors(up[:, alive] * root, root[:, None] * down[alive]).to(dtype)
-        bias = None if self.bias is None else self.bias.float()
-        added = None if self.deviation is None else self.deviation.detach()
-        if self.mean is not None and self.mean_output is not None:
-            shift = self.mean_output - factors.up.float() @ (factors.down.float() @ self.mean)
-            added = shift if added is None else added + shift
-        if added is None:
-            return factors, self.bias
-        return factors, (added if bias is None else bias + added).detach().to(dtype)
+        """The trained layer as a plain one: its weight or factors, and its bias; see ``fold``."""
+        order = self.order
+        deviation = None if self.deviation is None else self.deviation.detach()
+        return fold(
+            self.up,
+            self.down,
+            (self.gain * self.scores().detach())[order],
+            self.mask[order],
+            self.bias,
+            deviation=deviation,
+            mean=self.mean,
+            mean_output=self.mean_output,
+        )
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
@@ -195,6 +184,51 @@ class SpectralLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"alive={int(self.mask.sum())} of {len(self.mask)}"
         )
+
+
+@torch.no_grad()
+def fold(
+    up: Tensor,
+    down: Tensor,
+    scale: Tensor,
+    alive: Tensor,
+    bias: Tensor | None,
+    *,
+    deviation: Tensor | None = None,
+    mean: Tensor | None = None,
+    mean_output: Tensor | None = None,
+) -> tuple[Tensor | Factors, Tensor | None]:
+    """Components with their scales as a plain layer.
+
+    Args:
+        up: (out, rank), columns of unit norm.
+        down: (rank, in), rows of unit norm.
+        scale: (rank,), float32, gain times score.
+        alive: (rank,), bool.
+        bias: (out,) or None, the dense layer's.
+        deviation: (out,) or None, added to the outputs where not everything is alive.
+        mean: (in,) or None, of the inputs; then the outputs of this input are kept ...
+        mean_output: ... which are (out,), without the bias.
+
+    Returns:
+        The dense weight (out, in) with the scales in it where everything is alive, else the factors
+        of the components alive, ``sqrt(scale)`` on either side; in up's dtype. Then the bias (out,)
+        with what is added to the outputs in it, or None.
+    """
+    dtype = up.dtype
+    up, down = up.float(), down.float()
+    if bool(alive.all()):
+        return ((up * scale) @ down).to(dtype), bias
+    root = scale[alive].sqrt()
+    factors = Factors(up[:, alive] * root, root[:, None] * down[alive]).to(dtype)
+    if deviation is None and mean is None:
+        return factors, bias
+    total = up.new_zeros(len(up)) if bias is None else bias.float()
+    if deviation is not None:
+        total = total + deviation
+    if mean is not None and mean_output is not None:
+        total = total + mean_output - factors.up.float() @ (factors.down.float() @ mean)
+    return factors, total.detach().to(dtype)
 
 
 class _RecordScores(torch.autograd.Function):

@@ -5,8 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -140,6 +141,30 @@ def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
     required = next(module.parameters()).requires_grad
     new.weight = nn.Parameter(stored.detach().clone(), required)
     return new
+
+
+def layout_of(module: nn.Module) -> str:
+    """How a dense layer stores its weight: "linear" (out, in), or "conv1d" (in, out)."""
+    return "conv1d" if isinstance(module, Conv1D) else "linear"
+
+
+def without_weight(
+    layout: str, shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype
+) -> nn.Module:
+    """A dense layer (out, in) of a layout, whose weight is on the meta device (``with_weight``).
+
+    Args:
+        layout: as ``layout_of`` gives it.
+        shape: (out, in).
+        bias: (out,), copied, or None. A Conv1D without one gets a missing bias, too.
+        dtype: of weight and bias.
+    """
+    outputs, inputs = shape
+    with torch.device("meta"):
+        layer: Any = Conv1D(outputs, inputs) if layout == "conv1d" else nn.Linear(inputs, outputs)
+    layer.to(dtype)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype, copy=True))
+    return layer
 
 
 def bias_of(module: nn.Module) -> Tensor | None:

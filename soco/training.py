@@ -21,8 +21,10 @@ class Snapshot:
     """What a layer's scores were, and what its components were worth, when a budget was met."""
 
     scores: Tensor  # (rank,), float32
+    logit: Tensor  # (rank,), float32, of which the scores are made
     values: Tensor  # (rank,), float32: what a component is worth in the loss
     mask: Tensor  # (rank,), bool: the components that are alive
+    deviation: Tensor | None = None  # (out,), a trained one
 
 
 @dataclass
@@ -119,7 +121,13 @@ def train_scores(
         values = component_values(layers, _fisher(run))
         snapshots.append(
             {
-                name: Snapshot(layer.scores().detach(), values[name], layer.mask.clone())
+                name: Snapshot(
+                    layer.scores().detach(),
+                    layer.logit.detach().clone(),
+                    values[name],
+                    layer.mask.clone(),
+                    None if layer.deviation is None else layer.deviation.detach().clone(),
+                )
                 for name, layer in layers.items()
             }
         )

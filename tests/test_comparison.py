@@ -63,7 +63,9 @@ def without_times(row):
 # ---- entries
 
 
-@pytest.mark.parametrize("text", ["svd", "svd-llm@energy", "svd@lems+pivoted", "kfac-svd+pivoted"])
+@pytest.mark.parametrize(
+    "text", ["svd", "svd-llm@energy", "svd@lems+pivoted", "soco:fast", "soco:best+unpivoted+refine"]
+)
 def test_entries_are_written_as_they_are_read(text):
     assert str(Entry.parse(f" {text} ")) == text
 
@@ -73,6 +75,8 @@ def test_entries_are_written_as_they_are_read(text):
     [
         ("magic", "'magic' names no method 'magic': choose from aa-svd, "),
         ("", "'' names no method ''"),
+        ("soco:magic", "names no effort 'magic': choose from balanced, best, fast"),
+        ("svd+pivoted+unpivoted", "is pivoted and unpivoted: take one"),
         ("svd@magic", "names no allocator 'magic': choose from adacr, "),
         ("svd@", "names no allocator ''"),
         ("svd+magic", "names no option 'magic': choose from pivoted"),
@@ -89,6 +93,9 @@ def test_every_method_is_compared_unless_others_are_named():
     assert "pivoted" in OPTIONS
     assert Entry.parse("svd@lems+pivoted").arguments() == {
         "method": "svd", "allocator": "lems", "pivoted": True
+    }  # fmt: skip
+    assert Entry.parse("soco:fast+unpivoted").arguments() == {
+        "method": "soco", "effort": "fast", "pivoted": False
     }  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def test_settings_are_soco_s_own_fields():
 
 
 def test_paper_preset():
-    paper = SoCo.paper(steps=9)
+    paper = SoCo.preset("paper", steps=9)
     assert (paper.basis, paper.criterion, paper.deviation) == ("plain", "score", "vector")
     assert paper.stages == SOFT_STAGES
     assert not any(stage.hard for stage in paper.stages)

@@ -27,7 +27,7 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from quality import BOOKS, LENGTH, SAMPLES, STORIES, WINDOWS, commit
+from protocol import LENGTH, OUTSIDE, SAMPLES, TEXTS, WINDOWS, commit
 
 import soco
 from soco.diagnosis import describe_machine
@@ -37,13 +37,6 @@ from soco.stages import Stage
 from soco.workbench import Workbench
 
 HERE = Path(__file__).parent
-OUTSIDE = "text/wikitext2.valid.tokens.txt"  # of another kind than any calibration text
-MODELS = {  # calibration text, evaluation text
-    "babyllama105": STORIES,
-    "stories260K": STORIES,
-    "books-llama-6m": BOOKS,
-    "books-llama-1m": BOOKS,
-}
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ class Subject:
     def __init__(self, name: str, data: Path, device: str, stats: Path) -> None:
         """Load it and measure it dense."""
         self.data, self.device, self.stats = data, device, stats
-        self.train, valid = MODELS[name]
+        self.train, valid = TEXTS[name]
         self.texts = {"in": data / valid, "out": data / OUTSIDE}
         self.folder = data / "models" / name
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder)
@@ -129,7 +122,7 @@ class Subject:
             fields[name] = tuple(value) if isinstance(value, list) else value
         if kind is SoCo:
             fields["seed"] = trial.seed
-        method = getattr(SoCo, preset)(**fields) if preset else kind(**fields)
+        method = SoCo.preset(preset, **fields) if preset else kind(**fields)
         options = dict(trial.options)
         bench = self.bench(options.pop("samples", SAMPLES))
         model = self.load()

@@ -40,7 +40,7 @@ class AllocatorName(str, Enum):
 
 
 # The switches of ``soco.comparison.OPTIONS``.
-ENTRY_OPTIONS = ("pivoted", "surgeon", "refine")
+ENTRY_OPTIONS = ("pivoted", "unpivoted", "surgeon", "refine")
 
 
 class Basis(str, Enum):

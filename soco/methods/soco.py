@@ -1,11 +1,13 @@
 """SoCo: the singular spectrum is learned, and components go by their learned scores."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from soco.methods.bases import Plain, Scaled, TwoSided, Whitened
 from soco.methods.protocol import Basis, ClosedForm
-from soco.stages import SOFT_STAGES, TrainingSettings
+from soco.refinement import Refinement
+from soco.stages import SHORT_STAGES, SOFT_STAGES, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class SoCo(TrainingSettings, ClosedForm):
 
     The form, the losses and the order of the stages are those of arXiv:2502.15092. What is not
     published is our choice: the score function, the Fisher criterion, the basis, the hard mask, and
-    every number (docs/methods.md says why). ``SoCo.paper()`` is the nearest to the published
-    description.
+    every number (docs/methods.md says why). ``SoCo.preset("paper")`` is the nearest to the
+    published description.
     """
 
     name: ClassVar[str] = "soco"
@@ -31,21 +33,26 @@ class SoCo(TrainingSettings, ClosedForm):
     deviation: Literal["none", "mean", "vector"] = "none"  # what is added to the outputs of each
     # compressed layer: nothing; what keeps their mean on the calibration text; a trained vector
 
+    pivoted: bool = True  # store layers as pivot rows and what combines them, where nobody says
+    # otherwise; the budget counts what is stored
+    refinement: Refinement | None = None  # joint training of all factors, at the end
+
     @classmethod
-    def paper(cls, **changes: object) -> "SoCo":
-        """Plain SVD, soft losses and pruning by score, as far as the paper's text goes.
+    def preset(cls, preset: str, **changes: object) -> "SoCo":
+        """One of ``PRESETS``, with some fields set otherwise.
 
         Args:
+            preset: "fast" is a choice of components with few steps of training, "balanced" all
+                three stages, "best" these and a joint training of the factors; "paper" is plain
+                SVD, soft losses and pruning by score, as far as the paper's text goes.
             **changes: fields to set otherwise.
+
+        Raises:
+            ValueError: there is no such preset.
         """
-        preset: dict[str, object] = {
-            "basis": "plain",
-            "criterion": "score",
-            "stages": SOFT_STAGES,
-            "deviation": "vector",
-            "steps": 600,
-        }
-        return cls(**{**preset, **changes})  # type: ignore[arg-type]
+        if preset not in PRESETS:
+            raise ValueError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[preset], **changes})
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
@@ -80,3 +87,19 @@ class SoCo(TrainingSettings, ClosedForm):
         """How the scores are trained."""
         own = {f.name: getattr(self, f.name) for f in fields(TrainingSettings)}
         return TrainingSettings(**own)
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"steps": 12, "stages": SHORT_STAGES},
+    "balanced": {},
+    "best": {"refinement": Refinement()},
+    "paper": {
+        "basis": "plain",
+        "criterion": "score",
+        "stages": SOFT_STAGES,
+        "deviation": "vector",
+        "pivoted": False,
+        "steps": 600,
+    },
+}
+EFFORTS = ("fast", "balanced", "best")
