@@ -22,9 +22,20 @@ import soco
 from soco.allocators import ALLOCATORS
 from soco.cli import commands, comparing, demo, main, sources
 from soco.cli.messages import sentence
-from soco.cli.options import ENTRY_OPTIONS, AllocatorName, Basis, Dtype, MethodName
+from soco.cli.options import (
+    ENTRY_OPTIONS,
+    AllocatorName,
+    Basis,
+    Deviation,
+    Dtype,
+    Effort,
+    MethodName,
+    Preset,
+)
 from soco.comparison import DEFAULT_METHODS, OPTIONS
+from soco.folders import SPECTRUM
 from soco.methods import METHODS, SoCo
+from soco.methods.soco import EFFORTS, PRESETS
 from soco.record import Comparison
 from tiny_models import tiny_model
 
@@ -132,8 +143,13 @@ def test_names_and_defaults_in_help_are_those_of_the_library(run):
     assert {name.value for name in MethodName} == set(METHODS)
     assert {name.value for name in AllocatorName} == set(ALLOCATORS)
     assert ENTRY_OPTIONS == OPTIONS
-    assert set(DEFAULT_METHODS) - set(METHODS) == {"svd-llm@energy"}
+    assert set(DEFAULT_METHODS) - set(METHODS) == {
+        "svd-llm@energy", "kfac-svd+pivoted", "soco:fast"
+    }  # fmt: skip
+    assert tuple(each.value for each in Effort) == EFFORTS
+    assert {each.value for each in (*Effort, *Preset)} == PRESETS.keys()
     assert all(SoCo(basis=basis.value) for basis in Basis)
+    assert all(SoCo(deviation=each.value) for each in Deviation)
     assert all(hasattr(torch, dtype.value) for dtype in Dtype if dtype is not Dtype.auto)
     out = " ".join(run("compress", "--help")[1].split())
     for value in (SoCo().steps, SoCo().learning_rate, f"all {SoCo().batch_size}", SoCo().basis):
@@ -161,6 +177,62 @@ def test_compress_writes_a_model_that_transformers_loads(run, place):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(place / "new" / "out")
     assert tokenizer("cat")["input_ids"] == [5, 3, 22]
     assert not list(place.rglob(".*"))
+
+
+def test_several_sizes_of_one_training(run, place):
+    code, out, err = run(
+        "compress", "dense", "--ratios", "0.6,0.2,0.4", "-o", "out", "-c", "text.txt", *QUICK
+    )
+    assert (code, err.count("error")) == (0, 0)
+    names = ["ratio-0.2", "ratio-0.4", "ratio-0.6"]
+    assert sorted(path.name for path in (place / "out").iterdir()) == names
+    params = []
+    for name in names:
+        folder = place / "out" / name
+        done = soco.report(AutoModelForCausalLM.from_pretrained(folder))
+        assert done.ratio == float(name[-3:])
+        assert f"out/{name}: {done.model_params_after:,} parameters" in out
+        params.append(done.model_params_after)
+        assert (folder / "tokenizer.json").exists()
+        assert (folder / SPECTRUM).exists() == (name == "ratio-0.2")
+    assert params == sorted(params, reverse=True)
+    code, out, _ = run("resize", "out/ratio-0.2", "--ratio", "0.3", "--output", "between")
+    assert code == 0
+    found = soco.report(soco.load(place / "between"))
+    assert set(found.summary().splitlines()) <= set(out.splitlines())
+    assert found.ratio == 0.3
+    assert params[1] < found.model_params_after < params[0]
+    assert (place / "between" / "tokenizer.json").exists()
+    assert not (place / "between" / SPECTRUM).exists()
+    assert run("resize", "out/ratio-0.2", "--ratio", "0.4", "--output", "between")[0] == 0
+    one, other = (soco.load(place / name) for name in ("between", "out/ratio-0.4"))
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(one(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_size_in_bytes(run, place):
+    weights = weights_size(place / "dense")
+    limit = int(0.8 * weights)
+    words = ["-c", "text.txt", *QUICK]
+    assert run("compress", "dense", "--size", f"{limit}B", "-o", "out", *words)[0] == 0
+    assert soco.report(soco.load(place / "out")).model_bytes_after <= limit
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (["--effort", "fast"], SoCo.preset("fast")),
+        (["--effort", "balanced"], SoCo()),
+        (["--preset", "paper"], SoCo.preset("paper")),
+    ],
+)
+def test_efforts_and_presets(run, place, words, settings):
+    given = ["compress", "dense", "-o", "out", "-c", "text.txt", *words, *QUICK]
+    assert run(*given)[0] == 0
+    found = soco.report(soco.load(place / "out")).settings
+    assert found["basis"] == settings.basis
+    assert len(found["stages"]) == len(settings.stages)
+    assert found.get("pivoted", False) == settings.pivoted
 
 
 def test_commands_it_proposes_work(run, place):
@@ -488,7 +560,7 @@ def test_info(run):
 
 def test_demo(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "RIVALS", demo.RIVALS[2:4])
+    monkeypatch.setattr(demo, "RIVALS", demo.RIVALS[3:5])
     (tmp_path / "story.txt").write_text(sources.DEMO_TEXT.read_text()[:8000])
     monkeypatch.setattr(demo, "DEMO_TEXT", tmp_path / "story.txt")
     words = ["--steps", "6", "--samples", "8", "--length", "64"]
@@ -511,6 +583,26 @@ def test_demo(run, tmp_path, monkeypatch):
 # ---- what does not
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["out", "-o", "new"], "give either --ratio or --size"),
+        (["out", "-o", "new", "--ratio", "0.3", "--size", "1MB"], "give either --ratio or --size"),
+        (["out", "-o", "new", "--ratio", "0.3"], "holds no soco_spectrum.safetensors"),
+        (["dense", "-o", "new", "--ratio", "0.3"], "is not the folder of a model compressed by"),
+        (["absent", "-o", "new", "--ratio", "0.3"], "there is no folder 'absent'"),
+        (["out", "-o", "out", "--ratio", "0.3"], "out is what is read: choose another folder"),
+        (["out", "-o", "dense", "--ratio", "0.3"], "dense exists and is not the folder of a"),
+    ],
+)
+def test_resize_refuses(run, place, words, expected):
+    assert run("compress", "dense", "-o", "out", "--method", "svd", "-q")[0] == 0
+    code, _, err = run("resize", *words)
+    assert code == 2
+    assert expected in err
+    assert not (place / "new").exists()
+
+
 OUT = ["--output", "out"]
 
 
@@ -529,6 +621,22 @@ OUT = ["--output", "out"]
             ["dense", *OUT, "--method", "magic"],
             "'magic' is not one of 'soco', 'kfac-svd'",
         ),
+        (["dense", *OUT, "--ratios", "0.2"], "'0.2' must be two or more different ratios"),
+        (["dense", *OUT, "--ratios", "0.2,0.20"], "must be two or more different ratios"),
+        (["dense", *OUT, "--ratios", "0.2,x"], "'x' in '0.2,x' is not a number"),
+        (["dense", *OUT, "--ratios", "0.2,2"], "2 is not above 0 and below 1"),
+        (
+            ["dense", *OUT, "--ratios", "0.2,0.4", "--ratio", "0.3"],
+            "--ratio and --ratios both say how small: give one of them",
+        ),
+        (["dense", *OUT, "--size", "tiny", "-c", "self"], "a size is a positive number of bytes"),
+        (["dense", *OUT, "--size", "1kB", "-c", "self"], "size 1kB is too small"),
+        (
+            ["dense", *OUT, "--ratios", "0.2,0.4", "--method", "svd"],
+            "several ratios in one run are for method soco",
+        ),
+        (["dense", *OUT, "--effort", "fast", "--method", "svd"], 'effort is for method="soco"'),
+        (["dense", *OUT, "--effort", "fast", "--preset", "paper"], "are two presets: give one"),
         (["dense", *OUT, "--magic"], "No such option: --magic. `soco compress --help` lists"),
         (["dense", *OUT, "--samples", "0", "-c", "self"], "Invalid value for '--samples'"),
         (["dense", *OUT, "--steps", "x", "-c", "self"], "Invalid value for '--steps'"),

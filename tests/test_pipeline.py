@@ -15,7 +15,7 @@ from soco import training, workbench
 from soco.data import token_windows
 from soco.experts import find_experts, split_experts
 from soco.methods import SVD, SVDLLM, SoCo
-from soco.modules import LowRankLinear
+from soco.modules import LowRankLinear, PivotedLinear
 from soco.pipeline import compress
 from soco.preparation import prepare
 from soco.refinement import Refinement
@@ -95,7 +95,7 @@ def test_every_architecture(name, method):
     assert done.left_dense == ()
     for layer in done.layers:
         module = model.get_submodule(layer.name)
-        assert (layer.rank is None) != isinstance(module, LowRankLinear)
+        assert (layer.rank is None) != isinstance(module, LowRankLinear | PivotedLinear)
         if layer.rank is not None:
             assert module.rank == layer.rank
     assert bool(logits(model).isfinite().all())
@@ -169,7 +169,11 @@ def test_deviation_survives_saving(tmp_path):
     """A layer without a bias gets one, in memory and in the file."""
     method = SoCo(steps=6, batch_size=4, fisher_warmup=1, deviation="vector")
     model = compress(tiny_model("llama"), 0.4, method=method, calibration=tokens(), samples=16)
-    biases = [module.bias for module in model.modules() if isinstance(module, LowRankLinear)]
+    biases = [
+        module.bias
+        for module in model.modules()
+        if isinstance(module, LowRankLinear | PivotedLinear)
+    ]
     assert any(float(bias.detach().abs().max()) > 0 for bias in biases if bias is not None)
     soco.save(model, tmp_path / "saved")
     assert torch.equal(logits(soco.load(tmp_path / "saved")), logits(model))
@@ -260,7 +264,10 @@ def test_head_on_request(method, tmp_path):
     assert model.get_input_embeddings().weight is embeddings
     assert torch.equal(embeddings, before)
     assert model.config.tie_word_embeddings is False
-    assert not any(isinstance(m, LowRankLinear) for m in model.model.layers[0].self_attn.modules())
+    assert not any(
+        isinstance(m, LowRankLinear | PivotedLinear)
+        for m in model.model.layers[0].self_attn.modules()
+    )
     soco.save(model, tmp_path / "saved")
     assert torch.equal(logits(soco.load(tmp_path / "saved")), logits(model))
 
@@ -537,7 +544,9 @@ def test_deviation_gives_experts_biases(tmp_path):
     method = SoCo(steps=6, batch_size=4, fisher_warmup=1, deviation="vector")
     model = compress(tiny_mixture("mixtral"), 0.4, method=method, calibration=tokens(), samples=16)
     names = [
-        n for n, m in model.get_submodule(EXPERTS).named_modules() if isinstance(m, LowRankLinear)
+        n
+        for n, m in model.get_submodule(EXPERTS).named_modules()
+        if isinstance(m, LowRankLinear | PivotedLinear)
     ]
     assert names
     soco.save(model, tmp_path / "saved")

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from protocol import LENGTH, OUTSIDE, SAMPLES, TEXTS, WINDOWS, commit
 
 import soco
+from soco.data import token_windows
 from soco.diagnosis import describe_machine
 from soco.methods import METHODS, SoCo
 from soco.preparation import prepare
@@ -49,7 +50,8 @@ class Trial:
     ratio: float
     seed: int
     method: dict[str, Any]  # fields of SoCo, or "name" of another method
-    options: dict[str, Any]  # of soco.compress, and "samples"
+    options: dict[str, Any]  # of soco.compress; "samples", and "calibration": files in DIR, of
+    # which each gives an equal share of the windows
 
     @property
     def key(self) -> tuple[str, str, float, int]:
@@ -88,7 +90,7 @@ class Subject:
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder)
         self.dense = self.load()
         self.reference = {kind: self.measure(self.dense, text) for kind, text in self.texts.items()}
-        self.benches: dict[int, Workbench] = {}
+        self.benches: dict[tuple, Workbench] = {}
 
     def load(self) -> torch.nn.Module:
         """The dense model, float32."""
@@ -102,14 +104,23 @@ class Subject:
             length=LENGTH, windows=WINDOWS, progress=False,
         )  # fmt: skip
 
-    def bench(self, samples: int) -> Workbench:
+    def bench(self, samples: int, files: list[str]) -> Workbench:
         """Calibration, statistics and decompositions."""
-        if samples not in self.benches:
-            self.benches[samples] = prepare(
-                self.load(), tokenizer=self.tokenizer, calibration=self.data / self.train,
-                samples=samples, length=LENGTH, stats=self.stats, progress=False,
+        key = (samples, *files)
+        if key not in self.benches:
+            self.benches.clear()  # one at a time in memory
+            count = samples // len(files)
+            windows = torch.cat(
+                [
+                    token_windows(self.data / file, self.tokenizer, samples=count, length=LENGTH)
+                    for file in files
+                ]
+            )
+            self.benches[key] = prepare(
+                self.load(), calibration=windows, samples=len(windows), length=LENGTH,
+                stats=self.stats, progress=False,
             )  # fmt: skip
-        return self.benches[samples]
+        return self.benches[key]
 
     def row(self, trial: Trial) -> dict[str, Any]:
         """Compress and measure."""
@@ -124,7 +135,8 @@ class Subject:
             fields["seed"] = trial.seed
         method = SoCo.preset(preset, **fields) if preset else kind(**fields)
         options = dict(trial.options)
-        bench = self.bench(options.pop("samples", SAMPLES))
+        files = options.pop("calibration", None) or [self.train]
+        bench = self.bench(options.pop("samples", SAMPLES), files)
         model = self.load()
         begin = time.perf_counter()
         soco.compress(

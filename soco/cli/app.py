@@ -23,15 +23,19 @@ from soco.cli.options import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    Effort,
     ExcludeOption,
     FolderArgument,
     IncludeOption,
     JsonOption,
     MethodName,
+    Preset,
     QuietOption,
+    RatioOption,
     SamplesOption,
+    SizeOption,
     StatsOption,
-    between_0_and_1,
+    several_ratios,
 )
 
 # torch, transformers and what needs them are imported in the commands: `soco --help` is quick.
@@ -99,16 +103,18 @@ def compress(
             show_default=False,
         ),
     ],
-    ratio: Annotated[
-        float,
+    ratio: RatioOption = None,
+    ratios: Annotated[
+        str | None,
         typer.Option(
-            "--ratio",
-            "-r",
-            metavar="X",
-            callback=between_0_and_1,
-            help="Fraction of the compressed layers' parameters to remove.",
+            metavar="X,X",
+            callback=several_ratios,
+            help="Several sizes from one training, each in a folder DIR/ratio-X; soco resize makes "
+            "any between them.",
+            show_default=False,
         ),
-    ] = 0.5,
+    ] = None,
+    size: SizeOption = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -121,6 +127,17 @@ def compress(
         ),
     ] = None,
     method: Annotated[MethodName, typer.Option(help="How to compress.")] = MethodName.soco,
+    effort: Annotated[
+        Effort | None,
+        typer.Option(
+            help="How long method soco may take: a few steps; all stages; then refine.",
+            show_default="balanced",
+        ),
+    ] = None,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(help="Method soco as near to its paper as is known.", show_default=False),
+    ] = None,
     samples: SamplesOption = None,
     length: Annotated[
         int | None,
@@ -187,12 +204,13 @@ def compress(
         ),
     ] = None,
     pivoted: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--pivoted",
+            "--pivoted/--no-pivoted",
             help="Store pivot rows and what combines them: the same layer in fewer parameters.",
+            show_default="for soco",
         ),
-    ] = False,
+    ] = None,
     refine: Annotated[
         bool,
         typer.Option(
@@ -225,6 +243,10 @@ def compress(
     training = {name: value for name, value in training.items() if value is not None}
     if method is MethodName.soco and allocator is not None:
         raise ValueError("--allocator is for other methods: soco finds its ranks by training")
+    sizes = {"ratio": ratio, "ratios": ratios, "size": size}
+    given = [name for name, value in sizes.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} both say how small: give one of them")
     if method is not MethodName.soco and training:
         option = next(iter(training)).replace("_", "-")
         raise ValueError(f"--{option} is for method soco: method {method.value} has no training")
@@ -235,7 +257,11 @@ def compress(
             model=model,
             output=output,
             ratio=ratio,
+            ratios=ratios,
+            size=size,
             method=method.value,
+            effort=None if effort is None else effort.value,
+            preset=None if preset is None else preset.value,
             calibration=calibration,
             samples=samples,
             length=length,
@@ -244,8 +270,8 @@ def compress(
             exclude=exclude,
             allocator=None if allocator is None else allocator.value,
             pivoted=pivoted,
-            refine=refine,
-            surgeon=surgeon,
+            refine=refine or None,
+            surgeon=surgeon or None,
             stats=stats,
             batch_size=batch_size,
             dtype=dtype.value,
@@ -493,6 +519,24 @@ def compare(
             quiet=quiet,
         )
     )
+
+
+@app.command()
+def resize(
+    folder: FolderArgument,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False),
+    ],
+    ratio: RatioOption = None,
+    size: SizeOption = None,
+) -> None:
+    """Make another size of a model that was compressed with --ratios; no data, no training."""
+    if (ratio is None) == (size is None):
+        raise ValueError("give either --ratio or --size")
+    from soco.cli import commands
+
+    commands.resize(folder, output, ratio, size)
 
 
 @app.command()

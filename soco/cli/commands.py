@@ -37,12 +37,15 @@ from soco.cli.sources import (
 from soco.diagnosis import diagnose
 from soco.evaluation import Evaluation
 from soco.evaluation import evaluate as evaluate_model
+from soco.folders import carry_over
 from soco.headers import read_json
 from soco.installation import size_of
 from soco.methods import Method, SoCo
 from soco.pipeline import compress as compress_model
 from soco.reporting import Report, format_bytes
 from soco.reporting import report as report_of
+from soco.resizing import resize as resize_model
+from soco.sizes import parse_bytes
 from soco.tasks import check_tasks, evaluate_tasks
 
 
@@ -52,8 +55,12 @@ class Compression:
 
     model: str
     output: Path
-    ratio: float
+    ratio: float | None
+    ratios: str | None
+    size: str | None
     method: str
+    effort: str | None
+    preset: str | None
     calibration: str | None
     samples: int | None
     length: int | None
@@ -61,9 +68,9 @@ class Compression:
     include: list[str] | None
     exclude: list[str] | None
     allocator: str | None
-    pivoted: bool
-    refine: bool
-    surgeon: bool
+    pivoted: bool | None
+    refine: bool | None
+    surgeon: bool | None
     stats: Path | None
     batch_size: int
     dtype: str
@@ -71,15 +78,25 @@ class Compression:
     quiet: bool
     training: dict[str, Any] = field(default_factory=dict)  # fields of SoCo that were given
 
+    def folders(self) -> dict[float, Path]:
+        """Ratio to its folder, where several were asked for, ascending."""
+        ratios = sorted(float(part) for part in self.ratios.split(",")) if self.ratios else []
+        return {ratio: self.output / f"ratio-{ratio:g}" for ratio in ratios}
+
 
 def compress(wanted: Compression) -> None:
     """``soco compress``: from a dense model to a folder with the compressed one."""
     begin = time.perf_counter()
     find_model(wanted.model)
-    check_output(wanted.output, replace=True)
+    folders = wanted.folders()
+    for folder in folders.values() or [wanted.output]:
+        check_output(folder, replace=True)
     if wanted.stats is not None:
         check_writable(wanted.stats)
-    method = replace(cast(Any, find_method(wanted.method, wanted.seed)), **wanted.training)
+    if wanted.size is not None:
+        parse_bytes(wanted.size)
+    method = find_method(wanted.method, wanted.seed, effort=wanted.effort, preset=wanted.preset)
+    method = replace(cast(Any, method), **wanted.training)
     options = _compress_options(wanted, method)
     device = find_device(wanted.device)
     tell = _say_nothing if wanted.quiet else say
@@ -93,11 +110,11 @@ def compress(wanted: Compression) -> None:
             nn.Module.float(model)
         needs_tokenizer = options.get("calibration", "self") != "self"
         tokenizer = _tokenizer(wanted.model, needed=needs_tokenizer)
-        compared = wanted.model == DEMO and isinstance(method, SoCo)
+        compared = wanted.model == DEMO and isinstance(method, SoCo) and not folders
         dense = copy.deepcopy(model) if compared else None
         tell(f"compressing by {method.name} on {device}")
         try:
-            compress_model(model, wanted.ratio, method=method, tokenizer=tokenizer, **options)
+            compress_model(model, method=method, tokenizer=tokenizer, **options)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"the memory of {device} is full: try a smaller --batch-size or --length, "
@@ -107,7 +124,10 @@ def compress(wanted: Compression) -> None:
             nn.Module.to(model, stored)  # transformers' own refuses what it calls quantized
             held = model.config.quantization_config.report
             held |= {"model_bytes_before": bytes_before, "model_bytes_after": size_of(model)[1]}
-        save(model, wanted.output, tokenizer)
+        if folders:
+            _save_all(model, folders, tokenizer)
+        else:
+            save(model, wanted.output, tokenizer)
         seconds = time.perf_counter() - begin
         out = console()
         out.print(f"{wanted.model}, compressed and written in {seconds:.0f} s", style="bold")
@@ -115,18 +135,51 @@ def compress(wanted: Compression) -> None:
         if dense is not None:
             if wide:
                 nn.Module.float(model)
-            rows = demo.compare(dense, model, tokenizer, wanted.ratio, options, tell)
+            rows = demo.compare(dense, model, tokenizer, options, tell)
             demo.show(rows, options["length"], out)
-    _tell_files(wanted, options, out)
+    for folder in folders.values():
+        held = read_json(folder / CONFIG)["quantization_config"]["report"]
+        params, kept = held["model_params_after"], format_bytes(held["model_bytes_after"])
+        out.print(f"  {folder}: {params:,} parameters, {kept}", markup=False)
+    _tell_files(wanted, next(iter(folders.values()), wanted.output), options, out)
+
+
+def _save_all(model: PreTrainedModel, folders: Mapping[float, Path], tokenizer: Any) -> None:
+    """Write every size; the spectrum that others can be made of goes beside the first alone."""
+    for place, (ratio, folder) in enumerate(folders.items()):
+        resize_model(model, ratio)
+        spectrum = model.soco_spectrum
+        if place:
+            model.soco_spectrum = None  # type: ignore[assignment]
+        try:
+            save(model, folder, tokenizer)
+        finally:
+            model.soco_spectrum = spectrum
+
+
+def resize(folder: Path, output: Path, ratio: float | None, size: str | None) -> None:
+    """``soco resize``: another size of a model that was compressed for several."""
+    _check_compressed(folder)
+    check_output(output, replace=True)
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"{output} is what is read: choose another folder for the output")
+    with quiet_libraries(bars=False):
+        model = resize_model(folder, ratio, size=size)
+        model.soco_spectrum = None  # type: ignore[assignment] # it stays where it is
+        save(model, output)
+        carry_over(folder, output)
+    print(report_of(model).summary())
 
 
 def _compress_options(wanted: Compression, method: Method) -> dict[str, Any]:
     """The arguments for ``soco.compress``: those that were given, and what the demo has instead."""
     names = (
-        "calibration", "samples", "length", "include", "exclude", "stats",
+        "calibration", "samples", "length", "include", "exclude", "stats", "ratio", "size",
         "allocator", "pivoted", "surgeon", "refine",
     )  # fmt: skip
-    options = {name: value for name in names if (value := getattr(wanted, name))}
+    options = {name: value for name in names if (value := getattr(wanted, name)) is not None}
+    if wanted.ratios is not None:
+        options["ratio"] = tuple(wanted.folders())
     if wanted.model == DEMO:
         options = {**demo.OPTIONS, **options}
     choices = choose(method, **options)
@@ -158,23 +211,25 @@ def _tokenizer(model: str, *, needed: bool) -> Any:
         return None
 
 
-def _tell_files(wanted: Compression, options: Mapping[str, Any], out: Console) -> None:
+def _tell_files(
+    wanted: Compression, written: Path, options: Mapping[str, Any], out: Console
+) -> None:
     """Where the result is, and what to do with it."""
-    files = sorted(path for path in wanted.output.iterdir() if path.is_file())
+    files = sorted(path for path in written.iterdir() if path.is_file())
     weights = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
     names = ", ".join(path.name for path in files)
-    folder = shlex.quote(str(wanted.output))
+    folder = shlex.quote(str(written))
     text = "demo" if wanted.model == DEMO else "FILE"
     length = f" --length {options['length']}" if "length" in options else ""
     dense = shlex.quote(wanted.model)
-    loading = f"AutoModelForCausalLM.from_pretrained({str(wanted.output)!r})"
-    out.print(f"\nFiles in {wanted.output} ({format_bytes(weights)} of weights)", style="bold")
+    loading = f"AutoModelForCausalLM.from_pretrained({str(written)!r})"
+    out.print(f"\nFiles in {written} ({format_bytes(weights)} of weights)", style="bold")
     out.print(f"  {names}", markup=False)
     out.print("\nWhat to do next", style="bold")
     for line in (
         f"soco report {folder}",
         f"soco evaluate {folder} --text {text}{length} --dense {dense}",
-        f"soco export {folder} --dense --output {shlex.quote(f'{wanted.output}-dense')}",
+        f"soco export {folder} --dense --output {shlex.quote(f'{written}-dense')}",
     ):
         out.print(f"  {line}", markup=False)
     out.print(f"and in Python, as any model of transformers:\n  model = {loading}", markup=False)

@@ -20,12 +20,13 @@ from soco.sampling import sample_from_model
 # What the demo takes where nothing else is asked for: two minutes on two cores.
 OPTIONS: Mapping[str, Any] = {"calibration": "self", "samples": 128, "length": 256}
 
-RIVALS = (  # title, method, allocator
-    ("KFAC-SVD, ranks by energy", "kfac-svd", "energy"),
-    ("SVD-LLM, ranks by energy", "svd-llm", "energy"),
-    ("SVD-LLM, uniform ranks", "svd-llm", "uniform"),
-    ("SVD, ranks by energy", "svd", "energy"),
-    ("SVD, uniform ranks", "svd", "uniform"),
+RIVALS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("KFAC-SVD, pivoted factors", {"method": "kfac-svd", "pivoted": True}),
+    ("KFAC-SVD, ranks by energy", {"method": "kfac-svd"}),
+    ("SVD-LLM, ranks by energy", {"method": "svd-llm", "allocator": "energy"}),
+    ("SVD-LLM, uniform ranks", {"method": "svd-llm"}),
+    ("SVD, ranks by energy", {"method": "svd", "allocator": "energy"}),
+    ("SVD, uniform ranks", {"method": "svd"}),
 )
 
 
@@ -41,7 +42,6 @@ def compare(
     dense: PreTrainedModel,
     compressed: PreTrainedModel,
     tokenizer: Any,
-    ratio: float,
     options: Mapping[str, Any],
     tell: Callable[[str], None],
 ) -> list[Row]:
@@ -53,7 +53,6 @@ def compare(
         dense: the demo model.
         compressed: by SoCo.
         tokenizer: of both.
-        ratio: that ``compressed`` was made with.
         options: of ``soco.compress``, that ``compressed`` was made with.
         tell: called with a sentence on what comes next.
 
@@ -82,11 +81,15 @@ def compare(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # all of it was said of SoCo's run
         windows = _windows(dense, tokenizer, options)
-        options = {**options, "calibration": windows, "samples": len(windows)}
-        for title, method, rule in RIVALS:
+        common = {
+            name: value
+            for name, value in options.items()
+            if name not in ("ratio", "size", "pivoted", "refine", "surgeon")
+        }
+        common |= {"calibration": windows, "samples": len(windows)}
+        for title, own in RIVALS:
             model = copy.deepcopy(dense)
-            given = {**options, "method": method, "allocator": rule}
-            compress(model, ratio, **given)
+            compress(model, done.ratio, **{**common, **own})
             rows.append(measured(title, report(model).params_after, model))
     return rows
 

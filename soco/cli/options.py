@@ -60,6 +60,20 @@ class Deviation(str, Enum):
     vector = "vector"
 
 
+class Effort(str, Enum):
+    """The names in ``soco.methods.soco.EFFORTS``."""
+
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
+class Preset(str, Enum):
+    """What else ``soco.methods.soco.PRESETS`` has."""
+
+    paper = "paper"
+
+
 class Dtype(str, Enum):
     """In what the weights are loaded."""
 
@@ -78,11 +92,44 @@ def between_0_and_1(value: float) -> float:
     return value
 
 
+def several_ratios(text: str | None) -> str | None:
+    """Refuse what is not two or more different fractions with commas between them."""
+    if text is None:
+        return None
+    for part in text.split(","):
+        try:
+            between_0_and_1(float(part))
+        except ValueError:
+            raise typer.BadParameter(f"{part.strip()!r} in {text!r} is not a number.") from None
+    if len({float(part) for part in text.split(",")}) < max(2, text.count(",") + 1):
+        raise typer.BadParameter(f"{text!r} must be two or more different ratios.")
+    return text
+
+
 TRAINING = "Training (--method soco)"
 CLOSED = "Methods without training (--method kfac-svd, svd-llm, ...)"
 TASKS = "Tasks (--tasks)"
 RUNNING = "Running"
 
+RatioOption = Annotated[
+    float | None,
+    typer.Option(
+        "--ratio",
+        "-r",
+        metavar="X",
+        callback=lambda value: None if value is None else between_0_and_1(value),
+        help="Fraction of the compressed layers' parameters to remove.",
+        show_default="0.5",
+    ),
+]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Instead of a ratio: what all weights may take, as in 4GiB or 500MB.",
+        show_default=False,
+    ),
+]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
