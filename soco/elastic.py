@@ -17,7 +17,7 @@ from soco.linalg import Factors
 from soco.ranks import allocate, parameter_budget
 from soco.spectral import SpectralLinear, fold
 from soco.surgery import layout_of
-from soco.training import Snapshot
+from soco.training import BESIDES, Snapshot
 
 FORMAT, VERSION = "soco spectrum", 1
 
@@ -30,11 +30,13 @@ _SHAPES = {
     "values": ("stations", "rank"),
     "alive": ("stations", "rank"),
     "bias": ("out",),
-    "deviations": ("stations", "out"),
+    "left": ("stations", "out"),
+    "right": ("stations", "in"),
+    "deviation": ("stations", "out"),
     "mean": ("in",),
     "mean_output": ("out",),
 }
-_OPTIONAL = frozenset({"bias", "deviations", "mean", "mean_output"})
+_OPTIONAL = frozenset({"bias", *BESIDES, "mean", "mean_output"})
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Components:
     values: Tensor  # (stations, rank), float32: what it is worth in the loss
     alive: Tensor  # (stations, rank), bool: whether it was there
     bias: Tensor | None = None  # (out,), the dense layer's
-    deviations: Tensor | None = None  # (stations, out), float32, trained ones
+    left: Tensor | None = None  # (stations, out), float32, of the outputs' trained scales
+    right: Tensor | None = None  # (stations, in), float32, of the inputs'
+    deviation: Tensor | None = None  # (stations, out), float32, trained
     mean: Tensor | None = None  # (in,), float32, of the inputs, where outputs keep theirs
     mean_output: Tensor | None = None  # (out,), float32: the dense layer's outputs for the mean
 
@@ -130,12 +134,14 @@ class ElasticSpectrum:
             up, down, scale = layer.up, layer.down, layer.gain * between(layer.scores)
             if bool(alive.all()) and len(alive) < min(layer.shape):  # and yet no dense weight
                 up, down, scale, alive = _with_a_dead_one(layer, scale)
-            deviation = None
-            if layer.deviations is not None:
-                deviation = torch.lerp(*layer.deviations[[before, after]], share)
+            besides = {
+                part: torch.lerp(*rows[[before, after]], share)
+                for part in BESIDES
+                if (rows := getattr(layer, part)) is not None
+            }
             found[name] = fold(
                 up, down, scale, alive, layer.bias,
-                deviation=deviation, mean=layer.mean, mean_output=layer.mean_output,
+                **besides, mean=layer.mean, mean_output=layer.mean_output,
             )  # fmt: skip
         return found
 
@@ -237,7 +243,6 @@ def elastic_spectrum(
         order = layer.order
         alive = torch.stack([each[name].mask for each in snapshots]).any(0)[order]
         chosen = order[alive]
-        deviations = [snapshot[name].deviation for snapshot in snapshots]
         parts = {
             "up": layer.up[:, alive],
             "down": layer.down[alive],
@@ -246,7 +251,11 @@ def elastic_spectrum(
             "values": torch.stack([each[name].values[chosen] for each in snapshots]),
             "alive": torch.stack([each[name].mask[chosen] for each in snapshots]),
             "bias": layer.bias,
-            "deviations": None if deviations[0] is None else torch.stack(deviations),  # type: ignore[arg-type]
+            **{
+                part: torch.stack([getattr(each[name], part) for each in snapshots])
+                for part in BESIDES
+                if getattr(snapshots[0][name], part) is not None
+            },
             "mean": layer.mean,
             "mean_output": layer.mean_output,
         }

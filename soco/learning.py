@@ -16,7 +16,7 @@ from soco.preparation import steps_bar
 from soco.spectral import SpectralLinear
 from soco.steps import Step, checkpointed
 from soco.surgery import bias_of, replaced, transformer_blocks, weight_of
-from soco.training import Snapshot, train_scores
+from soco.training import BESIDES, Snapshot, train_scores
 from soco.workbench import Workbench
 
 
@@ -40,8 +40,9 @@ class Learned:
             layer.logit.copy_(then.logit)
             layer.mask.copy_(then.mask)
             layer.computed = len(layer.mask)
-            if layer.deviation is not None and then.deviation is not None:
-                layer.deviation.copy_(then.deviation)
+            for part in BESIDES:
+                if getattr(layer, part) is not None:
+                    getattr(layer, part).copy_(getattr(then, part))
 
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Layer to the smallest and largest score of the components kept."""
@@ -90,6 +91,7 @@ def learn_scores(
             bias_of(module),
             spectra.pop(name),
             largest_score=method.largest_score,
+            channels=method.channels,
             deviation=method.deviation == "vector",
             mean=shared.means(name)["mean"] if method.deviation == "mean" else None,
         )

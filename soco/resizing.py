@@ -121,7 +121,7 @@ def _budget(
 
 
 def _has_bias(layer: Any) -> bool:
-    return any(each is not None for each in (layer.bias, layer.deviations, layer.mean))
+    return any(each is not None for each in (layer.bias, layer.deviation, layer.mean))
 
 
 def _put(

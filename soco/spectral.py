@@ -22,6 +22,10 @@ class SpectralLinear(nn.Module):
     ``logit = 0``: bounded, positive, and able to pass 1, so that components that stay can make up
     for those that go. With ``largest_score=inf`` they are ``exp(logit)``.
 
+    With ``channels``, two more diagonals are trained, one scale for every output and every input:
+    ``up`` becomes ``diag(1 + left) up``, ``down`` becomes ``down diag(1 + right)``. They vanish in
+    the factors, as the scores do.
+
     Two kinds of deviation may be added where components are masked. Given the ``mean`` of the
     layer's inputs, ``weight mean - up ((sigma * score * mask) * (down mean))``: then the scores
     work on the inputs less their mean, and the outputs keep theirs, whatever the scores are. With
@@ -32,6 +36,7 @@ class SpectralLinear(nn.Module):
         bias: (out,) or None; kept by reference.
         spectrum: a full decomposition of ``weight`` (``linalg.whitened_svd`` without a rank).
         largest_score: bound of the scores, above 1.
+        channels: whether every output and every input has a trainable scale.
         deviation: whether a trainable vector (out,), zero at the start, is added to the outputs.
         mean: (in,), of the inputs on the calibration text, or None.
 
@@ -57,6 +62,7 @@ class SpectralLinear(nn.Module):
         spectrum: Spectrum,
         *,
         largest_score: float = 2.0,
+        channels: bool = False,
         deviation: bool = False,
         mean: Tensor | None = None,
     ) -> None:
@@ -93,9 +99,12 @@ class SpectralLinear(nn.Module):
         mask = torch.ones(rank, dtype=torch.bool, device=weight.device)
         self.register_buffer("mask", mask, persistent=False)
         self.logit = nn.Parameter(torch.zeros(rank, device=weight.device))
-        self.deviation = (
-            nn.Parameter(torch.zeros(out_features, device=weight.device)) if deviation else None
-        )
+        self.left, self.right, self.deviation = (
+            nn.Parameter(torch.zeros(size, device=weight.device)) if wanted else None
+            for size, wanted in (
+                (out_features, channels), (in_features, channels), (out_features, deviation),
+            )
+        )  # fmt: skip
         self.register_buffer("mean", None, persistent=False)
         self.register_buffer("mean_output", None, persistent=False)
         if mean is not None:
@@ -134,14 +143,21 @@ class SpectralLinear(nn.Module):
         chosen = self.order[: self.computed]
         scale, mask = (self.gain * self.scores())[chosen], self.mask[chosen]
         up, down = self.up[:, : self.computed], self.down[: self.computed]
-        z = F.linear(x, down)  # (..., computed)
+        right = None if self.right is None else 1 + self.right
+        z = F.linear(x if right is None else x * right.to(x.dtype), down)  # (..., computed)
         cut = None if self.mean is None and self.deviation is None else ~self.mask.all()  # no sync
         if self.mean is not None:
-            z = z - (F.linear(self.mean.to(down.dtype), down).float() * cut).to(z.dtype)
+            mean = self.mean if right is None else self.mean * right
+            z = z - (F.linear(mean.to(down.dtype), down).float() * cut).to(z.dtype)
         scaled = ops.spectral_scale(z, scale, mask)
         if self.recording:
             scaled = _RecordScores.apply(scaled, z, self)
-        y = F.linear(scaled, up, self.bias)
+        if self.left is None:
+            y = F.linear(scaled, up, self.bias)
+        else:
+            y = F.linear(scaled, up)
+            y = y * (1 + self.left).to(y.dtype)
+            y = y if self.bias is None else y + self.bias
         for added in (self.mean_output, self.deviation):
             if added is not None:
                 y = y + (added * cut).to(y.dtype)
@@ -165,14 +181,18 @@ class SpectralLinear(nn.Module):
 
     def fold(self) -> tuple[Tensor | Factors, Tensor | None]:
         """The trained layer as a plain one: its weight or factors, and its bias; see ``fold``."""
-        order = self.order
-        deviation = None if self.deviation is None else self.deviation.detach()
+        left, right, deviation = (
+            None if part is None else part.detach()
+            for part in (self.left, self.right, self.deviation)
+        )
         return fold(
             self.up,
             self.down,
-            (self.gain * self.scores().detach())[order],
-            self.mask[order],
+            (self.gain * self.scores().detach())[self.order],
+            self.mask[self.order],
             self.bias,
+            left=left,
+            right=right,
             deviation=deviation,
             mean=self.mean,
             mean_output=self.mean_output,
@@ -194,6 +214,8 @@ def fold(
     alive: Tensor,
     bias: Tensor | None,
     *,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
     deviation: Tensor | None = None,
     mean: Tensor | None = None,
     mean_output: Tensor | None = None,
@@ -206,6 +228,8 @@ def fold(
         scale: (rank,), float32, gain times score.
         alive: (rank,), bool.
         bias: (out,) or None, the dense layer's.
+        left: (out,) or None; outputs are scaled by one plus this.
+        right: (in,) or None; inputs are scaled by one plus this.
         deviation: (out,) or None, added to the outputs where not everything is alive.
         mean: (in,) or None, of the inputs; then the outputs of this input are kept ...
         mean_output: ... which are (out,), without the bias.
@@ -217,6 +241,8 @@ def fold(
     """
     dtype = up.dtype
     up, down = up.float(), down.float()
+    up = up if left is None else up * (1 + left)[:, None]
+    down = down if right is None else down * (1 + right)
     if bool(alive.all()):
         return ((up * scale) @ down).to(dtype), bias
     root = scale[alive].sqrt()

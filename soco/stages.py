@@ -102,7 +102,8 @@ class TrainingSettings:
     batch_size: int = 8  # sequences per step
     micro_batch: int | None = None  # sequences at a time in memory; None: the whole batch
     learning_rate: float = 0.02  # of Adam, on the logits of the scores
-    deviation_rate: float = 0.05  # learning rate of the deviations, as a multiple of that one
+    channel_rate: float = 0.2  # learning rate of channel scales, as a multiple of that one
+    deviation_rate: float = 0.05  # and of the deviations
     softening: float = 1.0  # temperature of both distributions in the divergence
     betas: tuple[float, float] = (0.9, 0.99)  # of Adam
     fisher_decay: float = 0.98  # of the running average of the squared score gradients

@@ -15,6 +15,9 @@ from soco.spectral import SpectralLinear
 from soco.stages import Stage, TrainingSettings
 from soco.steps import Step, Teacher, all_dense, endless_batches
 
+# What a layer may train besides its scores.
+BESIDES = ("left", "right", "deviation")
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -24,6 +27,8 @@ class Snapshot:
     logit: Tensor  # (rank,), float32, of which the scores are made
     values: Tensor  # (rank,), float32: what a component is worth in the loss
     mask: Tensor  # (rank,), bool: the components that are alive
+    left: Tensor | None = None  # (out,), of the outputs' scales; none were trained
+    right: Tensor | None = None  # (in,), of the inputs' scales
     deviation: Tensor | None = None  # (out,), a trained one
 
 
@@ -126,7 +131,11 @@ def train_scores(
                     layer.logit.detach().clone(),
                     values[name],
                     layer.mask.clone(),
-                    None if layer.deviation is None else layer.deviation.detach().clone(),
+                    **{
+                        part: value.detach().clone()
+                        for part in BESIDES
+                        if (value := getattr(layer, part)) is not None
+                    },
                 )
                 for name, layer in layers.items()
             }
@@ -179,12 +188,20 @@ class _Losses:
 
 
 def _optimizer(run: _Run) -> torch.optim.Adam:
-    """Adam for the scores, and the deviations where there are any."""
+    """Adam for the scores, and for channel scales and deviations where there are any."""
     settings = run.settings
-    deviations = [d for layer in run.layers.values() if (d := layer.deviation) is not None]
+    rates = {
+        "logit": 1.0, "left": settings.channel_rate, "right": settings.channel_rate,
+        "deviation": settings.deviation_rate,
+    }  # fmt: skip
     groups = [
-        {"params": [layer.logit for layer in run.layers.values()], "multiple": 1.0},
-        {"params": deviations, "multiple": settings.deviation_rate},
+        {
+            "params": [
+                p for layer in run.layers.values() if (p := getattr(layer, part)) is not None
+            ],
+            "multiple": rate,
+        }
+        for part, rate in rates.items()
     ]
     return torch.optim.Adam(
         [group for group in groups if group["params"]],

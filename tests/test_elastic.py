@@ -14,7 +14,7 @@ from soco.linalg import Factors, whitened_svd
 from soco.ranks import layer_params, parameter_budget
 from soco.spectral import SpectralLinear
 from soco.surgery import layout_of
-from soco.training import Snapshot, choose_components
+from soco.training import BESIDES, Snapshot, choose_components
 
 SHAPES = {"a": (12, 8), "b": (8, 12), "c": (10, 10)}
 RATIOS = (0.2, 0.5, 0.7)
@@ -39,8 +39,9 @@ def learned(*, pivoted=False, bias=True, **options):
         for place, (name, layer) in enumerate(layers.items()):
             with torch.no_grad():
                 layer.logit.copy_(normal(len(layer.logit), seed=10 * turn + place))
-                if layer.deviation is not None:
-                    layer.deviation.copy_(normal(len(layer.deviation), seed=99 + turn))
+                for part in BESIDES:
+                    if (value := getattr(layer, part)) is not None:
+                        value.copy_(0.1 * normal(len(value), seed=99 + turn))
             worth = 0.8 ** torch.arange(len(layer.gain)) * (
                 1 + normal(len(layer.gain), seed=turn).abs()
             )
@@ -53,7 +54,11 @@ def learned(*, pivoted=False, bias=True, **options):
                 n: Snapshot(
                     layer.scores().detach(), layer.logit.detach().clone(),
                     layer.scores().detach() ** 2 * fisher[n] / 2, layer.mask.clone(),
-                    None if layer.deviation is None else layer.deviation.detach().clone(),
+                    **{
+                        part: value.detach().clone()
+                        for part in BESIDES
+                        if (value := getattr(layer, part)) is not None
+                    },
                 )
                 for n, layer in layers.items()
             }
@@ -75,7 +80,7 @@ def size(found, pivoted):
 
 
 @pytest.mark.parametrize("pivoted", [False, True])
-@pytest.mark.parametrize("options", [{}, {"deviation": True}, {"mean": True}])
+@pytest.mark.parametrize("options", [{}, {"deviation": True}, {"channels": True}, {"mean": True}])
 def test_at_a_station_it_is_what_was_trained(options, pivoted):
     if "mean" in options:
         spectrum, plain = learned_with_means(pivoted)
@@ -166,7 +171,7 @@ def test_outside_of_what_was_learned():
 # ---- files
 
 
-@pytest.mark.parametrize("options", [{}, {"deviation": True}, {"bias": False}])
+@pytest.mark.parametrize("options", [{}, {"deviation": True}, {"channels": True}, {"bias": False}])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_a_file_holds_it_all(options, dtype, tmp_path):
     spectrum, _ = learned(pivoted=True, **options)

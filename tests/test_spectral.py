@@ -47,6 +47,9 @@ def trained(layer, alive=None, seed=2):
     """Scores and deviation as after a training, ``alive`` components left."""
     with torch.no_grad():
         layer.logit.copy_(normal(len(layer.logit), seed=seed))
+        for part in (layer.left, layer.right):
+            if part is not None:
+                part.copy_(0.3 * normal(len(part), seed=seed + len(part)))
         if layer.deviation is not None:
             layer.deviation.copy_(normal(len(layer.deviation), seed=seed + 1))
         if alive is not None:
@@ -56,7 +59,11 @@ def trained(layer, alive=None, seed=2):
 
 def formula(layer, x, kept):
     """``up ((gain * kept) * (down x)) + bias (+ deviation)``; ``kept`` is score * mask, (rank,)."""
+    if layer.right is not None:
+        x = x * (1 + layer.right)
     y = x @ layer.down.to(x.dtype).T * (layer.gain * kept) @ layer.up.to(x.dtype).T
+    if layer.left is not None:
+        y = y * (1 + layer.left)
     if layer.bias is not None:
         y = y + layer.bias.to(x.dtype)
     if layer.deviation is not None and not layer.mask.all():
@@ -171,10 +178,11 @@ def test_in_any_order_it_computes_the_same(computed, deviation, device):
     torch.testing.assert_close(layer(x), plain)
 
 
-def test_a_mean_is_kept_whatever_the_scores_are(device):
+@pytest.mark.parametrize("channels", [False, True])
+def test_a_mean_is_kept_whatever_the_scores_are(channels, device):
     """Outputs of the mean input are the dense layer's; every other input by its distance."""
     mean = 3 * normal(9, seed=5, device=device)
-    layer = trained(make(device=device, mean=mean), alive=2)
+    layer = trained(make(device=device, mean=mean, channels=channels), alive=2)
     x = normal(2, 5, 9, seed=7, device=device)
     at_mean = F.linear(mean, layer.weight, layer.bias)
     torch.testing.assert_close(layer(mean), at_mean, rtol=1e-4, atol=1e-4)
@@ -255,6 +263,30 @@ def test_gradients_are_those_of_the_formula(recording, lead, alive, deviation, d
     assert got[1][layer.mask].ne(0).all()
     assert got[1][~layer.mask].eq(0).all()
     assert len(got[1][~layer.mask]) == 6 - alive
+
+
+@pytest.mark.parametrize("alive", [None, 4])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channels_have_scales_that_vanish_in_the_factors(dtype, bias, alive, device):
+    layer = make(bias=bias, channels=True, device=device, dtype=dtype)
+    x = normal(2, 5, 9, seed=7, device=device, dtype=dtype)
+    tolerance = {"rtol": 2 * TOLERANCE[dtype], "atol": 4 * TOLERANCE[dtype]}
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), **tolerance)
+    trained(layer, alive)
+    wide = x.float().requires_grad_()
+    wanted = formula(layer, wide, layer.scores() * layer.mask)
+    torch.testing.assert_close(layer(x).float(), wanted, **tolerance)
+    folded, offset = layer.fold()
+    weight = folded.product() if isinstance(folded, Factors) else folded
+    torch.testing.assert_close(F.linear(x, weight, offset).float(), wanted, **tolerance)
+    if dtype == torch.float32:
+        by = normal(2, 5, 6, seed=8, device=device)
+        learning = [layer.logit, layer.left, layer.right]
+        got = torch.autograd.grad((layer(x) * by).sum(), learning)
+        for one, other in zip(got, torch.autograd.grad((wanted * by).sum(), learning), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert all(bool(each.abs().max() > 0.1) for each in got)
 
 
 def test_only_scores_and_deviation_learn():

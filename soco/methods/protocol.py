@@ -142,6 +142,11 @@ class TrainedMethod(Method, Protocol):
         ...
 
     @property
+    def channels(self) -> bool:
+        """Whether every input and output of a layer has a trained scale."""
+        ...
+
+    @property
     def deviation(self) -> Literal["none", "mean", "vector"]:
         """What is added to the outputs of compressed layers: see ``SoCo``."""
         ...

@@ -30,6 +30,8 @@ class SoCo(TrainingSettings, ClosedForm):
     basis: Literal["kfac", "whitened", "scaled", "plain"] = "kfac"  # whose components: KFAC-SVD's,
     # SVD-LLM's, ASVD's, or the weight's own
     largest_score: float = 2.0  # bound of the scores, which start at 1; inf: there is none
+    channels: bool = True  # train a scale for every input and output of a layer, too: two more
+    # diagonals, which cost nothing in the end
     deviation: Literal["none", "mean", "vector"] = "none"  # what is added to the outputs of each
     # compressed layer: nothing; what keeps their mean on the calibration text; a trained vector
 
@@ -97,6 +99,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "basis": "plain",
         "criterion": "score",
         "stages": SOFT_STAGES,
+        "channels": False,
         "deviation": "vector",
         "pivoted": False,
         "steps": 600,
