@@ -209,4 +209,5 @@ def _sizes(shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         "root": (inputs, inputs),
         "fisher": (outputs, inputs),
         "grad_gram": (outputs, outputs),
+        "sampled_grad_gram": (outputs, outputs),
     }

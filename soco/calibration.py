@@ -12,9 +12,14 @@ from soco.objectives import Objective, by_sequence, objective_for, run_model
 from soco.steps import frozen
 from soco.surgery import twins_of
 
-# What can be collected. All but the last two are of the inputs; those take a backward pass.
-KINDS = frozenset({"gram", "mean", "abs_mean", "stacked_gram", "root", "fisher", "grad_gram"})
-OF_GRADIENTS = frozenset({"fisher", "grad_gram"})
+# What can be collected. All but the last three are of the inputs; those take a backward pass.
+KINDS = frozenset(
+    {"gram", "mean", "abs_mean", "stacked_gram", "root", "fisher", "grad_gram", "sampled_grad_gram"}
+)
+OF_GRADIENTS = frozenset({"fisher", "grad_gram", "sampled_grad_gram"})
+
+# One batch of so many goes into the sampled statistics: a backward pass takes twice a forward pass.
+SAMPLED = 4
 
 # Rows of a chunk: of a product in float32 that is summed in float64, and of one step of the QR.
 _CHUNK = 2048
@@ -33,6 +38,7 @@ class Statistics:
     root: Tensor | None = None  # (in, in), float64: upper triangular R, R^T R = gram, by QR
     fisher: Tensor | None = None  # (out, in), float64: squared gradients of sequences, summed
     grad_gram: Tensor | None = None  # (out, out), float64: sum of g^T g, g the gradient of outputs
+    sampled_grad_gram: Tensor | None = None  # the same, estimated from a part of the batches
 
     def means(self, tokens: int) -> dict[str, Tensor]:
         """The statistics as methods read them, by name, those that are there.
@@ -52,6 +58,7 @@ class Statistics:
             "root": (self.root, here**0.5),
             "fisher": (self.fisher, max(1, self.sequences)),
             "grad_gram": (self.grad_gram, seen),
+            "sampled_grad_gram": (self.sampled_grad_gram, seen),
         }
         found = {name: value / count for name, (value, count) in sums.items() if value is not None}
         if self.mean is not None:
@@ -97,7 +104,8 @@ def collect(
         windows: token ids (sequences, length), on the CPU.
         batch_size: sequences at a time.
         on_batch: called with the number of sequences done, after each batch.
-        kinds: what to collect, of ``KINDS``; the Gram matrix always is.
+        kinds: what to collect, of ``KINDS``; the Gram matrix always is. Of "sampled_grad_gram" a
+            quarter of the batches is used, and the others run forward only.
         objective: what gradients are of; None: by what the model returns.
         seed: of the drawn labels.
 
@@ -129,15 +137,17 @@ def collect(
             for twin in twins[name]
         ]
         gradients = _Gradients(wanted) if wanted & OF_GRADIENTS else None
+        batches = windows.split(batch_size)
+        sample = -(-len(batches) // SAMPLED)
         if gradients is not None:
             hooks += [t.register_forward_hook(gradients.hook(n)) for n in layers for t in twins[n]]
         generator = torch.Generator().manual_seed(seed)
         try:
             with frozen(model), torch.autocast(device.type, enabled=False):
-                for done, batch in enumerate(windows.split(batch_size), start=1):
+                for done, batch in enumerate(batches, start=1):
                     ids = batch.to(device)
                     collector.shape = tuple(ids.shape)
-                    if gradients is None:
+                    if gradients is None or not gradients.wants(done <= sample):
                         # Not inference_mode: what the model caches has to serve in training later.
                         with torch.no_grad():
                             run_model(_body(model, layers), ids)
@@ -298,7 +308,7 @@ class _Collector:
                 )
         if gradients is None:
             return Statistics(tokens=tokens, **cast(dict[str, Any], sums))
-        own = gradients.result(name, outputs, inputs, device)
+        own = gradients.result(name, outputs, inputs, tokens, device)
         parts = cast(dict[str, Any], {**sums, **own})
         return Statistics(tokens=tokens, sequences=gradients.sequences, **parts)
 
@@ -338,6 +348,8 @@ class _Gradients:
     def __init__(self, kinds: Collection[str]) -> None:
         self.kinds = frozenset(kinds) & OF_GRADIENTS
         self.sequences = 0
+        self.sampling = False  # whether this batch goes into what is sampled
+        self.sampled: dict[str, int] = {}  # tokens that did
         self.sums: dict[str, dict[str, Tensor]] = {}
         self.calls: dict[str, int] = {}  # of a layer, in this forward
         self.pending: dict[str, Tensor] = {}  # gradients (sequences, out, in) of several calls
@@ -358,6 +370,11 @@ class _Gradients:
 
         return observe
 
+    def wants(self, sampling: bool) -> bool:
+        """Whether a batch has to be run with gradients, if it is in the sample or not."""
+        self.sampling = sampling and "sampled_grad_gram" in self.kinds
+        return self.sampling or bool(self.kinds - {"sampled_grad_gram"})
+
     def run(
         self, model: nn.Module, objective: Objective, ids: Tensor, generator: torch.Generator
     ) -> None:
@@ -376,11 +393,17 @@ class _Gradients:
     def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         x, g = (by_sequence(rows, self.shape).float() for rows in (x, gradient))
         sums = self.sums.setdefault(name, {})
-        if "grad_gram" in self.kinds:
-            total = sums.get("grad_gram", torch.zeros((), dtype=torch.float64, device=g.device))
+        into = [kind for kind in ("grad_gram", "sampled_grad_gram") if kind in self.kinds]
+        if not self.sampling:
+            into = [kind for kind in into if kind == "grad_gram"]
+        else:
+            self.sampled[name] = self.sampled.get(name, 0) + g.shape[0] * g.shape[1]
+        if into:
+            total = torch.zeros((), dtype=torch.float64, device=g.device)
             for chunk in g.flatten(0, 1).split(_CHUNK):
                 total = total + (chunk.T @ chunk).double()
-            sums["grad_gram"] = total
+            for kind in into:
+                sums[kind] = sums.get(kind, 0) + total
         if "fisher" in self.kinds:
             shape = (g.shape[-1], x.shape[-1])
             sums.setdefault("fisher", torch.zeros(shape, dtype=torch.float64, device=g.device))
@@ -390,10 +413,15 @@ class _Gradients:
             for one, other in zip(g, x, strict=True):
                 sums["fisher"].add_((one.T @ other).double().square())
 
-    def result(self, name: str, outputs: int, inputs: int, device: Any) -> dict[str, Tensor]:
-        """The sums of the layer ``name``."""
-        sizes = {"fisher": (outputs, inputs), "grad_gram": (outputs, outputs)}
-        found = self.sums.get(name, {})
+    def result(
+        self, name: str, outputs: int, inputs: int, tokens: int, device: Any
+    ) -> dict[str, Tensor]:
+        """The sums of the layer ``name``, which saw so many tokens in all."""
+        sizes = {kind: (outputs, outputs) for kind in ("grad_gram", "sampled_grad_gram")}
+        sizes["fisher"] = (outputs, inputs)
+        found = dict(self.sums.get(name, {}))
+        if "sampled_grad_gram" in found:  # as if all tokens had been like those
+            found["sampled_grad_gram"] *= tokens / max(1, self.sampled[name])
         for kind, total in found.items():
             if not bool(torch.isfinite(total).all()):
                 raise ValueError(

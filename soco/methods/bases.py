@@ -151,6 +151,7 @@ class TwoSided:
     output_shrinkage: float = 0.0  # share of the mean diagonal in B
     centered: bool = False  # take A of the inputs less their mean: for layers that keep the mean
     # of their outputs by a bias
+    sampled: bool = False  # take B from a quarter of the calibration
 
     def __post_init__(self) -> None:
         """Refuse shares that are none."""
@@ -161,7 +162,11 @@ class TwoSided:
     @property
     def needs(self) -> frozenset[str]:
         """Gram matrices of the inputs and of the gradients of the outputs."""
-        return frozenset({"gram", "grad_gram", *(["mean"] if self.centered else [])})
+        return frozenset({"gram", self._gradients, *(["mean"] if self.centered else [])})
+
+    @property
+    def _gradients(self) -> str:
+        return "sampled_grad_gram" if self.sampled else "grad_gram"
 
     @property
     def in_loss(self) -> bool:
@@ -170,7 +175,7 @@ class TwoSided:
 
     def spectrum(self, weight: Tensor, stats: Mapping[str, Tensor], *, name: str) -> Spectrum:
         """The decomposition of ``weight`` (out, in) by what its components are worth."""
-        gram, grad_gram = _inputs_gram(stats, self.centered), stats["grad_gram"]
+        gram, grad_gram = _inputs_gram(stats, self.centered), stats[self._gradients]
         if self.input_shrinkage and bool(torch.any(gram)):
             gram = shrunk(gram, self.input_shrinkage)
         if self.output_shrinkage:

@@ -29,6 +29,7 @@ class SoCo(TrainingSettings, ClosedForm):
 
     basis: Literal["kfac", "whitened", "scaled", "plain"] = "kfac"  # whose components: KFAC-SVD's,
     # SVD-LLM's, ASVD's, or the weight's own
+    sampled: bool = False  # for basis "kfac": gradients of a quarter of the calibration only
     largest_score: float = 2.0  # bound of the scores, which start at 1; inf: there is none
     channels: bool = True  # train a scale for every input and output of a layer, too: two more
     # diagonals, which cost nothing in the end
@@ -75,7 +76,7 @@ class SoCo(TrainingSettings, ClosedForm):
         """The basis in which weights are trained."""
         centered = self.deviation == "mean"
         if self.basis == "kfac":
-            return TwoSided(centered=centered)
+            return TwoSided(centered=centered, sampled=self.sampled)
         if self.basis == "whitened":
             return Whitened(centered=centered)
         return Scaled() if self.basis == "scaled" else Plain()
@@ -92,7 +93,7 @@ class SoCo(TrainingSettings, ClosedForm):
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"steps": 12, "stages": SHORT_STAGES},
+    "fast": {"sampled": True, "fisher_warmup": 2, "steps": 6, "stages": SHORT_STAGES},
     "balanced": {},
     "best": {"refinement": Refinement()},
     "paper": {
