@@ -71,9 +71,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("coarse", share=0.4, excess_begin=1.0, exponent=3.0),
-    Stage("refine", share=0.35, excess_begin=0.15, excess_end=0.02, period=8, recover=5),
-    Stage("sparsify", share=0.25, period=6, choose_until=0.6, rate_end=0.0),
+    Stage("coarse", share=0.2, excess_begin=1.0, exponent=3.0),
+    Stage("refine", share=0.2, excess_begin=0.15, excess_end=0.02, period=8, recover=5),
+    Stage("sparsify", share=0.6, period=6, choose_until=0.6, rate_end=0.0),
 )
 
 # The target at once, and a few steps in which the survivors adapt to it.

@@ -229,7 +229,8 @@ def _run_stage(
         if stage.hard and choosing and step % stage.period in (0, stage.recover):
             excess = int((begin - budget) * stage.excess(step, steps))
             changed = _choose(run, budget + excess)
-            if stage.settled is not None and not excess and changed <= stage.settled:
+            settled = stage.settled is not None and changed <= stage.settled
+            if settled and step and not excess:
                 return
         for group in optimizer.param_groups:
             rate = settings.learning_rate * group["multiple"]

@@ -63,14 +63,14 @@ def trials(path: Path) -> Iterator[Trial]:
     """The rows that a study asks for.
 
     ``common`` holds fields of the method for all variants. A variant may have models,
-    ratios and seeds of its own, ``method`` (fields that differ), ``stages`` (instead of soco's) and
-    ``options`` of ``soco.compress``.
+    ratios and seeds of its own, ``method`` (fields that differ), ``stages`` (instead of the study's,
+    or of the preset's where there are none) and ``options`` of ``soco.compress``.
     """
     study = yaml.safe_load(path.read_text("utf-8"))
     for name, variant in study["variants"].items():
         method = {**study.get("common", {}), **variant.get("method", {})}
-        if "stages" in variant:
-            method["stages"] = variant["stages"]
+        if stages := variant.get("stages", study.get("stages")):
+            method["stages"] = stages
         options = {**study.get("options", {}), **variant.get("options", {})}
         for model in variant.get("models", study["models"]):
             for ratio in variant.get("ratios", study["ratios"]):
@@ -126,6 +126,8 @@ class Subject:
         """Compress and measure."""
         fields = dict(trial.method)
         kind = METHODS[fields.pop("name", "soco")]
+        if kind is not SoCo:
+            fields = {}  # what is common to all is soco's
         preset = fields.pop("preset", None)
         if "stages" in fields:
             fields["stages"] = tuple(Stage(**stage) for stage in fields["stages"])
