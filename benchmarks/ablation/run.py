@@ -62,9 +62,9 @@ class Trial:
 def trials(path: Path) -> Iterator[Trial]:
     """The rows that a study asks for.
 
-    ``common`` holds fields of the method for all variants. A variant may have models,
-    ratios and seeds of its own, ``method`` (fields that differ), ``stages`` (instead of the study's,
-    or of the preset's where there are none) and ``options`` of ``soco.compress``.
+    ``common`` holds fields of the method for all variants. A variant may have models, ratios
+    and seeds of its own, ``method`` (fields that differ), ``stages`` (instead of the study's, or
+    of the preset where there are none) and ``options`` of ``soco.compress``.
     """
     study = yaml.safe_load(path.read_text("utf-8"))
     for name, variant in study["variants"].items():
