@@ -58,7 +58,7 @@ def test_every_allocator_from_the_outside(rule, monkeypatch):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("basis-sharing", "dobi-svd")])
 def test_pivoted_layers_hold_more_rank(method):
-    plain, pivoted = made("llama", method), made("llama", method, pivoted=True)
+    plain, pivoted = (made("llama", method, pivoted=each) for each in (False, True))
     layers = low_rank_layers(pivoted)
     assert {type(layer) for layer in layers.values()} == {PivotedLinear}
     assert report(pivoted).settings["pivoted"] is True
@@ -68,6 +68,15 @@ def test_pivoted_layers_hold_more_rank(method):
     ]
     assert total[1] > total[0] or dense[0] > dense[1]
     assert report(pivoted).params_after <= int(0.6 * report(pivoted).params_before)
+
+
+@pytest.mark.filterwarnings("ignore:.*layers saw fewer calibration tokens")
+def test_trained_scales_may_be_fitted_again():
+    model, plain = made("llama", "soco", surgeon=True), made("llama", "soco")
+    assert "surgeon" in report(model).seconds
+    assert report(model).settings["surgeon"]["damping"] > 0
+    assert report(model).params_after == report(plain).params_after
+    assert [x.rank for x in report(model).layers] == [x.rank for x in report(plain).layers]
 
 
 @pytest.mark.filterwarnings("ignore:.*layers saw fewer calibration tokens")
@@ -107,7 +116,6 @@ def test_rescaled():
             {"method": "basis-sharing", "allocator": "learned"},
             '"learned" takes a method without shared bases',
         ),
-        ({"method": "soco", "surgeon": True}, "soco trains its scales, and takes no surgeon"),
         ({"method": "svd", "surgeon": 3}, "surgeon must be True, False or an SVDSurgeon, got 3"),
         ({"method": "svd", "refine": "yes"}, "refine must be True, False or a Refinement"),
         ({"method": "svd", "refine": True, "calibration": None}, "svd learns from text"),
