@@ -135,7 +135,7 @@ class ElasticSpectrum:
             if bool(alive.all()) and len(alive) < min(layer.shape):  # and yet no dense weight
                 up, down, scale, alive = _with_a_dead_one(layer, scale)
             besides = {
-                part: torch.lerp(*rows[[before, after]], share)
+                part: torch.lerp(rows[before], rows[after], share)
                 for part in BESIDES
                 if (rows := getattr(layer, part)) is not None
             }
@@ -289,8 +289,9 @@ def _described(file: Path, text: str | None) -> dict[str, Any]:
         )
     ratios, budgets = data.get("ratios"), data.get("budgets")
     layouts, pivoted = data.get("layouts"), data.get("pivoted")
-    lists = isinstance(ratios, list) and isinstance(budgets, list) and len(ratios) == len(budgets)
-    if not lists or not ratios:
+    if not (isinstance(ratios, list) and isinstance(budgets, list)):
+        raise ValueError(f"{file} must list ratios and budgets, got {ratios!r}, {budgets!r}")
+    if not ratios or len(ratios) != len(budgets):
         raise ValueError(f"{file} must give a budget for every ratio, got {ratios!r}, {budgets!r}")
     if not all(isinstance(r, float) and 0 < r < 1 for r in ratios) or ratios != sorted(ratios):
         raise ValueError(f"{file}: ratios must be between 0 and 1 and ascend, got {ratios!r}")

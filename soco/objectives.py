@@ -150,7 +150,8 @@ Objective = TokenDistribution | HiddenStates
 def _head(model: nn.Module) -> nn.Module | None:
     """The output head of a transformers model."""
     find = getattr(model, "get_output_embeddings", None)
-    return find() if callable(find) else None
+    head = find() if callable(find) else None
+    return head if isinstance(head, nn.Module) else None
 
 
 def last_hidden_state(model: nn.Module, ids: Tensor) -> Tensor:

@@ -110,12 +110,12 @@ def refine(
     trained as float32 copies and rounded after every step.
 
     The loss on held-out text is measured before the first step, every ``evaluate_every`` steps
-    (more often as long as it has not fallen) and at the end, and the factors that it was lowest for are the ones that stay. So on that text the
-    model is never worse than before, whatever the settings are. That holds, too, when the loss or a
-    gradient stops being finite (the training ends with a warning) and on any exception. Where a
-    measurement is no new best, training goes on from the best factors with a lower learning rate
-    (``backoff``): the rate that a badly damaged model takes is too high for one that is near to the
-    dense model already.
+    (more often as long as it has not fallen) and at the end, and the factors that it was lowest for
+    are the ones that stay. So on that text the model is never worse than before, whatever the
+    settings are. That holds, too, when the loss or a gradient stops being finite (the training ends
+    with a warning) and on any exception. Where a measurement is no new best, training goes on from
+    the best factors with a lower learning rate (``backoff``): the rate that a badly damaged model
+    takes is too high for one that is near to the dense model already.
 
     Args:
         model: holds the compressed layers, and possibly dense ones; frozen but for the factors, in

@@ -145,7 +145,7 @@ class SpectralLinear(nn.Module):
         up, down = self.up[:, : self.computed], self.down[: self.computed]
         right = None if self.right is None else 1 + self.right
         z = F.linear(x if right is None else x * right.to(x.dtype), down)  # (..., computed)
-        cut = None if self.mean is None and self.deviation is None else ~self.mask.all()  # no sync
+        cut = ~self.mask.all()  # a tensor: nothing waits for it
         if self.mean is not None:
             mean = self.mean if right is None else self.mean * right
             z = z - (F.linear(mean.to(down.dtype), down).float() * cut).to(z.dtype)

@@ -298,8 +298,8 @@ def test_an_exception_leaves_the_best_and_no_dense_layer():
         if step.step == 2:
             raise KeyboardInterrupt
 
+    settings = Refinement(**{**FAST, "evaluate_every": 40})
     with pytest.raises(KeyboardInterrupt):
-        settings = Refinement(**FAST | {"evaluate_every": 40})
         refine(model, pairs, WINDOWS, TokenDistribution(), settings, stop)
     assert all(torch.equal(value, before[key]) for key, value in state(model).items())
     assert all(model.get_submodule(name) is layer for name, (_, layer) in pairs.items())

@@ -1,5 +1,7 @@
 """Sizes as people write them, and what fits into them."""
 
+from typing import Any
+
 import pytest
 
 from soco.ranks import layer_params
@@ -54,7 +56,9 @@ def test_a_size_that_the_dense_model_has_is_no_limit():
 
 
 def test_no_more_than_can_be_made():
-    options = dict(fixed=0, shapes=SHAPES, width=4, pivoted=False, most=200, least=100)
+    options: dict[str, Any] = dict(
+        fixed=0, shapes=SHAPES, width=4, pivoted=False, most=200, least=100
+    )
     assert params_for_bytes(900, **options) == 200
     assert params_for_bytes(500, **options) == 125
     with pytest.raises(ValueError, match="the smallest that can be made is 400"):

@@ -1,6 +1,7 @@
 """soco.spectral against its formula in plain torch, and against autograd of that formula."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -158,10 +159,10 @@ def test_in_any_order_it_computes_the_same(computed, deviation, device):
         torch.testing.assert_close(layer(x), wanted)
         torch.testing.assert_close(layer.up * layer.gain[layer.order] @ layer.down, layer.weight)
         again = layer.fold()
-        if isinstance(folded[0], Factors):
-            torch.testing.assert_close(again[0].product(), folded[0].product())
-        else:
-            torch.testing.assert_close(again[0], folded[0])
+        products = [
+            each.product() if isinstance(each, Factors) else each for each in (again[0], folded[0])
+        ]
+        torch.testing.assert_close(*products)
         got = recorded(layer, x, x[..., :6])
         torch.testing.assert_close(got[:, layer.mask], rows[:, layer.mask], rtol=1e-4, atol=1e-5)
         assert got[:, ~layer.mask].eq(0).all()
@@ -271,7 +272,7 @@ def test_gradients_are_those_of_the_formula(recording, lead, alive, deviation, d
 def test_channels_have_scales_that_vanish_in_the_factors(dtype, bias, alive, device):
     layer = make(bias=bias, channels=True, device=device, dtype=dtype)
     x = normal(2, 5, 9, seed=7, device=device, dtype=dtype)
-    tolerance = {"rtol": 2 * TOLERANCE[dtype], "atol": 4 * TOLERANCE[dtype]}
+    tolerance: dict[str, Any] = {"rtol": 2 * TOLERANCE[dtype], "atol": 4 * TOLERANCE[dtype]}
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), **tolerance)
     trained(layer, alive)
     wide = x.float().requires_grad_()
