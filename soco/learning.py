@@ -60,6 +60,7 @@ def learn_scores(
     *,
     pivoted: bool,
     progress: bool | None,
+    held_out: int = 0,
 ) -> Learned:
     """Train the scores of all layers, and fold them.
 
@@ -72,8 +73,11 @@ def learn_scores(
         budgets: parameters that may be kept, descending; what is folded is the last.
         pivoted: whether factors will be pivoted, which hold less.
         progress: whether to show a bar.
+        held_out: so many of the calibration's last sequences are not trained on: a refinement that
+            follows measures itself by them.
     """
     windows = cast(Tensor, shared.windows)
+    windows = windows[: len(windows) - held_out]
     settings = method.settings()
     if len(windows) < settings.batch_size:
         warnings.warn(

@@ -262,10 +262,12 @@ def _factor(
     with clock("decomposition"):
         spectra = shared.spectra(method.components, groups)
     if isinstance(method, TrainedMethod):
+        later = choices.refinement
         with clock("training"), noted(run.notes):
             learned = learn_scores(
                 run.model, method, run.targets, spectra, shared, run.budgets,
                 pivoted=pivoted, progress=progress,
+                held_out=later.held_out_of(len(run.windows)) if later else 0,
             )  # fmt: skip
         spectrum = None
         if len(run.budgets) > 1:

@@ -84,6 +84,10 @@ class Refinement:
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be above 0 and below 1, got {self.held_out}")
 
+    def held_out_of(self, sequences: int) -> int:
+        """How many of so many sequences are only evaluated on, if no others are given."""
+        return min(sequences - 1, max(1, round(self.held_out * sequences)))
+
     def rate(self, step: int) -> float:
         """The multiple of the learning rate at ``step`` (from 0): a ramp, then half a cosine."""
         if step < self.warmup:
@@ -486,7 +490,7 @@ def _split(windows: Tensor, held_out: Tensor | None, settings: Refinement) -> tu
             raise ValueError(
                 f"refine takes two sequences at least, one of them held out, got {len(windows)}"
             )
-        count = min(len(windows) - 1, max(1, round(settings.held_out * len(windows))))
+        count = settings.held_out_of(len(windows))
         return windows[:-count], windows[-count:]
     if not len(windows) or not len(held_out):
         raise ValueError(

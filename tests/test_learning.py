@@ -93,3 +93,20 @@ def test_a_short_calibration_is_told(bench):
             bench.model, SoCo(steps=3, fisher_warmup=1), bench.targets, spectra(bench), bench,
             [budget], pivoted=False, progress=False,
         )  # fmt: skip
+
+
+def test_what_is_held_out_is_not_trained_on(bench):
+    """Other windows at the end, the same scores."""
+    budget = parameter_budget(bench.shapes, 0.5)
+    found = []
+    components = spectra(bench)
+    for tail in (WINDOWS[-2:], WINDOWS[-2:].flip(0, 1)):
+        bench.windows = torch.cat([WINDOWS[:-2], tail])
+        method = SoCo(steps=4, batch_size=3, fisher_warmup=1)
+        learned = learn_scores(
+            bench.model, method, bench.targets, dict(components), bench, [budget],
+            pivoted=False, progress=False, held_out=2,
+        )  # fmt: skip
+        found.append(torch.cat([layer.logit.detach() for layer in learned.layers.values()]))
+    assert torch.equal(*found)
+    assert float(found[0].abs().max()) > 0
