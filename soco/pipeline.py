@@ -90,7 +90,8 @@ def compress(
         size: instead of a ratio, the bytes that all parameters of the model may take: a number, or
             text such as "4GiB" or "500MB".
         method: a name in ``soco.methods.METHODS``, or an instance such as ``SoCo(steps=400)``.
-        effort: of method "soco": "fast", "balanced" (as without it) or "best", which refines.
+        effort: of method "soco": "fast", "balanced" (as without it) or "best", which trains all
+            factors (``soco.methods.SoCo.preset``).
         preset: of method "soco": "paper", as near to the published method as is known.
         tokenizer: needed where the calibration is text.
         calibration: a path to text or JSON lines (also ``.gz``), a list of strings, token ids (a

@@ -42,8 +42,7 @@ class Refinement:
     cross_entropy: float = 0.0  # weight of the loss on the text itself
     biases: bool = True  # whether the biases of compressed layers are trained, too
     held_out: float = 0.1  # fraction of the sequences, the last ones, that is only evaluated on
-    evaluate_every: int = 20  # steps between two evaluations; a quarter of them as long as none was
-    # a new best, for then the learning rate is too high
+    evaluate_every: int = 20  # steps between two evaluations
     backoff: float = 0.25  # what the learning rate is multiplied by, for good, when an evaluation
     # is no new best; the factors then go back to the best ones. 1: it never is, nor do they
     patience: int | None = 4  # evaluations without a new best after which it stops; None: never
@@ -113,13 +112,13 @@ def refine(
     differ in scale by any number without being another layer. Parameters in half precision are
     trained as float32 copies and rounded after every step.
 
-    The loss on held-out text is measured before the first step, every ``evaluate_every`` steps
-    (more often as long as it has not fallen) and at the end, and the factors that it was lowest for
-    are the ones that stay. So on that text the model is never worse than before, whatever the
-    settings are. That holds, too, when the loss or a gradient stops being finite (the training ends
-    with a warning) and on any exception. Where a measurement is no new best, training goes on from
-    the best factors with a lower learning rate (``backoff``): the rate that a badly damaged model
-    takes is too high for one that is near to the dense model already.
+    The loss on held-out text is measured before the first step, every ``evaluate_every`` steps and
+    at the end, and the factors that it was lowest for are the ones that stay. So on that text the
+    model is never worse than before, whatever the settings are. That holds, too, when the loss or a
+    gradient stops being finite (the training ends with a warning) and on any exception. Where a
+    measurement is no new best, training goes on from the best factors with a lower learning rate
+    (``backoff``): the rate that a badly damaged model takes is too high for one that is near to the
+    dense model already.
 
     Args:
         model: holds the compressed layers, and possibly dense ones; frozen but for the factors, in
@@ -196,7 +195,6 @@ class _Best:
         self.parameters = parameters
         self.loss = math.inf
         self.since = 0  # evaluations since then
-        self.improved = False  # whether any was better than the first
         self.values = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
@@ -204,7 +202,6 @@ class _Best:
         """Keep the values if ``loss`` is lower than any before (NaN is not)."""
         self.since += 1
         if loss < self.loss:
-            self.improved = math.isfinite(self.loss)
             self.loss, self.since = loss, 0
             for value, parameter in zip(self.values, self.parameters, strict=True):
                 value.copy_(parameter)
@@ -340,8 +337,7 @@ def _train(
             break
         masters.forget()
         measured = None
-        every = settings.evaluate_every if best.improved else -(-settings.evaluate_every // 4)
-        if step % every == 0 or step == settings.steps:
+        if step % settings.evaluate_every == 0 or step == settings.steps:
             measured, _ = _evaluate(run, held_out, size)
             best.offer(measured)
             if best.since and settings.backoff < 1:

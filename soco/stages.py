@@ -79,6 +79,9 @@ STAGES = (
 # The target at once, and a few steps in which the survivors adapt to it.
 SHORT_STAGES = (Stage("sparsify", share=1.0, period=6, choose_until=0.6, rate_end=0.0),)
 
+# A choice of components, and no training: for what trains the factors themselves.
+CHOICE_STAGES = (Stage("choice", share=1.0, rate_begin=0.0, rate_end=0.0),)
+
 # The published order of losses, without a mask until the end; all numbers are our choice.
 SOFT_STAGES = (
     Stage("coarse", share=0.3, hard=False, ratio=100.0),

@@ -223,26 +223,13 @@ def test_held_out_text_is_not_trained_on():
 
 def test_patience_ends_it():
     model, pairs = compressed(rank=31)
-    history = tune(model, pairs, learning_rate=1.0, steps=100, evaluate_every=8, patience=3)
+    history = tune(model, pairs, learning_rate=1.0, steps=100, evaluate_every=2, patience=3)
     assert history[-1].step == 6
-
-
-def test_it_is_measured_more_often_until_it_helps():
-    """So that a rate that is too high costs few steps."""
-    model, pairs = compressed()
-    history = tune(model, pairs, steps=40, evaluate_every=8, patience=None)
-    measured = [s.step for s in history if s.held_out is not None]
-    first = next(i for i, s in enumerate(history) if s.held_out and s.held_out < history[0].loss)
-    assert measured[:2] == [0, 2]
-    assert [step for step in measured if step <= first] == list(range(0, first + 1, 2))
-    assert [step for step in measured if step > first] == [
-        step for step in range(first + 1, 41) if step % 8 == 0
-    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_that_are_too_long_are_taken_back_and_shortened(dtype):
-    settings = {"learning_rate": 0.3, "steps": 60, "patience": None, "evaluate_every": 16}
+    settings = {"learning_rate": 0.3, "steps": 60, "patience": None, "evaluate_every": 4}
     lowest = {}
     for backoff in (1, 0.25):
         model, pairs = compressed(rank=28, dtype=dtype)
@@ -428,16 +415,17 @@ def test_the_loss_is_the_weighted_sum():
     assert start.held_out == pytest.approx(0.5 * kl + 2 * text, rel=1e-4)
     assert start.divergence == pytest.approx(kl, rel=1e-4)
     model, pairs = compressed()
-    history = tune(model, pairs, divergence=0.0, cross_entropy=1.0, steps=20)
+    history = tune(model, pairs, divergence=0.0, cross_entropy=1.0, steps=20, backoff=1)
     assert history[0].held_out == pytest.approx(text, rel=1e-4)
-    assert history[-1].loss < history[1].loss
+    losses = [step.loss for step in history[1:]]
+    assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
 
 
 def test_weight_decay_pulls_to_zero():
     sizes = []
     for decay in (0.0, 3.0):
         model, pairs = compressed()
-        tune(model, pairs, weight_decay=decay, steps=4, evaluate_every=16)
+        tune(model, pairs, weight_decay=decay, steps=4)
         sizes.append(float(sum(layer.up.weight.detach().norm() for _, layer in pairs.values())))
     assert sizes[1] < 0.9 * sizes[0]
 

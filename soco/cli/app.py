@@ -130,7 +130,8 @@ def compress(
     effort: Annotated[
         Effort | None,
         typer.Option(
-            help="How long method soco may take: a few steps; all stages; then refine.",
+            help="How long method soco may take: seconds; minutes, the three stages; or longer, "
+            "to train all factors.",
             show_default="balanced",
         ),
     ] = None,

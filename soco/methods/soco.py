@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from soco.methods.bases import Plain, Scaled, TwoSided, Whitened
 from soco.methods.protocol import Basis, ClosedForm
 from soco.refinement import Refinement
-from soco.stages import SHORT_STAGES, SOFT_STAGES, TrainingSettings
+from soco.stages import CHOICE_STAGES, SHORT_STAGES, SOFT_STAGES, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class SoCo(TrainingSettings, ClosedForm):
 
         Args:
             preset: "fast" is a choice of components with few steps of training, "balanced" all
-                three stages, "best" these and a joint training of the factors; "paper" is plain
-                SVD, soft losses and pruning by score, as far as the paper's text goes.
+                three stages, "best" the choice and a joint training of all factors, for which
+                scores that were trained before are a worse beginning; "paper" is plain SVD, soft
+                losses and pruning by score, as far as the paper's text goes.
             **changes: fields to set otherwise.
 
         Raises:
@@ -95,7 +96,13 @@ class SoCo(TrainingSettings, ClosedForm):
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"sampled": True, "fisher_warmup": 2, "steps": 6, "stages": SHORT_STAGES},
     "balanced": {},
-    "best": {"refinement": Refinement()},
+    "best": {
+        "fisher_warmup": 32,
+        "steps": 1,
+        "stages": CHOICE_STAGES,
+        "channels": False,
+        "refinement": Refinement(steps=400),
+    },
     "paper": {
         "basis": "plain",
         "criterion": "score",
