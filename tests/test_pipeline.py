@@ -568,16 +568,13 @@ def test_refine_learns_from_the_dense_model_also_where_layers_stay_dense():
     windows = tokens(24)
     method = SoCo(steps=40, batch_size=4, fisher_warmup=1, learning_rate=0.3)
     options = {"method": method, "calibration": windows, "samples": 24}
-    compress(model, 0.1, **options)
+    compress(model, 0.1, **options, refine=Refinement(steps=1, learning_rate=1e-9))
     assert any(layer.rank is None for layer in report(model).layers)
     held_out = divergence(dense, model, windows_of(model, windows)[-2:])
-    again = tiny_model("llama")
-    with torch.no_grad():
-        again.lm_head.weight.mul_(20)
-    compress(again, 0.1, **options, refine=Refinement(steps=1, learning_rate=1e-9))
-    history = report(again).history
+    history = report(model).history
     first = history["stage"].index("tuning")
     assert history["held_out"][first] == pytest.approx(held_out, rel=1e-3)
+    assert held_out > 1e-3
 
 
 def windows_of(model, windows):
