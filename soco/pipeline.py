@@ -158,6 +158,11 @@ def compress(
     own = shared is None
     notes: list[str] = []
     with experts_split(model) as fused:
+        if fused and len(ratios) > 1:
+            raise ValueError(
+                f"{type(model).__name__} has fused experts, which soco.resize cannot change yet: "
+                f"compress it for one ratio"
+            )
         if shared is None:
             with clock("calibration text"), noted(notes):
                 shared = prepare(

@@ -540,6 +540,18 @@ def test_an_error_leaves_the_experts_fused(monkeypatch, error, where):
 
 
 @NEEDS_5
+def test_several_ratios_of_a_mixture_are_refused():
+    model = tiny_mixture("mixtral")
+    before = logits(model)
+    with pytest.raises(
+        ValueError, match=r"has fused experts, which soco\.resize cannot change yet"
+    ):
+        compress(model, (0.2, 0.4), calibration=tokens(), samples=16)
+    assert torch.equal(logits(model), before)
+    assert not find_experts(model)
+
+
+@NEEDS_5
 def test_deviation_gives_experts_biases(tmp_path):
     method = SoCo(steps=6, batch_size=4, fisher_warmup=1, deviation="vector")
     model = compress(tiny_mixture("mixtral"), 0.4, method=method, calibration=tokens(), samples=16)
