@@ -543,9 +543,7 @@ def test_an_error_leaves_the_experts_fused(monkeypatch, error, where):
 def test_several_ratios_of_a_mixture_are_refused():
     model = tiny_mixture("mixtral")
     before = logits(model)
-    with pytest.raises(
-        ValueError, match=r"fused experts, which soco\.resize cannot change yet"
-    ):
+    with pytest.raises(ValueError, match=r"fused experts, which soco\.resize cannot change yet"):
         compress(model, (0.2, 0.4), calibration=tokens(), samples=16)
     assert torch.equal(logits(model), before)
     assert not find_experts(model)

@@ -203,9 +203,8 @@ def main() -> None:
         and (not arguments.seed or trial.seed in arguments.seed)
     ]
     command = shlex.join(["python", "benchmarks/ablation/run.py", *sys.argv[1:]])
-    for folder, called in (
-        (arguments.data, "DIR"), (arguments.output, "benchmarks/results"), (arguments.stats, "STATS")
-    ):  # fmt: skip
+    names = {"DIR": arguments.data, "benchmarks/results": arguments.output}
+    for called, folder in {**names, "STATS": arguments.stats}.items():
         command = command.replace(str(folder), called)
     records = {trial.study: Record(arguments.output, trial.study) for trial in wanted}
     todo = [trial for trial in wanted if not records[trial.study].has(trial)]
