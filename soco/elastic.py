@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from soco.folders import SPECTRUM
 from soco.headers import read_headers
 from soco.linalg import Factors
-from soco.ranks import allocate, parameter_budget
+from soco.ranks import allocate, check_ratio, parameter_budget
 from soco.spectral import SpectralLinear, fold
 from soco.surgery import layout_of
 from soco.training import BESIDES, Snapshot
@@ -98,8 +98,9 @@ class ElasticSpectrum:
         """The parameters that are kept at ``ratio``.
 
         Raises:
-            ValueError: it is not between the ratios that were trained for.
+            ValueError: it is no ratio, or not between those that were trained for.
         """
+        check_ratio(ratio)
         low, high = self.ratios[0], self.ratios[-1]
         if not low - 1e-9 <= ratio <= high + 1e-9:
             raise ValueError(

@@ -162,6 +162,9 @@ def test_outside_of_what_was_learned():
     for ratio in (0.1, 0.75):
         with pytest.raises(ValueError, match=r"learned for ratios from 0.2 to 0.7, and 0.\d+ is"):
             spectrum.budget(ratio)
+    for ratio in (0, 1.0, "0.3", None):
+        with pytest.raises(ValueError, match="ratio is the fraction of parameters to remove"):
+            spectrum.budget(ratio)
     for budget in (spectrum.budgets[-1] - 1, spectrum.budgets[0] + 1):
         with pytest.raises(ValueError, match=r"in the compressed layers, and [0-9,]+ is"):
             spectrum.at(budget)
