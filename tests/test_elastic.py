@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +163,8 @@ def test_outside_of_what_was_learned():
     for ratio in (0.1, 0.75):
         with pytest.raises(ValueError, match=r"learned for ratios from 0.2 to 0.7, and 0.\d+ is"):
             spectrum.budget(ratio)
-    for ratio in (0, 1.0, "0.3", None):
+    wrong: list[Any] = [0, 1.0, "0.3", None]
+    for ratio in wrong:
         with pytest.raises(ValueError, match="ratio is the fraction of parameters to remove"):
             spectrum.budget(ratio)
     for budget in (spectrum.budgets[-1] - 1, spectrum.budgets[0] + 1):
