@@ -393,10 +393,9 @@ class _Gradients:
     def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         x, g = (by_sequence(rows, self.shape).float() for rows in (x, gradient))
         sums = self.sums.setdefault(name, {})
-        into = [kind for kind in ("grad_gram", "sampled_grad_gram") if kind in self.kinds]
-        if not self.sampling:
-            into = [kind for kind in into if kind == "grad_gram"]
-        else:
+        into = ["grad_gram"] if "grad_gram" in self.kinds else []
+        if self.sampling:
+            into.append("sampled_grad_gram")
             self.sampled[name] = self.sampled.get(name, 0) + g.shape[0] * g.shape[1]
         if into:
             total = torch.zeros((), dtype=torch.float64, device=g.device)

@@ -90,6 +90,7 @@ def save(
     tokenizer: Tokenizer | None = None,
     *,
     max_shard_size: int | str | None = None,
+    spectrum: bool = True,
 ) -> None:
     """Write a compressed model as ``model.save_pretrained`` does, as a whole or not at all.
 
@@ -103,6 +104,7 @@ def save(
             its files the ones that are not written anew (a tokenizer's, say) are kept.
         tokenizer: written into the same folder.
         max_shard_size: bytes, or text such as "5GB"; larger models are split into several files.
+        spectrum: whether what ``soco.resize`` needs is written, too, where the model has it.
 
     Raises:
         ValueError: the model is not compressed, an adapter sits in a layer, or ``directory`` holds
@@ -127,9 +129,9 @@ def save(
         options["max_shard_size"] = max_shard_size
     with replaced(target) as folder:
         model.save_pretrained(str(folder), **options)
-        spectrum = getattr(model, "soco_spectrum", None)
-        if spectrum is not None:
-            spectrum.save(folder / SPECTRUM, model.dtype)
+        held = getattr(model, "soco_spectrum", None)
+        if spectrum and held is not None:
+            held.save(folder / SPECTRUM, model.dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
 

@@ -62,6 +62,11 @@ class Components:
         """(out, in)."""
         return len(self.up), self.down.shape[1]
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether the layer has a bias when it is compressed."""
+        return any(each is not None for each in (self.bias, self.deviation, self.mean))
+
     def tensors(self) -> dict[str, Tensor]:
         """What there is, by name."""
         return {name: value for name in _SHAPES if (value := getattr(self, name)) is not None}
@@ -248,7 +253,9 @@ def elastic_spectrum(
             "up": layer.up[:, alive],
             "down": layer.down[alive],
             "gain": layer.gain[chosen],
-            "scores": torch.stack([each[name].scores[chosen] for each in snapshots]),
+            "scores": torch.stack([each[name].scores[chosen] for each in snapshots]).clamp_min(
+                torch.finfo(torch.float32).tiny  # a sigmoid may come to 0
+            ),
             "values": torch.stack([each[name].values[chosen] for each in snapshots]),
             "alive": torch.stack([each[name].mask[chosen] for each in snapshots]),
             "bias": layer.bias,

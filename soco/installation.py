@@ -109,3 +109,22 @@ def size_of(model: nn.Module) -> tuple[int, int]:
         sum(p.numel() for p in parameters),
         sum(p.numel() * p.element_size() for p in (*parameters, *pivots)),
     )
+
+
+def bytes_beside(
+    model: nn.Module, layers: Mapping[str, nn.Module], has_bias: Mapping[str, bool], width: int
+) -> int:
+    """What all but the weights of some layers takes to store.
+
+    Args:
+        model: holds the layers.
+        layers: name to linear layer, dense or compressed.
+        has_bias: name to whether the layer will have a bias, whatever it has now.
+        width: bytes of a floating-point parameter, as it will be stored.
+    """
+    inside = {part for layer in layers.values() for part in layer.modules()}
+    beside = {p for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
+    biases = sum(shape_of(layer)[0] for name, layer in layers.items() if has_bias[name])
+    return biases * width + sum(
+        p.numel() * (width if p.is_floating_point() else p.element_size()) for p in beside
+    )

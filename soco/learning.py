@@ -62,7 +62,7 @@ def learn_scores(
     progress: bool | None,
     held_out: int = 0,
 ) -> Learned:
-    """Train the scores of all layers, and fold them.
+    """Train the scores of all layers.
 
     Args:
         model: with its dense layers, which are back in their places afterwards.
@@ -70,7 +70,7 @@ def learn_scores(
         targets: name to dense layer.
         spectra: name to full decomposition; emptied on the way, to save memory.
         shared: has the calibration and the objective.
-        budgets: parameters that may be kept, descending; what is folded is the last.
+        budgets: parameters that may be kept, one or several, descending.
         pivoted: whether factors will be pivoted, which hold less.
         progress: whether to show a bar.
         held_out: so many of the calibration's last sequences are not trained on: a refinement that
@@ -102,7 +102,7 @@ def learn_scores(
     blocks = transformer_blocks(model) if settings.checkpointing else []
     with (
         replaced(model, layers),
-        steps_bar(settings.steps, progress) as show,
+        steps_bar(sum(map(settings.steps_for, range(len(budgets)))), progress) as show,
         checkpointed(blocks),
     ):
         history, snapshots = train_scores(

@@ -18,7 +18,14 @@ from soco.elastic import ElasticSpectrum, elastic_spectrum
 from soco.experts import experts_split, join_experts
 from soco.factorization import choose_ranks, groups_of, make_factors
 from soco.guard import Clock, unchanged_on_error
-from soco.installation import Placed, install, layer_reports, new_biases, size_of
+from soco.installation import (
+    Placed,
+    bytes_beside,
+    install,
+    layer_reports,
+    new_biases,
+    size_of,
+)
 from soco.learning import learn_positions, learn_ranks, learn_scores
 from soco.linalg import Factors
 from soco.methods import (
@@ -55,6 +62,7 @@ def compress(
     ratio: float | Sequence[float] = 0.5,
     *,
     size: int | str | None = None,
+    stored_as: torch.dtype | None = None,
     method: str | Method = "soco",
     effort: str | None = None,
     preset: str | None = None,
@@ -89,6 +97,8 @@ def compress(
             model has the smallest, and ``soco.resize`` makes the others.
         size: instead of a ratio, the bytes that all parameters of the model may take: a number, or
             text such as "4GiB" or "500MB".
+        stored_as: the dtype that ``size`` counts, where the model will be stored in another one
+            than it has now.
         method: a name in ``soco.methods.METHODS``, or an instance such as ``SoCo(steps=400)``.
         effort: of method "soco": "fast", "balanced" (as without it) or "best", which trains all
             factors (``soco.methods.SoCo.preset``).
@@ -180,7 +190,8 @@ def compress(
                     keep=choices.keeps,
                 )
         targets = _counterparts(model, shared)
-        ratios, budgets = _budgets(model, shared, ratios, size, choices)
+        stored_as = stored_as or next(model.parameters()).dtype
+        ratios, budgets = _budgets(model, targets, shared, ratios, size, stored_as, choices)
         with unchanged_on_error(shared.model, shared.targets), unchanged_on_error(model, targets):
             run = _Run(model, targets, shared, ratios, budgets, clock, notes, progress)
             placed, groups, scores, history, spectrum = _factor(run, choices)
@@ -332,22 +343,26 @@ def _ratios(
 
 def _budgets(
     model: nn.Module,
+    targets: Mapping[str, nn.Module],
     shared: Workbench,
     ratios: tuple[float, ...],
     size: int | str | None,
+    stored_as: torch.dtype,
     choices: Choices,
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """Ratios, and the parameters that may be kept at each."""
     if size is None:
         return ratios, tuple(parameter_budget(shared.shapes, ratio) for ratio in ratios)
-    parameter = next(model.parameters())
-    sizes = shared.shapes.values()
-    total, width = sum(rows * columns for rows, columns in sizes), parameter.element_size()
-    fixed = size_of(model)[1] - total * width
-    if getattr(choices.method, "deviation", "none") != "none":
-        fixed += sum(rows for rows, _ in sizes) * width
+    total = sum(rows * columns for rows, columns in shared.shapes.values())
+    width = stored_as.itemsize
+    adds = getattr(choices.method, "deviation", "none") != "none"
+    biased = {name: adds or bias_of(layer) is not None for name, layer in targets.items()}
     budget = params_for_bytes(
-        size, fixed=fixed, shapes=shared.shapes, width=width, pivoted=choices.pivoted
+        size,
+        fixed=bytes_beside(model, targets, biased, width),
+        shapes=shared.shapes,
+        width=width,
+        pivoted=choices.pivoted,
     )
     return (1 - budget / total,), (budget,)
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from soco.objectives import Objective
-from soco.steps import TEACHER_ROOM, Step, Teacher, checkpointed, endless_batches, frozen
+from soco.steps import (
+    TEACHER_ROOM,
+    Step,
+    Teacher,
+    check_batches,
+    checkpointed,
+    endless_batches,
+    frozen,
+)
 from soco.surgery import transformer_blocks
 
 # Adam's epsilon: gradients of a mean over tokens by badly scaled factors go down to 1e-8, and none
@@ -51,17 +59,9 @@ class Refinement:
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
-        for name in ("steps", "batch_size", "evaluate_every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        check_batches(self, "steps", "evaluate_every")
         if not isinstance(self.warmup, int) or self.warmup < 0:
             raise ValueError(f"warmup must be a whole number of steps, got {self.warmup!r}")
-        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
-            raise ValueError(
-                f"micro_batch must be from 1 to batch_size ({self.batch_size}), got "
-                f"{self.micro_batch}"
-            )
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1, or None, got {self.patience}")
         if not 0 < self.learning_rate < math.inf:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from soco.checkpoint import load, mark_compressed
 from soco.elastic import ElasticSpectrum
 from soco.folders import SPECTRUM
-from soco.installation import install, layer_reports, new_biases, size_of
+from soco.guard import unchanged_on_error
+from soco.installation import bytes_beside, install, layer_reports, new_biases, size_of
 from soco.linalg import Factors
 from soco.reporting import Report, report
 from soco.sizes import params_for_bytes
@@ -33,7 +34,8 @@ def resize(
 
     The model must have been compressed for several ratios (``soco.compress(model, (0.2, 0.4,
     0.6))``). From these, every size in between is made by interpolating scores and choosing the
-    components anew: within a few per cent of a training for that size (docs/methods.md).
+    components anew (docs/methods.md says how close that comes). What else was done to the layers
+    since, training or adapters that were merged, is lost with them.
 
     Args:
         model: compressed, in memory, resized in place; or its folder, as ``soco.save`` wrote it.
@@ -62,7 +64,8 @@ def resize(
     begin = time.perf_counter()
     _check_same(found, spectrum)
     budget = _budget(found, spectrum, ratio, size)
-    _put(found, spectrum, budget, ratio, begin)
+    with unchanged_on_error(found, {}):
+        _put(found, spectrum, budget, ratio, begin)
     return found
 
 
@@ -100,28 +103,18 @@ def _budget(
     """The parameters that the layers may keep."""
     if ratio is not None:
         return spectrum.budget(ratio)
-    inside = {part for name in spectrum.layers for part in model.get_submodule(name).modules()}
-    rest = sum(
-        p.numel() * p.element_size()
-        for p in {
-            p for m in model.modules() if m not in inside for p in m.parameters(recurse=False)
-        }
-    )
-    biases = sum(layer.shape[0] for layer in spectrum.layers.values() if _has_bias(layer))
+    layers = {name: model.get_submodule(name) for name in spectrum.layers}
+    biased = {name: layer.has_bias for name, layer in spectrum.layers.items()}
     width = next(model.parameters()).element_size()
     return params_for_bytes(
         cast(int | str, size),
-        fixed=rest + biases * width,
+        fixed=bytes_beside(model, layers, biased, width),
         shapes=spectrum.shapes,
         width=width,
         pivoted=spectrum.pivoted,
         most=spectrum.budgets[0],
         least=spectrum.budgets[-1],
     )
-
-
-def _has_bias(layer: Any) -> bool:
-    return any(each is not None for each in (layer.bias, layer.deviation, layer.mean))
 
 
 def _put(

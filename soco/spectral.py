@@ -145,10 +145,9 @@ class SpectralLinear(nn.Module):
         up, down = self.up[:, : self.computed], self.down[: self.computed]
         right = None if self.right is None else 1 + self.right
         z = F.linear(x if right is None else x * right.to(x.dtype), down)  # (..., computed)
-        cut = ~self.mask.all()  # a tensor: nothing waits for it
         if self.mean is not None:
             mean = self.mean if right is None else self.mean * right
-            z = z - (F.linear(mean.to(down.dtype), down).float() * cut).to(z.dtype)
+            z = z - (F.linear(mean.to(down.dtype), down).float() * self._is_cut()).to(z.dtype)
         scaled = ops.spectral_scale(z, scale, mask)
         if self.recording:
             scaled = _RecordScores.apply(scaled, z, self)
@@ -160,8 +159,12 @@ class SpectralLinear(nn.Module):
             y = y if self.bias is None else y + self.bias
         for added in (self.mean_output, self.deviation):
             if added is not None:
-                y = y + (added * cut).to(y.dtype)
+                y = y + (added * self._is_cut()).to(y.dtype)
         return y
+
+    def _is_cut(self) -> Tensor:
+        """Whether a component is masked: a tensor, so that nothing waits for it."""
+        return ~self.mask.all()
 
     def take_recorded(self) -> Tensor | None:
         """What backward recorded since the last call, and forget it.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from soco.steps import half_cosine
+from soco.steps import check_batches, half_cosine
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
-        for name in ("steps", "batch_size", "fisher_every", "fisher_warmup"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
-            raise ValueError(
-                f"micro_batch must be from 1 to batch_size ({self.batch_size}), got "
-                f"{self.micro_batch}"
-            )
+        check_batches(self, "steps", "fisher_every", "fisher_warmup")
         if self.criterion not in ("fisher", "score"):
             raise ValueError(f'criterion must be "fisher" or "score", got {self.criterion!r}')
         if self.later_steps is not None and not self.later_steps >= 1:
@@ -142,3 +134,8 @@ class TrainingSettings:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not self.stages or sum(stage.share for stage in self.stages) > 1 + 1e-6:
             raise ValueError("the shares of the stages must be above 0 and sum to at most 1")
+
+    def steps_for(self, position: int) -> int:
+        """Optimizer steps for the first budget (0), or for a later one."""
+        later = self.later_steps or max(1, self.steps // 2)
+        return later if position else self.steps

@@ -50,6 +50,27 @@ def endless_batches(count: int, size: int, generator: torch.Generator) -> Iterat
         yield from order[: count // size * size].split(size)
 
 
+def check_batches(settings: Any, *counts: str) -> None:
+    """Refuse settings of a loop whose counts, or parts of a batch, make no sense.
+
+    Args:
+        settings: has ``batch_size`` and ``micro_batch``, and the counts.
+        counts: names of what else has to be a positive whole number.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name in ("batch_size", *counts):
+        value = getattr(settings, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    if settings.micro_batch is not None and not 1 <= settings.micro_batch <= settings.batch_size:
+        raise ValueError(
+            f"micro_batch must be from 1 to batch_size ({settings.batch_size}), got "
+            f"{settings.micro_batch}"
+        )
+
+
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Inside, the modules are in evaluation mode and no parameter of theirs wants a gradient.

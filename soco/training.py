@@ -111,14 +111,13 @@ def train_scores(
         for _ in range(settings.fisher_warmup):
             _pass(run, next(batches), None, record=True)
     begin = sum(layer.weight.numel() for layer in layers.values())
-    later = settings.later_steps or max(1, settings.steps // 2)
-    total = settings.steps + later * (len(budgets) - 1)
+    total = sum(settings.steps_for(position) for position in range(len(budgets)))
     losses = _Losses(total, on_step)
     snapshots = []
     for position, budget in enumerate(budgets):
         optimizer = _optimizer(run)
         for stage in settings.stages:
-            steps = max(1, round(stage.share * (later if position else settings.steps)))
+            steps = max(1, round(stage.share * settings.steps_for(position)))
             _run_stage(run, stage, steps, batches, begin, budget, optimizer, losses)
         if kept_params(layers, pivoted) > budget:
             _choose(run, budget)

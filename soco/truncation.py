@@ -13,7 +13,7 @@ from soco.linalg import Factors
 from soco.objectives import HiddenStates, Objective, run_model
 from soco.principal import PrincipalDirections, project
 from soco.ranks import Shape, allocate, is_dense
-from soco.steps import Step, Teacher, all_dense, endless_batches, half_cosine
+from soco.steps import Step, Teacher, all_dense, check_batches, endless_batches, half_cosine
 from soco.svd_gradient import stable_svd
 
 # How much more valuable a component counts that is earlier by the whole of its layer's rank, as a
@@ -50,15 +50,7 @@ class PositionSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
-        for name in ("steps", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
-            raise ValueError(
-                f"micro_batch must be from 1 to batch_size ({self.batch_size}), got "
-                f"{self.micro_batch}"
-            )
+        check_batches(self, "steps")
         for name in ("learning_rate", "steepness"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -218,6 +218,22 @@ def test_a_size_in_bytes(run, place):
     assert soco.report(soco.load(place / "out")).model_bytes_after <= limit
 
 
+def test_a_size_in_bytes_where_the_cpu_computes_in_another_dtype(run, place, monkeypatch):
+    """Stored in bfloat16, computed in float32: the size is that of what is written."""
+    dense = AutoModelForCausalLM.from_pretrained(place / "dense", dtype=torch.bfloat16)
+    dense.save_pretrained(place / "half")
+    shutil.copy(place / "dense" / "tokenizer.json", place / "half")
+    monkeypatch.setattr(commands, "is_slow", lambda dtype, device: dtype == torch.bfloat16)
+    limit = int(0.8 * weights_size(place / "half"))
+    words = ["-c", "text.txt", *QUICK]
+    code, _, err = run("compress", "half", "--size", f"{limit}B", "-o", "out", *words)
+    assert code == 0
+    assert "computing in float32" in err
+    found = soco.load(place / "out")
+    assert found.dtype == torch.bfloat16
+    assert 0.8 * limit < sum(p.numel() * 2 for p in found.parameters()) <= limit
+
+
 @pytest.mark.parametrize(
     ("words", "settings"),
     [

@@ -25,7 +25,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def learned(*, pivoted=False, bias=True, **options):
+def learned(*, pivoted=False, bias=True, logits=None, **options):
     """Layers as a training for several budgets leaves them, and the spectrum made of them."""
     torch.manual_seed(0)
     targets = {n: nn.Linear(cols, rows, bias=bias) for n, (rows, cols) in SHAPES.items()}
@@ -40,13 +40,15 @@ def learned(*, pivoted=False, bias=True, **options):
         for place, (name, layer) in enumerate(layers.items()):
             with torch.no_grad():
                 layer.logit.copy_(normal(len(layer.logit), seed=10 * turn + place))
+                if logits is not None and turn:
+                    layer.logit[:] = logits
                 for part in BESIDES:
                     if (value := getattr(layer, part)) is not None:
                         value.copy_(0.1 * normal(len(value), seed=99 + turn))
             worth = 0.8 ** torch.arange(len(layer.gain)) * (
                 1 + normal(len(layer.gain), seed=turn).abs()
             )
-            fisher[name] = worth / layer.scores().detach().square()
+            fisher[name] = worth / layer.scores().detach().square().clamp_min(1e-30)
         orders = choose_components(layers, fisher, budget, pivoted)
         for name, layer in layers.items():
             layer.arrange(orders[name], int(layer.mask.sum()))
@@ -195,6 +197,14 @@ def test_a_file_holds_it_all(options, dtype, tmp_path):
             wanted = torch.bool if part == "alive" else dtype if narrow else torch.float32
             assert value.dtype == wanted
             assert torch.equal(value, mine.tensors()[part].to(value.dtype))
+
+
+def test_a_score_that_came_to_nothing_is_written_and_read(tmp_path):
+    """The sigmoid of a large negative number is 0 in float32; the file holds positive scores."""
+    spectrum, _ = learned(logits=-200.0)
+    spectrum.save(tmp_path / "x.safetensors")
+    again = ElasticSpectrum.load(tmp_path / "x.safetensors")
+    assert float(again.layers["a"].scores.min()) < 1e-30
 
 
 def broken(tmp_path, change):

@@ -1,8 +1,11 @@
 """Trained methods on a model: the dense layers come back, ranks and scores are what was learned."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+from soco import learning
 from soco.learning import learn_positions, learn_ranks, learn_scores
 from soco.linalg import Factors
 from soco.methods import DobiSVD, SoCo, Whitened
@@ -110,3 +113,20 @@ def test_what_is_held_out_is_not_trained_on(bench):
         found.append(torch.cat([layer.logit.detach() for layer in learned.layers.values()]))
     assert torch.equal(*found)
     assert float(found[0].abs().max()) > 0
+
+
+def test_the_bar_counts_the_steps_of_all_budgets(bench, monkeypatch):
+    totals = []
+
+    @contextmanager
+    def bar(total, progress):
+        totals.append(total)
+        yield lambda step: None
+
+    monkeypatch.setattr(learning, "steps_bar", bar)
+    budgets = [parameter_budget(bench.shapes, ratio) for ratio in (0.3, 0.5, 0.6)]
+    learned = learn_scores(
+        bench.model, SoCo(steps=10, fisher_warmup=1), bench.targets, spectra(bench), bench, budgets,
+        pivoted=False, progress=False,
+    )  # fmt: skip
+    assert totals == [10 + 5 + 5] == [len(learned.history)]

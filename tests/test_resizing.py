@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import soco
+from soco import resizing
 from soco.folders import SPECTRUM
 from soco.methods import SoCo
 from soco.modules import LowRankLinear, PivotedLinear
@@ -104,6 +105,39 @@ def test_compressed_to_a_size():
         assert limit - 6000 < report.model_bytes_after <= limit
         assert 0 < report.ratio < 1
         assert report.removed >= report.ratio - 1e-9
+
+
+def test_a_size_counts_the_dtype_that_is_written():
+    dense = tiny_model("llama")
+    whole = sum(p.numel() * 2 for p in dense.parameters())
+    limit = int(0.8 * whole)
+    model = copy.deepcopy(dense)
+    soco.compress(model, size=limit, stored_as=torch.bfloat16, method="svd", progress=False)
+    assert limit - 2000 < sum(p.numel() * 2 for p in model.parameters()) <= limit
+
+
+def test_a_tied_head_among_the_layers_counts_its_embedding():
+    """Compressed, it has a weight of its own, and the embedding stays."""
+    model = tiny_model("llama-tied")
+    options = {"include": ["*.q_proj", "lm_head"], "method": "svd", "progress": False}
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    soco.compress(model, size=whole, **options)
+    after = soco.report(model).model_bytes_after
+    assert whole - 2000 < after <= whole
+
+
+def test_an_error_on_the_way_leaves_the_model(monkeypatch):
+    model = made()
+    before, config = logits(model), model.config.quantization_config
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resizing, "mark_compressed", fail)
+    with pytest.raises(KeyboardInterrupt):
+        soco.resize(model, 0.6)
+    assert torch.equal(logits(model), before)
+    assert model.config.quantization_config is config
 
 
 def test_refused():

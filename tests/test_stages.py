@@ -57,3 +57,9 @@ def test_settings_are_checked(field, value, text):
 def test_stages_are_checked(change, text):
     with pytest.raises(ValueError, match=f"stage coarse: {text}"):
         dataclasses.replace(STAGES[0], **change)
+
+
+def test_later_budgets_take_half_the_steps_unless_told_otherwise():
+    assert [TrainingSettings(steps=9).steps_for(i) for i in range(3)] == [9, 4, 4]
+    assert [TrainingSettings(steps=9, later_steps=7).steps_for(i) for i in range(3)] == [9, 7, 7]
+    assert TrainingSettings(steps=1).steps_for(1) == 1

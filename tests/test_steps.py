@@ -12,6 +12,7 @@ from soco.steps import (
     Step,
     Teacher,
     all_dense,
+    check_batches,
     checkpointed,
     endless_batches,
     frozen,
@@ -161,6 +162,22 @@ def test_the_teacher_asks_in_its_context_and_without_gradients():
     assert not outputs.requires_grad
     teacher.outputs(torch.tensor([2]))
     assert inside[4:] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"batch_size": 0}, "batch_size must be a positive whole number, got 0"),
+        ({"rounds": 1.5}, "rounds must be a positive whole number, got 1.5"),
+        ({"micro_batch": 5}, r"micro_batch must be from 1 to batch_size \(4\), got 5"),
+        ({"micro_batch": 0}, r"micro_batch must be from 1 to batch_size \(4\), got 0"),
+    ],
+)
+def test_batches_are_checked(change, text):
+    good = {"batch_size": 4, "micro_batch": None, "rounds": 3}
+    check_batches(SimpleNamespace(**good), "rounds")
+    with pytest.raises(ValueError, match=text):
+        check_batches(SimpleNamespace(**{**good, **change}), "rounds")
 
 
 def test_half_cosine():

@@ -11,30 +11,38 @@ from typer.core import TyperGroup
 
 from soco.cli.messages import FAILED, in_one_line, say
 from soco.cli.options import (
-    CLOSED,
     ENTRY_OPTIONS,
     RUNNING,
-    TASKS,
-    TRAINING,
     AllocatorName,
-    Basis,
+    AllocatorOption,
+    BasisOption,
     BatchSizeOption,
-    Deviation,
+    CheckpointingOption,
+    DeviationOption,
     DeviceOption,
     Dtype,
     DtypeOption,
-    Effort,
+    EffortOption,
     ExcludeOption,
     FolderArgument,
     IncludeOption,
     JsonOption,
+    LearningRateOption,
+    LimitOption,
     MethodName,
-    Preset,
+    MicroBatchOption,
+    NumFewshotOption,
+    PivotedOption,
+    PresetOption,
     QuietOption,
     RatioOption,
+    RefineOption,
     SamplesOption,
     SizeOption,
     StatsOption,
+    StepsOption,
+    SurgeonOption,
+    TaskDataOption,
     several_ratios,
 )
 
@@ -127,18 +135,8 @@ def compress(
         ),
     ] = None,
     method: Annotated[MethodName, typer.Option(help="How to compress.")] = MethodName.soco,
-    effort: Annotated[
-        Effort | None,
-        typer.Option(
-            help="How long method soco may take: seconds; minutes, the three stages; or longer, "
-            "to train all factors.",
-            show_default="balanced",
-        ),
-    ] = None,
-    preset: Annotated[
-        Preset | None,
-        typer.Option(help="Method soco as near to its paper as is known.", show_default=False),
-    ] = None,
+    effort: EffortOption = None,
+    preset: PresetOption = None,
     samples: SamplesOption = None,
     length: Annotated[
         int | None,
@@ -152,80 +150,16 @@ def compress(
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same model.")] = 0,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Steps.", show_default="240", rich_help_panel=TRAINING
-        ),
-    ] = None,
-    basis: Annotated[
-        Basis | None,
-        typer.Option(
-            help="Whose components: kfac-svd's, svd-llm's (whitened), asvd's (scaled), or svd's.",
-            show_default="kfac",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    deviation: Annotated[
-        Deviation | None,
-        typer.Option(
-            help="Add to each layer's outputs what keeps their mean, or a trained vector.",
-            show_default="none",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Of Adam.", show_default="0.02", rich_help_panel=TRAINING),
-    ] = None,
-    micro_batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Sequences of a step to hold in memory at a time.",
-            show_default="all 8",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--checkpointing",
-            help="Compute activations again where they are needed: less memory, a third slower.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = False,
-    allocator: Annotated[
-        AllocatorName | None,
-        typer.Option(
-            help="How the layers share the budget.",
-            show_default="the method's own",
-            rich_help_panel=CLOSED,
-        ),
-    ] = None,
-    pivoted: Annotated[
-        bool | None,
-        typer.Option(
-            "--pivoted/--no-pivoted",
-            help="Store pivot rows and what combines them: the same layer in fewer parameters.",
-            show_default="for soco",
-        ),
-    ] = None,
-    refine: Annotated[
-        bool,
-        typer.Option(
-            "--refine",
-            help="At the end, train all factors together to give what the dense model gives.",
-        ),
-    ] = False,
-    surgeon: Annotated[
-        bool,
-        typer.Option(
-            "--surgeon",
-            help="Scale the components that stay so that they make up for those that went.",
-        ),
-    ] = False,
+    steps: StepsOption = None,
+    basis: BasisOption = None,
+    deviation: DeviationOption = None,
+    learning_rate: LearningRateOption = None,
+    micro_batch: MicroBatchOption = None,
+    checkpointing: CheckpointingOption = False,
+    allocator: AllocatorOption = None,
+    pivoted: PivotedOption = None,
+    refine: RefineOption = False,
+    surgeon: SurgeonOption = False,
     stats: StatsOption = None,
     batch_size: BatchSizeOption = 8,
     dtype: DtypeOption = Dtype.auto,
@@ -332,36 +266,9 @@ def evaluate(
     windows: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="At most so many.", show_default="all")
     ] = None,
-    task_data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Files with the questions, such as ai2_arc_ARC-Easy.test.jsonl: no network is "
-            "used.",
-            show_default="from the hub",
-            rich_help_panel=TASKS,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="At most so many questions per task.",
-            show_default="all",
-            rich_help_panel=TASKS,
-        ),
-    ] = None,
-    num_fewshot: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Solved examples before each question.",
-            show_default="as the task has it",
-            rich_help_panel=TASKS,
-        ),
-    ] = None,
+    task_data: TaskDataOption = None,
+    limit: LimitOption = None,
+    num_fewshot: NumFewshotOption = None,
     as_json: JsonOption = False,
     batch_size: Annotated[
         int | None,

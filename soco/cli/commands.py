@@ -114,7 +114,9 @@ def compress(wanted: Compression) -> None:
         dense = copy.deepcopy(model) if compared else None
         tell(f"compressing by {method.name} on {device}")
         try:
-            compress_model(model, method=method, tokenizer=tokenizer, **options)
+            compress_model(
+                model, method=method, tokenizer=tokenizer, stored_as=stored, **options
+            )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"the memory of {device} is full: try a smaller --batch-size or --length, "
@@ -147,14 +149,7 @@ def compress(wanted: Compression) -> None:
 def _save_all(model: PreTrainedModel, folders: Mapping[float, Path], tokenizer: Any) -> None:
     """Write every size; the spectrum that others can be made of goes beside the first alone."""
     for place, (ratio, folder) in enumerate(folders.items()):
-        resize_model(model, ratio)
-        spectrum = model.soco_spectrum
-        if place:
-            model.soco_spectrum = None  # type: ignore[assignment]
-        try:
-            save(model, folder, tokenizer)
-        finally:
-            model.soco_spectrum = spectrum
+        save(resize_model(model, ratio), folder, tokenizer, spectrum=not place)
 
 
 def resize(folder: Path, output: Path, ratio: float | None, size: str | None) -> None:
@@ -165,8 +160,7 @@ def resize(folder: Path, output: Path, ratio: float | None, size: str | None) ->
         raise ValueError(f"{output} is what is read: choose another folder for the output")
     with quiet_libraries(bars=False):
         model = resize_model(folder, ratio, size=size)
-        model.soco_spectrum = None  # type: ignore[assignment] # it stays where it is
-        save(model, output)
+        save(model, output, spectrum=False)  # it stays where it is
         carry_over(folder, output)
     print(report_of(model).summary())
 

@@ -204,3 +204,116 @@ BatchSizeOption = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+EffortOption = Annotated[
+    Effort | None,
+    typer.Option(
+        help="How long method soco may take: seconds; minutes, the three stages; or longer, "
+        "to train all factors.",
+        show_default="balanced",
+    ),
+]
+PresetOption = Annotated[
+    Preset | None,
+    typer.Option(help="Method soco as near to its paper as is known.", show_default=False),
+]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Steps.", show_default="240", rich_help_panel=TRAINING),
+]
+BasisOption = Annotated[
+    Basis | None,
+    typer.Option(
+        help="Whose components: kfac-svd's, svd-llm's (whitened), asvd's (scaled), or svd's.",
+        show_default="kfac",
+        rich_help_panel=TRAINING,
+    ),
+]
+DeviationOption = Annotated[
+    Deviation | None,
+    typer.Option(
+        help="Add to each layer's outputs what keeps their mean, or a trained vector.",
+        show_default="none",
+        rich_help_panel=TRAINING,
+    ),
+]
+LearningRateOption = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Of Adam.", show_default="0.02", rich_help_panel=TRAINING),
+]
+MicroBatchOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Sequences of a step to hold in memory at a time.",
+        show_default="all 8",
+        rich_help_panel=TRAINING,
+    ),
+]
+CheckpointingOption = Annotated[
+    bool,
+    typer.Option(
+        "--checkpointing",
+        help="Compute activations again where they are needed: less memory, a third slower.",
+        rich_help_panel=TRAINING,
+    ),
+]
+AllocatorOption = Annotated[
+    AllocatorName | None,
+    typer.Option(
+        help="How the layers share the budget.",
+        show_default="the method's own",
+        rich_help_panel=CLOSED,
+    ),
+]
+PivotedOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--pivoted/--no-pivoted",
+        help="Store pivot rows and what combines them: the same layer in fewer parameters.",
+        show_default="for soco",
+    ),
+]
+RefineOption = Annotated[
+    bool,
+    typer.Option(
+        "--refine",
+        help="At the end, train all factors together to give what the dense model gives.",
+    ),
+]
+SurgeonOption = Annotated[
+    bool,
+    typer.Option(
+        "--surgeon",
+        help="Scale the components that stay so that they make up for those that went.",
+    ),
+]
+TaskDataOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Files with the questions, such as ai2_arc_ARC-Easy.test.jsonl: no network is used.",
+        show_default="from the hub",
+        rich_help_panel=TASKS,
+    ),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="At most so many questions per task.",
+        show_default="all",
+        rich_help_panel=TASKS,
+    ),
+]
+NumFewshotOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Solved examples before each question.",
+        show_default="as the task has it",
+        rich_help_panel=TASKS,
+    ),
+]
