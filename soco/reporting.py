@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from types import UnionType
@@ -397,8 +398,9 @@ def _draw_history(axes: Any, history: Mapping[str, list]) -> None:
     right.set_ylim(0, 1.02)
     right.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     begin = 0
-    for number, stage in enumerate(dict.fromkeys(history["stage"])):
-        share = history["stage"].count(stage)
+    # A stage that comes again, for the next size, is another stretch of steps.
+    for number, (stage, run) in enumerate(groupby(history["stage"])):
+        share = len(list(run))
         if number % 2:
             axes.axvspan(begin + 0.5, begin + share + 0.5, color="0.93", zorder=0)
         if share > 0.07 * count:  # else there is no room for its name

@@ -578,6 +578,8 @@ def test_what_a_rare_expert_saw_counts_by_how_often_it_was_asked():
     assert torch.equal(means["gram"], one / 2)
     assert torch.equal(means["abs_mean"], 2 * one[0])
     assert torch.equal(means["mean"], one[0])
+    # 10 - 5 tokens of mean (1, 1): 10 - 5 in each entry, per token of all
+    assert torch.equal(means["centered_gram"], (10 - 5) * one / 20)
     assert torch.equal(means["stacked_gram"], one)
     torch.testing.assert_close(means["root"].T @ means["root"], (2 * one).T @ (2 * one) / 20)
     assert torch.equal(means["fisher"], 3 * one)

@@ -341,6 +341,16 @@ def test_picture_names_the_stages_there_is_room_for(axes):
     )
 
 
+def test_picture_shows_the_stages_of_every_size(axes):
+    """Several budgets in one training: the stages come again."""
+    stages = ["coarse"] * 40 + ["sparsify"] * 30 + ["coarse"] * 10 + ["sparsify"] * 20
+    long = {"stage": stages, "divergence": [0.1] * 100, "kept": [0.5] * 100}
+    steps = axes(example(history=long))["step"]
+    assert [(text.get_text(), text.xy[0]) for text in steps.texts] == [
+        ("coarse", 20.5), ("sparsify", 55.5), ("coarse", 75.5), ("sparsify", 90.5)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["picture", "picture.jpg", "picture.txt"])
 def test_pictures_of_other_kinds_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"pictures are \.png, \.svg, \.pdf files, got "):

@@ -60,9 +60,9 @@ class Toy(nn.Module):
         return Output(self.head(x))
 
 
-def toy(**options):
+def toy(made=None, **options):
     """A toy with its four linears trainable, as ``(model, layers, windows)``."""
-    model = Toy()
+    model = made or Toy()
     layers = {}
     for index, block in enumerate(model.blocks):
         for place in (0, 2):
@@ -403,3 +403,106 @@ def test_the_callback_is_one_step_behind_until_the_end():
     assert [(s.loss, s.divergence, s.kept, s.step, s.steps) for s in seen] == [
         (1.0, 0.5, 0.7, 1, 3), (2.0, 0.5, 0.7, 2, 3)
     ]  # fmt: skip
+
+
+def test_a_stage_that_begins_settled_runs_to_its_next_choice():
+    model, layers, windows = toy()
+    stage = Stage("only", 1.0, period=5, settled=1.0)
+    _, history = train(model, layers, windows, stages=(stage,), steps=200)
+    assert len(history) == 5
+
+
+def test_a_later_budget_begins_from_the_one_before_it():
+    """Not from everything: what was pruned for a size is not brought back for a smaller one."""
+    model, layers, windows = toy()
+    stage = Stage("coarse", 1.0, excess_begin=1.0, period=1)
+    settings = TrainingSettings(steps=8, later_steps=8, batch_size=4, stages=(stage,))
+    budgets = [int(kept * total(layers)) for kept in (0.8, 0.4)]
+    history, _ = train_scores(model, layers, windows, budgets, TokenDistribution(), settings)
+    kept = [step.kept for step in history]
+    assert max(kept[8:]) <= 0.8 < max(kept[:8])
+    assert 0.5 < kept[10] < 0.75  # and not at once
+
+
+@torch.no_grad()
+def untrained(layers):
+    """Let every component live, with a score of 1.3."""
+    for layer in layers.values():
+        layer.logit.fill_(math.log(1.3 / 0.7))
+        layer.mask.fill_(True)
+        layer.arrange(layer.order.clone(), len(layer.mask))
+
+
+def first_loss(model, layers, windows, **settings):
+    """The loss of the first step of layers that are as ``untrained`` leaves them."""
+    untrained(layers)
+    found = train(model, layers, windows, steps=1, fisher_warmup=1, batch_size=32, **settings)
+    return found[1][0].loss
+
+
+def test_distributions_are_softened_by_the_temperature():
+    loose = Stage("only", 1.0, hard=False)
+    model, layers, windows = toy()
+    found = first_loss(model, layers, windows, stages=(loose,), softening=3.0)
+    with torch.no_grad():
+        untrained(layers)
+        student = (model(windows).logits / 3).log_softmax(-1)
+        dense = (Toy()(windows).logits / 3).log_softmax(-1)
+    wanted = float((dense.exp() * (dense - student)).sum(-1).mean())
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert found != pytest.approx(first_loss(*toy(), stages=(loose,)), rel=0.1)
+
+
+class Headed(Toy):
+    """A toy that shows its head, and remembers what it got."""
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def test_hidden_states_are_a_loss_of_their_own():
+    model, layers, windows = toy(made=Headed())
+    stage = Stage("only", 1.0, hard=False, divergence=0.0, states=2.0)
+    found = first_loss(model, layers, windows, stages=(stage,))
+    seen = []
+    model.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        untrained(layers)
+        model(windows)
+        other = Toy()
+        other.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        other(windows)
+    student, dense = seen
+    wanted = 2 * float((dense - student).square().mean() / dense.var())
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_hidden_states_that_are_not_at_hand_are_an_error():
+    model, layers, windows = toy(made=Headed())
+    model.forward = lambda input_ids: Output(2 * Toy.forward(model, input_ids).logits)
+    stage = Stage("only", 1.0, states=1.0)
+    with pytest.raises(
+        ValueError, match="the last hidden states of the dense model are not at hand"
+    ):
+        train(model, layers, windows, stages=(stage,))
+
+
+@pytest.mark.parametrize(("offered", "first"), [(None, 12), (1.0, 8), (0.5, 4), (9.0, 12)])
+def test_a_layer_may_begin_with_fewer_components(offered, first):
+    model, layers, windows = toy()  # 24 x 12: break-even at rank 8
+    sizes = []
+    layer = layers["blocks.0.0"]
+    layer.register_forward_pre_hook(
+        lambda *_: None if layer.dense else sizes.append((layer.computed, int(layer.mask.sum())))
+    )
+    train(model, layers, windows, 0.4, offered=offered, steps=8)
+    assert sizes[0] == (first, first)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_channel_scales_have_a_rate_of_their_own(rate):
+    model, layers, windows = toy(channels=True)
+    train(model, layers, windows, channel_rate=rate)
+    for layer in layers.values():
+        for part in (layer.left, layer.right):
+            assert bool(part.detach().abs().max() > 1e-4) == bool(rate)

@@ -113,10 +113,10 @@ def compress(
     ],
     ratio: RatioOption = None,
     ratios: Annotated[
-        str | None,
+        tuple | None,
         typer.Option(
             metavar="X,X",
-            callback=several_ratios,
+            parser=several_ratios,
             help="Several sizes from one training, each in a folder DIR/ratio-X; soco resize makes "
             "any between them.",
             show_default=False,

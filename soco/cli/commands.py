@@ -37,7 +37,7 @@ from soco.cli.sources import (
 from soco.diagnosis import diagnose
 from soco.evaluation import Evaluation
 from soco.evaluation import evaluate as evaluate_model
-from soco.folders import carry_over
+from soco.folders import SPECTRUM, carry_over
 from soco.headers import read_json
 from soco.installation import size_of
 from soco.methods import Method, SoCo
@@ -56,7 +56,7 @@ class Compression:
     model: str
     output: Path
     ratio: float | None
-    ratios: str | None
+    ratios: tuple[float, ...] | None  # ascending
     size: str | None
     method: str
     effort: str | None
@@ -80,8 +80,7 @@ class Compression:
 
     def folders(self) -> dict[float, Path]:
         """Ratio to its folder, where several were asked for, ascending."""
-        ratios = sorted(float(part) for part in self.ratios.split(",")) if self.ratios else []
-        return {ratio: self.output / f"ratio-{ratio:g}" for ratio in ratios}
+        return {ratio: self.output / f"ratio-{ratio:g}" for ratio in self.ratios or ()}
 
 
 def compress(wanted: Compression) -> None:
@@ -133,17 +132,24 @@ def compress(wanted: Compression) -> None:
         seconds = time.perf_counter() - begin
         out = console()
         out.print(f"{wanted.model}, compressed and written in {seconds:.0f} s", style="bold")
-        out.print(report_of(model).summary(), markup=False)
+        if not folders:
+            out.print(report_of(model).summary(), markup=False)
+        for ratio, folder in folders.items():
+            out.print(
+                f"  {folder}: {_size_in(folder)}, {ratio:g} of the layers removed", markup=False
+            )
         if dense is not None:
             if wide:
                 nn.Module.float(model)
             rows = demo.compare(dense, model, tokenizer, options, tell)
             demo.show(rows, options["length"], out)
-    for folder in folders.values():
-        held = read_json(folder / CONFIG)["quantization_config"]["report"]
-        params, kept = held["model_params_after"], format_bytes(held["model_bytes_after"])
-        out.print(f"  {folder}: {params:,} parameters, {kept}", markup=False)
     _tell_files(wanted, next(iter(folders.values()), wanted.output), options, out)
+
+
+def _size_in(folder: Path) -> str:
+    """Parameters and bytes of the compressed model in a folder, for people."""
+    held = read_json(folder / CONFIG)["quantization_config"]["report"]
+    return f"{held['model_params_after']:,} parameters, {format_bytes(held['model_bytes_after'])}"
 
 
 def _save_all(model: PreTrainedModel, folders: Mapping[float, Path], tokenizer: Any) -> None:
@@ -173,7 +179,7 @@ def _compress_options(wanted: Compression, method: Method) -> dict[str, Any]:
     )  # fmt: skip
     options = {name: value for name in names if (value := getattr(wanted, name)) is not None}
     if wanted.ratios is not None:
-        options["ratio"] = tuple(wanted.folders())
+        options["ratio"] = wanted.ratios
     if wanted.model == DEMO:
         options = {**demo.OPTIONS, **options}
     choices = choose(method, **options)
@@ -210,7 +216,11 @@ def _tell_files(
 ) -> None:
     """Where the result is, and what to do with it."""
     files = sorted(path for path in written.iterdir() if path.is_file())
-    weights = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
+    weights = sum(
+        path.stat().st_size
+        for path in files
+        if path.suffix == ".safetensors" and path.name != SPECTRUM
+    )
     names = ", ".join(path.name for path in files)
     folder = shlex.quote(str(written))
     text = "demo" if wanted.model == DEMO else "FILE"

@@ -83,8 +83,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-def between_0_and_1(value: float) -> float:
-    """Refuse a fraction that removes nothing, or everything."""
+def one_ratio(text: str) -> float:
+    """Refuse what is no number, and a fraction that removes nothing, or everything."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text.strip()!r} is not a number.") from None
     if not 0 < value < 1:
         raise typer.BadParameter(
             f"{value:g} is not above 0 and below 1 (the fraction of parameters to remove)."
@@ -92,18 +96,12 @@ def between_0_and_1(value: float) -> float:
     return value
 
 
-def several_ratios(text: str | None) -> str | None:
+def several_ratios(text: str) -> tuple[float, ...]:
     """Refuse what is not two or more different fractions with commas between them."""
-    if text is None:
-        return None
-    for part in text.split(","):
-        try:
-            between_0_and_1(float(part))
-        except ValueError:
-            raise typer.BadParameter(f"{part.strip()!r} in {text!r} is not a number.") from None
-    if len({float(part) for part in text.split(",")}) < max(2, text.count(",") + 1):
+    found = tuple(one_ratio(part) for part in text.split(","))
+    if len(set(found)) < max(2, len(found)):
         raise typer.BadParameter(f"{text!r} must be two or more different ratios.")
-    return text
+    return tuple(sorted(found))
 
 
 TRAINING = "Training (--method soco)"
@@ -117,7 +115,7 @@ RatioOption = Annotated[
         "--ratio",
         "-r",
         metavar="X",
-        callback=lambda value: None if value is None else between_0_and_1(value),
+        parser=one_ratio,
         help="Fraction of the compressed layers' parameters to remove.",
         show_default="0.5",
     ),
