@@ -82,7 +82,7 @@ class TokenDistribution:
         """KL(dense || student) at the temperature, the mean over tokens."""
         if self.temperature != 1:
             dense, student = ((x / self.temperature).log_softmax(-1) for x in (dense, student))
-        return (dense.exp() * (dense - student)).sum(-1).mean()
+        return _Divergence.apply(dense, student)
 
     def surprise(self, dense: Tensor, student: Tensor, generator: torch.Generator) -> Tensor:
         """Negative log likelihood, summed over tokens, of labels drawn from the dense model.
@@ -143,6 +143,37 @@ class HiddenStates:
         """
         raise ValueError("a model without token predictions has no cross-entropy: set its weight 0")
 
+
+class _Divergence(torch.autograd.Function):
+    """KL(dense || student) of log probabilities (..., vocabulary), the mean over rows.
+
+    Both are read once, some rows at a time, so that what lies in between stays in the cache; the
+    gradient is written on the way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, student: Tensor) -> Tensor:
+        wide = dense.shape[-1]
+        rows = max(1, _CHUNK[dense.is_cuda] // wide)
+        grad = torch.empty_like(student) if ctx.needs_input_grad[1] else None
+        chunks = [x.reshape(-1, wide).split(rows) for x in (dense, student)]
+        count = dense.numel() // wide
+        found = []
+        for place, (log_p, log_q) in enumerate(zip(*chunks, strict=True)):
+            p = log_p.exp()
+            found.append((log_p - log_q).mul_(p).sum(-1))
+            if grad is not None:
+                target = grad.view(-1, wide)[place * rows : place * rows + len(p)]
+                torch.mul(p, -1 / count, out=target)
+        ctx.grad = grad
+        return torch.cat(found).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.grad * grads[0]
+
+
+_CHUNK = {False: 2**17, True: 2**26}  # numbers at a time, by whether the tensors are on a GPU
 
 Objective = TokenDistribution | HiddenStates
 

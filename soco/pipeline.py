@@ -45,6 +45,7 @@ from soco.ranks import check_ratio, parameter_budget
 from soco.refinement import Refinement
 from soco.refinement import refine as refine_factors
 from soco.reporting import Report
+from soco.sampling import sample_from_model, writes_text
 from soco.sizes import params_for_bytes, parse_bytes
 from soco.steps import Step
 from soco.surgeon import SVDSurgeon, rescale
@@ -194,13 +195,14 @@ def compress(
         ratios, budgets = _budgets(model, targets, shared, ratios, size, stored_as, choices)
         with unchanged_on_error(shared.model, shared.targets), unchanged_on_error(model, targets):
             run = _Run(model, targets, shared, ratios, budgets, clock, notes, progress)
+            written = _written(run, choices.refinement)
             placed, groups, scores, history, spectrum = _factor(run, choices)
             made, redone = install(model, targets, placed, groups, pivoted=choices.pivoted)
             if choices.refinement is not None and made:
                 if own:
                     shared.forget()
                 with clock("refinement"), noted(notes):
-                    history += _refine(run, made, redone, choices.refinement)
+                    history += _refine(run, made, redone, choices.refinement, written)
             join_experts(model, fused)
             layers = layer_reports(targets, made, groups, scores)
             after, peak = size_of(model), clock.peak()
@@ -391,11 +393,28 @@ def _with_biases(run: _Run, found: Mapping[str, Factors | None]) -> Placed:
     return {name: (found[name], bias_of(module)) for name, module in run.targets.items()}
 
 
+def _written(run: _Run, settings: Refinement | None) -> Tensor | None:
+    """Sequences of the dense model's own for the refinement, where it wants and can have any."""
+    if settings is None or not writes_text(run.model):
+        return None
+    count, length = round(settings.written * len(run.windows)), run.windows.shape[1]
+    if not count:
+        return None
+    with (
+        run.clock("written text"),
+        progress_bar(count, "sampling from the model", run.progress) as bar,
+    ):
+        return sample_from_model(
+            run.model, count, length, keep_start=True, seed=settings.seed, on_batch=bar
+        )
+
+
 def _refine(
     run: _Run,
     made: Mapping[str, nn.Module],
     redone: Mapping[str, nn.Module],
     settings: Refinement,
+    written: Tensor | None,
 ) -> list[Step]:
     """Train the factors that are in the model now; ``redone`` are its dense layers with others."""
     pairs, others = (
@@ -405,8 +424,9 @@ def _refine(
     objective = run.shared.objective
     with steps_bar(settings.steps, run.progress) as show:
         return refine_factors(
-            run.model, pairs, run.windows, objective, settings, show, others=others
-        )
+            run.model, pairs, run.windows, objective, settings, show, others=others,
+            written=written,
+        )  # fmt: skip
 
 
 def _counterparts(model: nn.Module, shared: Workbench) -> dict[str, nn.Module]:

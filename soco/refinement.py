@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from soco.masters import Best, Masters, probed_rate, sizes_of
 from soco.objectives import Objective
 from soco.steps import (
     TEACHER_ROOM,
@@ -21,13 +22,6 @@ from soco.steps import (
 )
 from soco.surgery import transformer_blocks
 
-# Adam's epsilon: gradients of a mean over tokens by badly scaled factors go down to 1e-8, and none
-# of them may be taken for zero.
-_EPSILON = 1e-12
-
-# Losses of float16 models are multiplied by this before backward, or most gradients are zero.
-_FIRST_SCALE = 2.0**12
-
 Swap = tuple[nn.Module, str, nn.Module, nn.Module]  # parent, name in it, dense, compressed
 
 
@@ -38,7 +32,8 @@ class Refinement:
     steps: int = 200  # optimizer steps, at most
     batch_size: int = 8  # sequences per step
     micro_batch: int | None = None  # sequences at a time in memory; None: the whole batch
-    learning_rate: float = 0.01  # of Adam, as a fraction of a balanced factor's root mean square
+    learning_rate: float | None = None  # of Adam, as a fraction of a balanced factor's root mean
+    # square; None: measured before the first step (``masters.probed_rate``)
     warmup: int = 10  # steps in which the learning rate rises to that
     rate_end: float = (
         0.0  # the learning rate at the end, as a fraction of that; a cosine in between
@@ -50,6 +45,10 @@ class Refinement:
     cross_entropy: float = 0.0  # weight of the loss on the text itself
     biases: bool = True  # whether the biases of compressed layers are trained, too
     held_out: float = 0.1  # fraction of the sequences, the last ones, that is only evaluated on
+    written: float = (
+        0.0  # sequences that the dense model writes itself, to be trained on beside the
+    )
+    # calibration's, as a multiple of those; models that do not generate text have none
     evaluate_every: int = 20  # steps between two evaluations
     backoff: float = 0.25  # what the learning rate is multiplied by, for good, when an evaluation
     # is no new best; the factors then go back to the best ones. 1: it never is, nor do they
@@ -64,13 +63,13 @@ class Refinement:
             raise ValueError(f"warmup must be a whole number of steps, got {self.warmup!r}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1, or None, got {self.patience}")
-        if not 0 < self.learning_rate < math.inf:
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip must be positive, or None, got {self.clip}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers from 0 to below 1, got {self.betas}")
-        for name in ("rate_end", "weight_decay", "divergence", "cross_entropy"):
+        for name in ("rate_end", "weight_decay", "divergence", "cross_entropy", "written"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be at least 0, got {value}")
@@ -104,6 +103,7 @@ def refine(
     on_step: Callable[[Step], None] = lambda step: None,
     held_out: Tensor | None = None,
     others: Mapping[str, tuple[nn.Module, nn.Module]] | None = None,
+    written: Tensor | None = None,
 ) -> list[Step]:
     """Train the factors of all compressed layers together to give what the dense model gives.
 
@@ -133,6 +133,7 @@ def refine(
         held_out: token ids (sequences, length) to evaluate on; None: the last of ``windows``, which
             are then not trained on.
         others: like ``pairs``, of layers that differ from the dense model's and are not trained.
+        written: token ids (sequences, length) that are trained on as well and held out never.
 
     Returns:
         The history. Its first entry is step 0, whose losses are those of the held-out text before
@@ -153,6 +154,7 @@ def refine(
     dense = [pair[0] for pair in pairs.values()]
     trained = _trainable(model, pairs, settings.biases)
     train, held_out = _split(windows, held_out, settings)
+    train = train if written is None else torch.cat([train, written])
     size = min(settings.batch_size, len(train))
     if size < settings.batch_size:
         warnings.warn(
@@ -162,13 +164,13 @@ def refine(
         )
     matrices = {p for layer in dense for p in layer.parameters() if p.dim() > 1}
     kept = sum(p.numel() for p in trained if p.dim() > 1) / sum(p.numel() for p in matrices)
-    run = _Run(model, objective, settings, _sizes(pairs, trained), kept)
+    run = _Run(model, objective, settings, sizes_of(pairs, trained), kept)
     blocks = transformer_blocks(model) if settings.checkpointing else []
     apart = [pair[0] for pair in (others or {}).values()]
     with frozen(model, *dense, *apart), checkpointed(blocks):
         for parameter in trained:
             parameter.requires_grad_(True)
-        best = _Best(trained)
+        best = Best(trained)
         try:
             teachers = [
                 Teacher(model, lambda: _dense_in_place(swaps), objective, each, room)
@@ -188,118 +190,10 @@ class _Run:
     kept: float
 
 
-class _Best:
-    """The values of the parameters at the lowest loss so far."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.loss = math.inf
-        self.since = 0  # evaluations since then
-        self.values = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def offer(self, loss: float) -> None:
-        """Keep the values if ``loss`` is lower than any before (NaN is not)."""
-        self.since += 1
-        if loss < self.loss:
-            self.loss, self.since = loss, 0
-            for value, parameter in zip(self.values, self.parameters, strict=True):
-                value.copy_(parameter)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the values back, bit for bit."""
-        for value, parameter in zip(self.values, self.parameters, strict=True):
-            parameter.copy_(value)
-            parameter.grad = None
-
-
-class _Masters:
-    """The parameters as Adam sees them: in float32 at least, each with a rate for its size."""
-
-    def __init__(
-        self, parameters: list[nn.Parameter], sizes: list[float], settings: Refinement
-    ) -> None:
-        self.parameters = parameters
-        self.settings = settings
-        self.masters = [
-            p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
-            for p in parameters
-        ]
-        self.backed_off = 1.0  # what the learning rate has been multiplied by so far
-        self.scale = _FIRST_SCALE if any(p.dtype == torch.float16 for p in parameters) else 1.0
-        groups = [
-            {"params": [master], "size": size}
-            for master, size in zip(self.masters, sizes, strict=True)
-        ]
-        self.optimizer = torch.optim.Adam(
-            groups, lr=settings.learning_rate, betas=settings.betas, eps=_EPSILON
-        )
-
-    @torch.no_grad()
-    def restart(self, backoff: float) -> None:
-        """Take the parameters over anew, forget all moments, and go on with smaller steps."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                master.copy_(parameter)
-        self.optimizer.state.clear()
-        self.backed_off *= backoff
-
-    @torch.no_grad()
-    def collect(self) -> None:
-        """Take the gradients over after a backward pass; they add up in the masters."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is parameter or parameter.grad is None:
-                continue
-            grad = parameter.grad.float()
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
-            parameter.grad = None
-
-    @torch.no_grad()
-    def norm(self) -> Tensor:
-        """Bring the gradients to their true scale and their norm below ``clip``; the norm, ().
-
-        Each gradient counts times the size of its parameter, so that the norm does not depend on
-        how a product is split into factors.
-        """
-        groups = [g for g in self.optimizer.param_groups if g["params"][0].grad is not None]
-        grads = [group["params"][0].grad for group in groups]
-        if not grads:
-            return torch.zeros(())
-        norms = [
-            (grad.norm().float() * (group["size"] / self.scale)).to(grads[0].device)
-            for grad, group in zip(grads, groups, strict=True)
-        ]
-        norm = torch.stack(norms).norm()
-        clip = self.settings.clip
-        factor = torch.ones_like(norm) if clip is None else clip / norm.clamp_min(clip)
-        for grad in grads:
-            grad.mul_((factor / self.scale).to(grad.device))
-        return norm
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """One step of Adam, and the parameters rounded from their masters."""
-        rate *= self.backed_off
-        decay = self.settings.weight_decay * self.settings.learning_rate * rate
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * rate * group["size"]
-            if decay:
-                group["params"][0].mul_(1 - decay)
-        self.optimizer.step()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
-
-    def forget(self) -> None:
-        """Drop the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-
 def _train(
     run: _Run,
     trained: list[nn.Parameter],
-    best: _Best,
+    best: Best,
     train: Teacher,
     held_out: Teacher,
     size: int,
@@ -318,7 +212,17 @@ def _train(
     if not math.isfinite(start):
         _warn_stop(f"the loss on the held-out text is {start} before the first step")
         return history
-    masters = _Masters(trained, run.sizes, settings)
+    rate = settings.learning_rate
+    if rate is None:
+        part = 1 if settings.divergence else 0
+        rate = probed_rate(
+            trained, run.sizes, lambda: _evaluate(run, held_out, size)[part],
+            divergence if settings.divergence else start, settings.seed,
+        )  # fmt: skip
+    masters = Masters(
+        trained, run.sizes, learning_rate=rate, betas=settings.betas,
+        weight_decay=settings.weight_decay, clip=settings.clip,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(settings.seed)
     following = endless_batches(len(train.windows), size, generator)
     for step in range(1, settings.steps + 1):
@@ -350,7 +254,7 @@ def _train(
 
 
 def _pass(
-    run: _Run, masters: _Masters, teacher: Teacher, batch: Tensor
+    run: _Run, masters: Masters, teacher: Teacher, batch: Tensor
 ) -> tuple[float, float, float]:
     """Forward and backward over ``batch``, a choice of the teacher's windows, in micro-batches.
 
@@ -450,33 +354,6 @@ def _trainable(
     if not found:
         raise ValueError("the compressed layers have no parameter of their own to train")
     return list(found)
-
-
-@torch.no_grad()
-def _sizes(
-    pairs: Mapping[str, tuple[nn.Module, nn.Module]], trained: list[nn.Parameter]
-) -> list[float]:
-    """What one unit of the learning rate is for each trained parameter.
-
-    A factor that is a times its partner in the layer moves a times as far, so that it makes no
-    difference how a product is split into its factors. Balanced factors move equally far in all
-    layers: by a fraction of the geometric mean of their root mean squares over the model. So do
-    biases.
-    """
-    rms = {p: max(float(p.detach().float().square().mean().sqrt()), 1e-30) for p in trained}
-    balance: dict[nn.Parameter, list[float]] = {p: [] for p in trained}
-    usual = []
-    for _, layer in pairs.values():
-        factors = [p for p in layer.parameters() if p in rms and p.dim() > 1]
-        if not factors:
-            continue
-        middle = sum(math.log(rms[p]) for p in factors) / len(factors)
-        usual.append(middle)
-        for p in factors:
-            balance[p].append(math.log(rms[p]) - middle)
-    typical = sum(usual) / len(usual) if usual else 0.0
-    # A factor that several layers share takes the mean of what each of them asks for.
-    return [math.exp(typical + (sum(b) / len(b) if b else 0.0)) for b in balance.values()]
 
 
 def _split(windows: Tensor, held_out: Tensor | None, settings: Refinement) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ def sample_from_model(
     length: int,
     *,
     start: int | None = None,
+    keep_start: bool = False,
     seed: int = 0,
     batch_size: int = 64,
     on_batch: Callable[[int], None] = lambda sequences: None,
@@ -23,8 +24,9 @@ def sample_from_model(
         model: a causal language model with ``generate``.
         samples: sequences.
         length: tokens of each.
-        start: the id every sequence begins with (it is not part of it); None: a random one that the
-            model's config does not name as special.
+        start: the id every sequence begins with; None: a random one that the model's config does
+            not name as special.
+        keep_start: whether it is the first token of the sequence, or comes before it.
         seed: the same seed gives the same text; the global random state is left alone.
         batch_size: sequences at a time.
         on_batch: called with the number of sequences done, after each batch.
@@ -36,8 +38,7 @@ def sample_from_model(
     Raises:
         ValueError: the model cannot generate.
     """
-    can_generate = getattr(model, "can_generate", None)
-    if can_generate is None or not can_generate():
+    if not _generates(model):
         raise ValueError(
             f'calibration="self" takes a model that can generate text, and {type(model).__name__} '
             f"cannot: give a text instead"
@@ -53,7 +54,7 @@ def sample_from_model(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=length,
+        max_new_tokens=length - keep_start,
         pad_token_id=0,
         decoder_start_token_id=own.decoder_start_token_id,  # type: ignore[union-attr]
     )
@@ -74,11 +75,22 @@ def sample_from_model(
                 ids = model.generate(  # type: ignore[operator]
                     first, attention_mask=torch.ones_like(first), generation_config=plain
                 )
-                parts.append(ids[:, 1:].cpu())
+                parts.append(ids[:, 0 if keep_start else 1 :].cpu())
                 on_batch(done + count)
         finally:
             model.generation_config = own
     return torch.cat(parts)
+
+
+def writes_text(model: nn.Module) -> bool:
+    """Whether the model writes text of the kind that it reads: not one that translates."""
+    translates = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return _generates(model) and not translates
+
+
+def _generates(model: nn.Module) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    return can_generate is not None and can_generate()
 
 
 def _special_ids(model: nn.Module) -> set[int]:

@@ -143,10 +143,12 @@ class SpectralLinear(nn.Module):
         chosen = self.order[: self.computed]
         scale, mask = (self.gain * self.scores())[chosen], self.mask[chosen]
         up, down = self.up[:, : self.computed], self.down[: self.computed]
-        right = None if self.right is None else 1 + self.right
-        z = F.linear(x if right is None else x * right.to(x.dtype), down)  # (..., computed)
+        if self.right is None:
+            z = F.linear(x, down)  # (..., computed)
+        else:
+            z = _ScaledLinear.apply(x, down, self.right, -1, self)
         if self.mean is not None:
-            mean = self.mean if right is None else self.mean * right
+            mean = self.mean if self.right is None else self.mean * (1 + self.right)
             z = z - (F.linear(mean.to(down.dtype), down).float() * self._is_cut()).to(z.dtype)
         scaled = ops.spectral_scale(z, scale, mask)
         if self.recording:
@@ -154,8 +156,7 @@ class SpectralLinear(nn.Module):
         if self.left is None:
             y = F.linear(scaled, up, self.bias)
         else:
-            y = F.linear(scaled, up)
-            y = y * (1 + self.left).to(y.dtype)
+            y = _ScaledLinear.apply(scaled, up, self.left, 0, self)
             y = y if self.bias is None else y + self.bias
         for added in (self.mean_output, self.deviation):
             if added is not None:
@@ -258,6 +259,39 @@ def fold(
     if mean is not None and mean_output is not None:
         total = total + mean_output - factors.up.float() @ (factors.down.float() @ mean)
     return factors, total.detach().to(dtype)
+
+
+class _ScaledLinear(torch.autograd.Function):
+    """``F.linear`` with a frozen weight, each row or column of it times one plus a trained number.
+
+    The scales go into the weight, which is smaller than what passes through it. With
+    ``y = x (W diag(1 + r))^T`` and ``g`` the gradient by x, the gradient by r is
+    ``sum_t x_t g_t / (1 + r)``; of rows, ``sum_t y_t dL/dy_t / (1 + l)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, by: Tensor, dim: int, layer: SpectralLinear
+    ) -> Tensor:
+        scale = 1 + by.detach()
+        folded = weight * (scale if dim else scale[:, None]).to(weight.dtype)
+        y = F.linear(x, folded)
+        ctx.save_for_backward(x if dim else y, folded, scale)
+        ctx.dim, ctx.layer = dim, layer
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+        (grad,) = grads
+        seen, folded, scale = ctx.saved_tensors
+        grad_x = grad @ folded
+        layer: SpectralLinear = ctx.layer
+        if layer.recording and layer.listening:  # only the scores' gradient is asked for
+            return grad_x, None, None, None, None
+        product = seen.float() * (grad_x if ctx.dim else grad).float()
+        total = product.flatten(0, -2).sum(0)
+        zero = scale == 0  # where nothing passes, the gradient is not known: it waits a step
+        return grad_x, None, (total / scale.masked_fill(zero, 1)).masked_fill(zero, 0), None, None
 
 
 class _RecordScores(torch.autograd.Function):

@@ -7,7 +7,9 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn import functional as F
 
+from soco import objectives
 from soco.objectives import (
     HiddenStates,
     TokenDistribution,
@@ -81,6 +83,37 @@ def test_divergence_by_hand():
     assert objective.divergence(dense, student).item() == pytest.approx(wanted / 2)
     back = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert objective.divergence(student, dense).item() == pytest.approx(back / 2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    "shape", [torch.Size((3, 5, 7)), torch.Size((2, 1, 7)), torch.Size((4, 7))], ids=str
+)
+def test_divergence_and_its_gradient_are_those_of_plain_torch(shape, temperature, monkeypatch):
+    monkeypatch.setitem(objectives._CHUNK, False, 21)  # three rows at a time
+    dense = normal(*shape, seed=1).double().log_softmax(-1)
+    logits = normal(*shape, seed=2).double().requires_grad_()
+
+    def found(logits):
+        objective = TokenDistribution(temperature)
+        return objective.divergence(dense, logits.log_softmax(-1))
+
+    soft = (dense / temperature).log_softmax(-1)
+    wanted = F.kl_div(
+        (logits / temperature).log_softmax(-1), soft, log_target=True, reduction="sum"
+    )
+    torch.testing.assert_close(found(logits), wanted / shape[:-1].numel())
+    assert torch.autograd.gradcheck(found, logits)
+    assert not found(logits.detach()).requires_grad
+
+
+def test_divergence_can_be_differentiated_twice_over():
+    """One graph, two backward passes: what the first one leaves is not spoiled."""
+    dense = normal(3, 7, seed=1).log_softmax(-1)
+    logits = normal(3, 7, seed=2).requires_grad_()
+    loss = 3 * TokenDistribution().divergence(dense, logits.log_softmax(-1))
+    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_divergence_is_zero_where_equal_and_nowhere_else():

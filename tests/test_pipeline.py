@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, PreTrainedTokenizerFast
 
 import soco
-from soco import training, workbench
+from soco import pipeline, training, workbench
 from soco.data import token_windows
 from soco.experts import find_experts, split_experts
 from soco.methods import SVD, SVDLLM, SoCo
@@ -20,6 +20,7 @@ from soco.pipeline import compress
 from soco.preparation import prepare
 from soco.refinement import Refinement
 from soco.reporting import Report, report
+from soco.sampling import sample_from_model
 from soco.surgery import find_linears, fused_experts, shape_of, weight_of
 from tiny_models import (
     CONFIGS,
@@ -585,6 +586,29 @@ def test_refine_learns_from_the_dense_model_also_where_layers_stay_dense():
     first = history["stage"].index("tuning")
     assert history["held_out"][first] == pytest.approx(held_out, rel=1e-3)
     assert held_out > 1e-3
+
+
+@pytest.mark.parametrize(("name", "count"), [("llama", 12), ("t5", 0)])
+def test_refine_has_text_of_the_dense_models_own(name, count, monkeypatch):
+    """Of the dense model, although the compressed one is made in its place; T5 only translates."""
+    windows = tokens(24)
+    model, seen = tiny_model(name), []
+    train = pipeline.refine_factors
+
+    def spy(*arguments, written, **options):
+        seen.append(written)
+        return train(*arguments, written=written, **options)
+
+    monkeypatch.setattr(pipeline, "refine_factors", spy)
+    settings = Refinement(steps=1, written=0.5, seed=3)
+    compress(model, 0.5, method="svd", calibration=windows, samples=24, refine=settings)
+    if not count:
+        assert seen == [None]
+        return
+    length = report(model).calibration["length"]
+    expected = sample_from_model(tiny_model(name), count, length, keep_start=True, seed=3)
+    assert torch.equal(seen[0], expected)
+    assert report(model).seconds["written text"] > 0
 
 
 def windows_of(model, windows):

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from soco import refinement
 from soco.linalg import whitened_svd
+from soco.masters import Masters, probed_rate
 from soco.modules import LowRankLinear
 from soco.objectives import HiddenStates, TokenDistribution
 from soco.refinement import Refinement, _dense_in_place, _swaps, refine
@@ -439,6 +441,80 @@ def test_kept_is_the_size_of_the_factors():
     assert tune(model, pairs, steps=1)[-1].kept == pytest.approx(factors / total)
 
 
+def test_written_text_is_trained_on_and_not_held_out():
+    """With a rate of nothing the losses are those of the start, of whichever windows."""
+    model, pairs = compressed()
+    objective, settings = TokenDistribution(), Refinement(**FAST | {"learning_rate": 1e-12})
+    written = torch.full((24, WINDOWS.shape[1]), 7)
+    plain = refine(model, pairs, WINDOWS, objective, settings)
+    more = refine(model, pairs, WINDOWS, objective, settings, written=written)
+    assert more[0].held_out == plain[0].held_out
+    assert more[-1].held_out == pytest.approx(plain[-1].held_out, rel=1e-6)
+    assert [step.loss for step in more[1:]] != pytest.approx(
+        [step.loss for step in plain[1:]], rel=0.01
+    )
+
+
+# ---- the rate that is measured -------------------------------------------------------------------
+
+
+def quadratic(start, curvature, size=4):
+    """A parameter of ``size`` entries, and ``start`` plus half the curvature times its square."""
+    parameter = nn.Parameter(torch.zeros(size), requires_grad=False)
+    return parameter, lambda: start + float(curvature / 2 * parameter.square().sum())
+
+
+@pytest.mark.parametrize(("start", "curvature"), [(0.5, 100.0), (0.01, 100.0), (1e-4, 3.0)])
+def test_rate_by_hand(start, curvature):
+    """A step of r in each of four entries, of size 2, costs curvature / 2 * 4 * (2 r)^2."""
+    parameter, loss = quadratic(start, curvature)
+    rate = probed_rate([parameter], [2.0], loss, start, seed=0)
+    assert curvature / 2 * 4 * (2 * rate) ** 2 == pytest.approx(0.005 * start, rel=1e-3)
+    assert torch.equal(parameter, torch.zeros(4))
+
+
+def test_rate_takes_no_slope_for_a_curvature():
+    parameter, loss = quadratic(0.5, 100.0)
+    tilted = probed_rate([parameter], [2.0], lambda: loss() + float(parameter.sum()), 0.5, seed=0)
+    assert tilted == pytest.approx(probed_rate([parameter], [2.0], loss, 0.5, seed=0), rel=1e-3)
+
+
+def test_rate_of_what_is_hardly_felt_is_the_largest():
+    parameter, loss = quadratic(1.0, 1e-6)
+    assert probed_rate([parameter], [1.0], loss, 1.0, seed=0) == 0.02
+    flat = probed_rate([parameter], [1.0], lambda: 1.0, 1.0, seed=0)
+    assert flat == 0.02
+
+
+def test_rate_where_the_probe_goes_too_far():
+    """Not finite at 0.01, nor at 0.001: it is measured nearer."""
+    parameter, loss = quadratic(1e-4, 1e3)
+
+    def broken():
+        return math.inf if float(parameter.abs().max()) > 5e-4 else loss()
+
+    rate = probed_rate([parameter], [1.0], broken, 1e-4, seed=0)
+    assert 1e3 / 2 * 4 * rate**2 == pytest.approx(0.005 * 1e-4, rel=1e-3)
+    nowhere = probed_rate([parameter], [1.0], lambda: math.nan, 1e-4, seed=0)
+    assert 0 < nowhere <= 1e-5
+
+
+def test_the_rate_that_was_measured_is_the_one_that_it_goes_with(monkeypatch):
+    """Near the dense model it is a small one; one that is given is taken."""
+    seen = []
+
+    def spy(*arguments, learning_rate, **options):
+        seen.append(learning_rate)
+        return Masters(*arguments, learning_rate=learning_rate, **options)
+
+    monkeypatch.setattr(refinement, "Masters", spy)
+    for rank, rate in ((31, None), (4, None), (4, 0.07)):
+        tune(*compressed(rank=rank), learning_rate=rate, steps=1)
+    near, far, given = seen
+    assert 1e-5 < near < 0.5 * far <= 0.01
+    assert given == 0.07
+
+
 def test_rate_rises_and_falls():
     settings = Refinement(steps=20, warmup=4, rate_end=0.1)
     rates = [settings.rate(step) for step in range(21)]
@@ -480,6 +556,7 @@ def test_arguments_are_checked():
         ("betas", (0.9, 1.0), "betas must be two numbers"),
         ("weight_decay", -1.0, "weight_decay must be at least 0, got -1.0"),
         ("divergence", 0.0, "divergence and cross_entropy are both 0"),
+        ("written", -0.5, "written must be at least 0, got -0.5"),
     ],
 )
 def test_settings_are_checked(field, value, text):

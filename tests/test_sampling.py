@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from soco.sampling import sample_from_model
+from soco.sampling import sample_from_model, writes_text
 from tiny_models import tiny_model
 
 
@@ -154,3 +154,18 @@ def test_an_error_leaves_the_generation_config_alone():
     with pytest.raises(KeyboardInterrupt):
         sample_from_model(model, 2, 2, on_batch=stop)
     assert model.generation_config is own
+
+
+def test_the_start_may_be_part_of_it():
+    model = tiny_model("llama")
+    text = sample_from_model(model, 3, 6, start=5, keep_start=True)
+    assert text.shape == (3, 6)
+    assert bool((text[:, 0] == 5).all())
+    without = sample_from_model(model, 3, 5, start=5)
+    assert torch.equal(text[:, 1:], without)
+
+
+def test_who_writes_text_of_the_kind_that_it_reads():
+    written = [writes_text(tiny_model(name)) for name in ("llama", "gpt2", "t5", "bert")]
+    assert written == [True, True, False, False]
+    assert not writes_text(torch.nn.Linear(2, 2))

@@ -290,6 +290,24 @@ def test_channels_have_scales_that_vanish_in_the_factors(dtype, bias, alive, dev
         assert all(bool(each.abs().max() > 0.1) for each in got)
 
 
+def test_gradients_with_channels_to_the_last_digit():
+    """Inputs, scores and scales, by finite differences in float64."""
+    layer = trained(make(dtype=torch.float64, channels=True), alive=4).double()
+    x = normal(2, 3, 9, seed=7, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *_: layer(x), (x, layer.logit, layer.left, layer.right))
+
+
+def test_a_channel_scaled_to_zero_waits():
+    """Its outputs are zero, of which the gradient by the scale cannot be told: it is not NaN."""
+    layer = trained(make(channels=True), alive=4)
+    with torch.no_grad():
+        layer.left[0], layer.right[0] = -1.0, -1.0
+    layer(normal(4, 9)).square().sum().backward()
+    for part in (layer.left, layer.right):
+        assert part.grad[0] == 0
+        assert bool(part.grad[1:].ne(0).all())
+
+
 def test_only_scores_and_deviation_learn():
     layer = trained(make(deviation=True), alive=3)
     layer(normal(4, 9)).sum().backward()
