@@ -444,7 +444,8 @@ def test_kept_is_the_size_of_the_factors():
 def test_written_text_is_trained_on_and_not_held_out():
     """With a rate of nothing the losses are those of the start, of whichever windows."""
     model, pairs = compressed()
-    objective, settings = TokenDistribution(), Refinement(**FAST | {"learning_rate": 1e-12})
+    changes: Any = FAST | {"learning_rate": 1e-12}
+    objective, settings = TokenDistribution(), Refinement(**changes)
     written = torch.full((24, WINDOWS.shape[1]), 7)
     plain = refine(model, pairs, WINDOWS, objective, settings)
     more = refine(model, pairs, WINDOWS, objective, settings, written=written)

@@ -292,14 +292,14 @@ def test_channels_have_scales_that_vanish_in_the_factors(dtype, bias, alive, dev
 
 def test_gradients_with_channels_to_the_last_digit():
     """Inputs, scores and scales, by finite differences in float64."""
-    layer = trained(make(dtype=torch.float64, channels=True), alive=4).double()
+    layer: Any = trained(make(dtype=torch.float64, channels=True), alive=4).double()
     x = normal(2, 3, 9, seed=7, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda *_: layer(x), (x, layer.logit, layer.left, layer.right))
 
 
 def test_a_channel_scaled_to_zero_waits():
     """Its outputs are zero, of which the gradient by the scale cannot be told: it is not NaN."""
-    layer = trained(make(channels=True), alive=4)
+    layer: Any = trained(make(channels=True), alive=4)
     with torch.no_grad():
         layer.left[0], layer.right[0] = -1.0, -1.0
     layer(normal(4, 9)).square().sum().backward()

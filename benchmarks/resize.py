@@ -1,0 +1,104 @@
+"""How close the sizes of one training are to trainings of their own: `soco.resize`, measured.
+
+    python benchmarks/resize.py --data DIR --output benchmarks/results/resize.json
+
+One training meets the ``--stations``; the other ratios are interpolated from it. For each ratio a
+model is trained alone as well, with as many steps as the one training has for its first size.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from protocol import LENGTH, OUTSIDE, SAMPLES, TEXTS, WINDOWS, commit
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import soco
+from soco.diagnosis import describe_machine
+from soco.methods import SoCo
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of models and texts")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--models", nargs="*", default=["babyllama105", "stories260K"])
+    parser.add_argument("--stations", nargs="*", type=float, default=[0.2, 0.4, 0.6])
+    parser.add_argument("--between", nargs="*", type=float, default=[0.3, 0.5])
+    parser.add_argument("--steps", type=int, default=SoCo().steps)
+    arguments = parser.parse_args()
+    rows = [row for name in arguments.models for row in measured(name, arguments)]
+    command = " ".join(["python", "benchmarks/resize.py", *sys.argv[1:]])
+    result = {
+        "machine": describe_machine("cpu"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "command": command.replace(str(arguments.data), "DIR").replace(
+            str(arguments.output), f"benchmarks/results/{arguments.output.name}"
+        ),
+        "rows": rows,
+    }
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every ratio of one model, from the one training and from its own."""
+    folder = arguments.data / "models" / name
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    train, valid = (arguments.data / text for text in TEXTS[name])
+
+    def compressed(ratio: Any) -> tuple[Any, float]:
+        model = copy.deepcopy(dense)
+        begin = time.perf_counter()
+        soco.compress(
+            model, ratio, method=SoCo(steps=arguments.steps), tokenizer=tokenizer,
+            calibration=train, samples=SAMPLES, length=LENGTH, progress=False,
+        )  # fmt: skip
+        return model, time.perf_counter() - begin
+
+    def divergences(model: Any) -> dict[str, float]:
+        texts = {"kl": valid, "kl_outside": arguments.data / OUTSIDE}
+        return {
+            kind: soco.evaluate(
+                model, text, tokenizer=tokenizer, dense=dense, length=LENGTH, windows=WINDOWS,
+                progress=False,
+            ).kl
+            for kind, text in texts.items()
+        }  # fmt: skip
+
+    model, seconds = compressed(arguments.stations)
+    rows = []
+    for ratio in sorted([*arguments.stations, *arguments.between]):
+        soco.resize(model, ratio=ratio)
+        one = divergences(model)
+        params = soco.report(model).params_after
+        alone, own_seconds = compressed(ratio)
+        own = divergences(alone)
+        rows.append(
+            {
+                "model": name,
+                "ratio": ratio,
+                "station": ratio in arguments.stations,
+                "one_training": one,
+                "own_training": own,
+                "kl_ratio": one["kl"] / own["kl"],
+                "kl_outside_ratio": one["kl_outside"] / own["kl_outside"],
+                "params": {"one": params, "own": soco.report(alone).params_after},
+                "steps": arguments.steps,
+                "seconds": {"one_training_all": round(seconds, 1), "own": round(own_seconds, 1)},
+            }
+        )
+        print(name, ratio, round(one["kl"], 5), round(own["kl"], 5), flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
