@@ -64,7 +64,7 @@ def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         )  # fmt: skip
         return model, time.perf_counter() - begin
 
-    def divergences(model: Any) -> dict[str, float]:
+    def divergences(model: Any) -> dict[str, Any]:
         texts = {"kl": valid, "kl_outside": arguments.data / OUTSIDE}
         return {
             kind: soco.evaluate(

@@ -1,6 +1,8 @@
-"""Where the time of soco's training goes: the operations of a whole training, by what they are for.
+"""Where the time of soco's training goes: all operations of one, by what they are for.
 
-python benchmarks/step_profile.py --data DIR --output benchmarks/results/step-profile.json
+    python benchmarks/step_profile.py --data DIR --output benchmarks/results/step-profile.json
+
+Text, statistics and decomposition are in it; what they take is written beside it (``seconds``).
 """
 
 import argparse
