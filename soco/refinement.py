@@ -50,7 +50,7 @@ class Refinement:
     )
     # calibration's, as a multiple of those; models that do not generate text have none
     evaluate_every: int = 20  # steps between two evaluations
-    backoff: float = 0.25  # what the learning rate is multiplied by, for good, when an evaluation
+    backoff: float = 0.5  # what the learning rate is multiplied by, for good, when an evaluation
     # is no new best; the factors then go back to the best ones. 1: it never is, nor do they
     patience: int | None = 4  # evaluations without a new best after which it stops; None: never
     checkpointing: bool = False  # recompute activations in backward: less memory, a third slower

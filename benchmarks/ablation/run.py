@@ -34,6 +34,7 @@ from soco.data import token_windows
 from soco.diagnosis import describe_machine
 from soco.methods import METHODS, SoCo
 from soco.preparation import prepare
+from soco.refinement import Refinement
 from soco.stages import Stage
 from soco.workbench import Workbench
 
@@ -50,8 +51,8 @@ class Trial:
     ratio: float
     seed: int
     method: dict[str, Any]  # fields of SoCo, or "name" of another method
-    options: dict[str, Any]  # of soco.compress; "samples", and "calibration": files in DIR, of
-    # which each gives an equal share of the windows
+    options: dict[str, Any]  # of soco.compress; "refine" may be fields of Refinement; "samples",
+    # and "calibration": files in DIR, of which each gives an equal share of the windows
 
     @property
     def key(self) -> tuple[str, str, float, int]:
@@ -138,6 +139,8 @@ class Subject:
         method = SoCo.preset(preset, **fields) if preset else kind(**fields)
         options = dict(trial.options)
         files = options.pop("calibration", None) or [self.train]
+        if isinstance(options.get("refine"), dict):
+            options["refine"] = Refinement(**options["refine"])
         bench = self.bench(options.pop("samples", SAMPLES), files)
         model = self.load()
         begin = time.perf_counter()
