@@ -23,25 +23,14 @@ from protocol import TEXTS
 
 from soco import plots
 from soco.record import Comparison
-from soco.rendering import about, across, notes
+from soco.rendering import about, across, notes, number, small
 
 ROOT = Path(__file__).parents[1]
 # The columns of the short table: what there was, the best closed forms, and what is trained.
 BRIEF = (
-    "svd", "svd-llm", "svd-llm@energy", "kfac-svd", "kfac-svd@lems", "kfac-svd+pivoted", "dobi-svd",
-    "kfac-svd+refine", "soco:fast", "soco", "soco:best",
+    "svd", "svd-llm", "kfac-svd", "kfac-svd@lems", "kfac-svd+pivoted", "dobi-svd", "soco:fast",
+    "soco", "kfac-svd+pivoted+refine", "soco:best",
 )  # fmt: skip
-
-
-def number(value: float) -> str:
-    """Four digits for people.
-
-    >>> number(2.10689), number(52.39), number(20061.3)
-    ('2.107', '52.39', '20061')
-    """
-    if value >= 1000:
-        return f"{value:.0f}"
-    return f"{value:.2f}" if value >= 10 else f"{value:.3f}"
 
 
 def studied(study: dict) -> str:
@@ -109,39 +98,49 @@ def compared(comparison: Comparison) -> str:
 
 
 def brief(comparisons: list[Comparison]) -> str:
-    """Perplexity / KL of some methods on every model: the table of README.md."""
+    """Perplexity / KL of some methods on every model and text: the table of README.md."""
     entries = [e for e in BRIEF if any(e == row["method"] for c in comparisons for row in c.rows)]
     lines = [
-        "| model (dense perplexity) | removed | " + " | ".join(f"`{e}`" for e in entries) + " |",
-        "|---" * (len(entries) + 2) + "|",
+        "| model | text (dense perplexity) | removed | "
+        + " | ".join(f"`{e}`" for e in entries)
+        + " |",
+        "|---" * (len(entries) + 3) + "|",
     ]
     for comparison in comparisons:
-        dense = number(comparison.dense["perplexity"])
-        for ratio in comparison.ratios:
-            rows = {row["method"]: row for row in comparison.rows if row["ratio"] == ratio}
-            found = {e: rows[e] for e in entries if e in rows and "error" not in rows[e]}
-            best = min(found, key=lambda e: found[e]["kl"])
-            cells = []
-            for entry in entries:
-                row = found.get(entry)
-                cell = "-" if row is None else f"{number(row['perplexity'])} / {row['kl']:.3f}"
-                cells.append(f"**{cell}**" if entry == best else cell)
-            model = comparison.setup["model"]
-            lines.append(f"| {model} ({dense}) | {ratio:.0%} | " + " | ".join(cells) + " |")
+        for place, title in enumerate(comparison.setup["texts"]):
+            dense = comparison.dense if not place else comparison.dense["texts"][title]
+            kind = f"{'another kind' if place else 'same kind'} ({number(dense['perplexity'])})"
+            for ratio in comparison.ratios:
+                found = {
+                    row["method"]: row if not place else row["texts"][title]
+                    for row in comparison.rows
+                    if row["ratio"] == ratio and row["method"] in entries and "error" not in row
+                }
+                best = min(found, key=lambda e: found[e]["kl"])
+                cells = []
+                for entry in entries:
+                    row = found.get(entry)
+                    cell = "-"
+                    if row is not None:
+                        cell = f"{number(row['perplexity'])} / {small(row['kl'])}"
+                    cells.append(f"**{cell}**" if entry == best else cell)
+                head = f"| {comparison.setup['model']} | {kind} | {ratio:.0%} | "
+                lines.append(head + " | ".join(cells) + " |")
     first = comparisons[0]
     calibration = first.setup["calibration"]
     main = next(iter(first.setup["texts"].values()))
     commands = "` and `".join(dict.fromkeys(c.command for c in comparisons))
     lines += [
         "",
-        f"Perplexity / mean KL divergence to the dense model in nats per token, on held-out text "
+        f"Perplexity / mean KL divergence to the dense model in nats per token "
         f"({main['windows']} windows of {first.setup['length']} tokens); lower is better, the best "
-        f"of a row in bold. Removed: of the parameters of the linears in the blocks; "
-        f"no cell keeps more. All methods saw the same {calibration['sequences']} calibration "
-        f"sequences. `@` names how ranks are shared, `+` what was added; the other methods and the "
-        f"pictures are in [docs/methods.md](docs/methods.md). Measured on {first.date[:10]} by "
-        f"`{commands}`; the table was made by `python benchmarks/tables.py "
-        f"benchmarks/results/compare-*.json`.",
+        f"of a row in bold. Text: held-out text of the kind that was calibrated on (stories, or "
+        f"another novel), and of another kind (WikiText-2). Removed: of the parameters of the "
+        f"linears in the blocks; no cell keeps more. All methods saw the same "
+        f"{calibration['sequences']} calibration sequences. `@` names how ranks are shared, `+` "
+        f"what was added, `:` the effort; the other methods and the pictures are in "
+        f"[docs/methods.md](docs/methods.md). Measured on {first.date[:10]} by `{commands}`; the "
+        f"table was made by `python benchmarks/tables.py benchmarks/results/compare-*.json`.",
     ]
     return "\n".join(lines)
 

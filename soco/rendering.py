@@ -172,7 +172,7 @@ def across(comparison: Comparison, title: str | None = None) -> str:
         cell = cells.get((entry, ratio))
         if cell is None or cell[yardstick] is None:
             return NONE
-        loss = f"{cell[yardstick]:.3f}"
+        loss = small(cell[yardstick])
         shown = f"{number(cell['perplexity'])} / {loss}" if has_perplexity else loss
         if cell["over"]:
             shown += " (too large)"
@@ -232,6 +232,16 @@ def notes(comparison: Comparison) -> list[str]:
         named = dict.fromkeys(row["method"] for row in rows)
         found.append(f"Warning of {', '.join(named)}: {text}.")
     return found
+
+
+def small(value: float) -> str:
+    """Three decimals, and of what is below 0.1 three digits.
+
+    >>> small(1.23456), small(0.4), small(0.0312345), small(0.00123456), small(0.0)
+    ('1.235', '0.400', '0.0312', '0.00123', '0.000')
+    """
+    decimals = 2 - math.floor(math.log10(value)) if 1e-9 < value < 0.1 else 3
+    return f"{value:.{decimals}f}"
 
 
 def number(value: float) -> str:
