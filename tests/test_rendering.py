@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from comparisons import failed, made_up
-from soco.rendering import across, markdown, notes, number, ratio_table, render
+from soco.rendering import across, markdown, notes, number, ratio_table, render, small
 
 
 def cells(line):
@@ -117,3 +117,17 @@ def test_a_comparison_in_which_all_failed():
 def test_numbers_for_people():
     values = (2.10689, 52.39, 1234.5, 3.2e9, 1e308)
     assert [number(value) for value in values] == ["2.107", "52.39", "1234", "3.2e+09", "1e+308"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.23456, "1.235"),
+        (0.1, "0.100"),
+        (0.0312345, "0.0312"),
+        (0.00123456, "0.00123"),
+        (0.0, "0.000"),
+    ],
+)
+def test_small_numbers_have_three_digits(value, text):
+    assert small(value) == text

@@ -101,7 +101,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "steps": 1,
         "stages": CHOICE_STAGES,
         "channels": False,
-        "refinement": Refinement(steps=400),
+        "refinement": Refinement(steps=400, written=1.0),
     },
     "paper": {
         "basis": "plain",
