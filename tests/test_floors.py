@@ -16,8 +16,8 @@ FLOORS = [
     {"data", "folders", "headers", "ops", "taskdata"},
     {"diagnosis", "linalg", "modules", "objectives", "ranks"},
     {
-        "allocators", "component_gradients", "fitting", "pivots", "principal", "spectral",
-        "steps", "surgery", "svd_gradient", "weighting",
+        "allocators", "component_gradients", "fitting", "masters", "pivots", "principal",
+        "spectral", "steps", "surgery", "svd_gradient", "weighting",
     },
     {
         "calibration", "contents", "experts", "guard", "refinement", "sampling", "sequential",
