@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from soco import refinement
 from soco.linalg import whitened_svd
-from soco.masters import Masters, probed_rate
+from soco.masters import Masters
 from soco.modules import LowRankLinear
 from soco.objectives import HiddenStates, TokenDistribution
 from soco.refinement import Refinement, _dense_in_place, _swaps, refine
@@ -454,50 +454,6 @@ def test_written_text_is_trained_on_and_not_held_out():
     assert [step.loss for step in more[1:]] != pytest.approx(
         [step.loss for step in plain[1:]], rel=0.01
     )
-
-
-# ---- the rate that is measured -------------------------------------------------------------------
-
-
-def quadratic(start, curvature, size=4):
-    """A parameter of ``size`` entries, and ``start`` plus half the curvature times its square."""
-    parameter = nn.Parameter(torch.zeros(size), requires_grad=False)
-    return parameter, lambda: start + float(curvature / 2 * parameter.square().sum())
-
-
-@pytest.mark.parametrize(("start", "curvature"), [(0.5, 100.0), (0.01, 100.0), (1e-4, 3.0)])
-def test_rate_by_hand(start, curvature):
-    """A step of r in each of four entries, of size 2, costs curvature / 2 * 4 * (2 r)^2."""
-    parameter, loss = quadratic(start, curvature)
-    rate = probed_rate([parameter], [2.0], loss, start, seed=0)
-    assert curvature / 2 * 4 * (2 * rate) ** 2 == pytest.approx(0.005 * start, rel=1e-3)
-    assert torch.equal(parameter, torch.zeros(4))
-
-
-def test_rate_takes_no_slope_for_a_curvature():
-    parameter, loss = quadratic(0.5, 100.0)
-    tilted = probed_rate([parameter], [2.0], lambda: loss() + float(parameter.sum()), 0.5, seed=0)
-    assert tilted == pytest.approx(probed_rate([parameter], [2.0], loss, 0.5, seed=0), rel=1e-3)
-
-
-def test_rate_of_what_is_hardly_felt_is_the_largest():
-    parameter, loss = quadratic(1.0, 1e-6)
-    assert probed_rate([parameter], [1.0], loss, 1.0, seed=0) == 0.02
-    flat = probed_rate([parameter], [1.0], lambda: 1.0, 1.0, seed=0)
-    assert flat == 0.02
-
-
-def test_rate_where_the_probe_goes_too_far():
-    """Not finite at 0.01, nor at 0.001: it is measured nearer."""
-    parameter, loss = quadratic(1e-4, 1e3)
-
-    def broken():
-        return math.inf if float(parameter.abs().max()) > 5e-4 else loss()
-
-    rate = probed_rate([parameter], [1.0], broken, 1e-4, seed=0)
-    assert 1e3 / 2 * 4 * rate**2 == pytest.approx(0.005 * 1e-4, rel=1e-3)
-    nowhere = probed_rate([parameter], [1.0], lambda: math.nan, 1e-4, seed=0)
-    assert 0 < nowhere <= 1e-5
 
 
 def test_the_rate_that_was_measured_is_the_one_that_it_goes_with(monkeypatch):
