@@ -24,6 +24,7 @@ from protocol import TEXTS
 from soco import plots
 from soco.record import Comparison
 from soco.rendering import about, across, notes, number, small
+from soco.reporting import format_bytes
 
 ROOT = Path(__file__).parents[1]
 # The columns of the short table: what there was, the best closed forms, and what is trained.
@@ -145,6 +146,44 @@ def brief(comparisons: list[Comparison]) -> str:
     return "\n".join(lines)
 
 
+def costs(comparisons: list[Comparison]) -> str:
+    """What the trained methods cost on every model, at the middle ratio: a part of docs/methods.md.
+
+    Steps and tokens are those that a method may take; refine stops before where it gains no more.
+    """
+    lines = [
+        "| model, removed | method | KL | steps | tokens | seconds | peak memory |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for comparison in comparisons:
+        ratio = comparison.middle
+        rows = {row["method"]: row for row in comparison.rows if row["ratio"] == ratio}
+        for entry in ("svd-llm", *(e for e in BRIEF if e not in ("svd", "svd-llm"))):
+            row = rows.get(entry)
+            if row is None or "error" in row:
+                continue
+            settings = row["settings"]
+            refine = settings.get("refine") or {}
+            parts = [
+                (each["steps"], each["steps"] * each["batch_size"])
+                for each in (settings, refine)
+                if "steps" in each
+            ]
+            steps, sequences = (sum(part[place] for part in parts) for place in (0, 1))
+            tokens = sequences * comparison.setup["calibration"]["length"]
+            lines.append(
+                f"| {comparison.setup['model']}, {ratio:.0%} | `{entry}` | {small(row['kl'])} | "
+                f"{steps or ''} | {f'{tokens:,}' if tokens else ''} | {row['seconds']:.0f} | "
+                f"{format_bytes(row['peak_bytes'])} |"
+            )
+    lines += [
+        "",
+        "Seconds without the statistics, which all methods share; the machine was busy with other "
+        "work. Memory is that of the whole process, model and evaluation text with it.",
+    ]
+    return "\n".join(lines)
+
+
 def picture(comparison: Comparison) -> str:
     """The name of a comparison's picture in docs/images/."""
     return f"compare-{comparison.setup['model'].replace('/', '-')}.png"
@@ -196,6 +235,7 @@ def write_comparisons(comparisons: list[Comparison]) -> None:
     plots.draw_quality(replace(first, rows=few), ROOT / "docs" / "images" / "readme.png")
     text = "\n\n".join(compared(comparison) for comparison in comparisons)
     insert(ROOT / "docs" / "methods.md", "compare", text)
+    insert(ROOT / "docs" / "methods.md", "costs", costs(comparisons))
     insert(ROOT / "README.md", "results", brief(comparisons))
 
 
