@@ -164,13 +164,14 @@ def probed_rate(
     loss: Callable[[], float],
     start: float,
     seed: int,
+    cost: float,
 ) -> float:
     """The learning rate of Adam whose first steps cost little of what there is to gain.
 
     Every entry moves by one step up or down, at random, and the other way: the mean of the two
     losses less the one in between is the curvature along the way. The rate is the one at which such
-    a step would cost ``_STEP_COST`` of the loss. A model that is near to the dense one gets a small
-    rate by this, and one that is far from it, or feels little, a large one.
+    a step would cost the fraction ``cost`` of the loss. A model that is near to the dense one gets
+    a small rate by this, and one that is far from it, or feels little, a large one.
 
     Args:
         parameters: what is trained; as before afterwards, bit for bit.
@@ -178,9 +179,10 @@ def probed_rate(
         loss: measures the loss with the parameters as they are.
         start: what it is now.
         seed: of the directions.
+        cost: of the loss.
 
     Returns:
-        The rate, at most ``_LARGEST_RATE``.
+        The rate, at most ``LARGEST_RATE``.
 
     Source: ours (docs/methods.md says what it is worth).
     """
@@ -198,15 +200,14 @@ def probed_rate(
         for value, parameter in zip(values, parameters, strict=True):
             parameter.copy_(value)
         if risen <= 0:  # it may as well go farther
-            return min(_LARGEST_RATE, 2 * reach)
-        rate = reach * math.sqrt(max(start, 0.0) * _STEP_COST / risen)
+            return min(LARGEST_RATE, 2 * reach)
+        rate = reach * math.sqrt(max(start, 0.0) * cost / risen)
         if rate > reach / 20:  # a NaN is not
-            return min(_LARGEST_RATE, rate)
+            return min(LARGEST_RATE, rate)
         reach /= 10  # so far away the loss tells nothing about here
     return reach
 
 
 _PROBE = 0.01  # first step of the probe, as a learning rate
 _PROBES = 4
-_STEP_COST = 0.005  # of the loss, by a step with random signs
-_LARGEST_RATE = 0.02
+LARGEST_RATE = 0.02  # that is ever measured

@@ -22,6 +22,8 @@ from soco.steps import (
 )
 from soco.surgery import transformer_blocks
 
+_STEP_COST = 0.005  # of the loss, by a step with random signs, at the rate that is measured
+
 Swap = tuple[nn.Module, str, nn.Module, nn.Module]  # parent, name in it, dense, compressed
 
 
@@ -217,7 +219,7 @@ def _train(
         part = 1 if settings.divergence else 0
         rate = probed_rate(
             trained, run.sizes, lambda: _evaluate(run, held_out, size)[part],
-            divergence if settings.divergence else start, settings.seed,
+            divergence if settings.divergence else start, settings.seed, _STEP_COST,
         )  # fmt: skip
     masters = Masters(
         trained, run.sizes, learning_rate=rate, betas=settings.betas,

@@ -104,7 +104,8 @@ class TrainingSettings:
     # fraction of a layer's living ones
     batch_size: int = 8  # sequences per step
     micro_batch: int | None = None  # sequences at a time in memory; None: the whole batch
-    learning_rate: float = 0.02  # of Adam, on the logits of the scores
+    learning_rate: float | None = None  # of Adam, on the logits of the scores; None: measured for
+    # every budget (``masters.probed_rate``)
     channel_rate: float = 0.2  # learning rate of channel scales, as a multiple of that one
     deviation_rate: float = 0.05  # and of the deviations
     softening: float = 1.0  # temperature of both distributions in the divergence
@@ -130,7 +131,7 @@ class TrainingSettings:
             raise ValueError(f"softening must be positive, got {self.softening}")
         if not self.spare >= 0:
             raise ValueError(f"spare must be at least 0, got {self.spare}")
-        if not self.learning_rate > 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not self.stages or sum(stage.share for stage in self.stages) > 1 + 1e-6:
             raise ValueError("the shares of the stages must be above 0 and sum to at most 1")

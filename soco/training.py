@@ -9,11 +9,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from soco.masters import probed_rate
 from soco.objectives import HiddenStates, Objective, TokenDistribution
 from soco.ranks import allocate, layer_params
 from soco.spectral import SpectralLinear
 from soco.stages import Stage, TrainingSettings
 from soco.steps import Step, Teacher, all_dense, endless_batches
+
+_STEP_COST = 0.04  # of the loss, by a step with random signs, at the rate that is measured
 
 # What a layer may train besides its scores.
 BESIDES = ("left", "right", "deviation")
@@ -41,6 +44,7 @@ class _Run:
     generator: torch.Generator
     teacher: Teacher
     pivoted: bool = False
+    rate: float = 0.0  # learning rate of the logits
     squares: dict[str, Tensor] = field(default_factory=dict)  # decayed sums, (rank,)
     weights: dict[str, Tensor] = field(default_factory=dict)  # of what they sum, (rank,)
     alive: dict[str, int] = field(default_factory=dict)  # living components
@@ -115,6 +119,7 @@ def train_scores(
     losses = _Losses(total, on_step)
     snapshots = []
     for position, budget in enumerate(budgets):
+        run.rate = settings.learning_rate or _measured_rate(run, budget)
         optimizer = _optimizer(run)
         for stage in settings.stages:
             steps = max(1, round(stage.share * settings.steps_for(position)))
@@ -186,25 +191,56 @@ class _Losses:
         self.best, self.since = (self.smooth, 0) if lower else (self.best, self.since + 1)
 
 
-def _optimizer(run: _Run) -> torch.optim.Adam:
-    """Adam for the scores, and for channel scales and deviations where there are any."""
+def _trained(run: _Run) -> list[tuple[list[nn.Parameter], float]]:
+    """What is trained, scores and what is beside them, each kind with its share of the rate."""
     settings = run.settings
     rates = {
         "logit": 1.0, "left": settings.channel_rate, "right": settings.channel_rate,
         "deviation": settings.deviation_rate,
     }  # fmt: skip
-    groups = [
-        {
-            "params": [
-                p for layer in run.layers.values() if (p := getattr(layer, part)) is not None
-            ],
-            "multiple": rate,
-        }
-        for part, rate in rates.items()
-    ]
+    found = {part: [getattr(layer, part) for layer in run.layers.values()] for part in rates}
+    return [(found[part], rate) for part, rate in rates.items() if found[part][0] is not None]
+
+
+@torch.no_grad()
+def _measured_rate(run: _Run, budget: int) -> float:
+    """The rate that suits the model as it will be at the budget, before it is trained."""
+    chosen = torch.arange(run.settings.batch_size)
+    ids = run.teacher.windows[chosen].to(next(run.model.parameters()).device)
+    dense = run.teacher.outputs(chosen)
+    before = {name: (layer.mask.clone(), layer.computed) for name, layer in run.layers.items()}
+
+    def loss() -> float:
+        parts = zip(ids.split(size), dense.split(size), strict=True)
+        losses = [
+            run.objective.divergence(wanted, run.objective.outputs(run.model, each)) * len(each)
+            for each, wanted in parts
+        ]
+        return float(sum(losses)) / len(ids)
+
+    size = run.settings.micro_batch or len(ids)
+    choose_components(run.layers, _fisher(run), budget, run.pivoted)
+    for layer in run.layers.values():
+        layer.computed = len(layer.mask)
+    try:
+        groups = _trained(run)
+        return probed_rate(
+            [p for parameters, _ in groups for p in parameters],
+            [multiple for parameters, multiple in groups for _ in parameters],
+            loss, loss(), run.settings.seed, _STEP_COST,
+        )  # fmt: skip
+    finally:
+        for name, layer in run.layers.items():
+            layer.mask.copy_(before[name][0])
+            layer.computed = before[name][1]
+
+
+def _optimizer(run: _Run) -> torch.optim.Adam:
+    """Adam, with a group for each kind of parameter."""
+    settings = run.settings
     return torch.optim.Adam(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
+        [{"params": parameters, "multiple": multiple} for parameters, multiple in _trained(run)],
+        lr=run.rate,
         betas=settings.betas,
     )
 
@@ -232,8 +268,7 @@ def _run_stage(
             if settled and step and not excess:
                 return
         for group in optimizer.param_groups:
-            rate = settings.learning_rate * group["multiple"]
-            group["lr"] = rate * stage.rate(step, steps)
+            group["lr"] = run.rate * group["multiple"] * stage.rate(step, steps)
         optimizer.zero_grad(set_to_none=True)
         record = settings.criterion == "fisher" and choosing and step % settings.fisher_every == 0
         found = _pass(run, next(batches), stage, record)

@@ -82,21 +82,25 @@ def quadratic(start, curvature, size=4):
 def test_rate_by_hand(start, curvature):
     """A step of r in each of four entries, of size 2, costs curvature / 2 * 4 * (2 r)^2."""
     parameter, loss = quadratic(start, curvature)
-    rate = probed_rate([parameter], [2.0], loss, start, seed=0)
+    rate = probed_rate([parameter], [2.0], loss, start, seed=0, cost=0.005)
     assert curvature / 2 * 4 * (2 * rate) ** 2 == pytest.approx(0.005 * start, rel=1e-3)
     assert torch.equal(parameter, torch.zeros(4))
 
 
 def test_rate_takes_no_slope_for_a_curvature():
     parameter, loss = quadratic(0.5, 100.0)
-    tilted = probed_rate([parameter], [2.0], lambda: loss() + float(parameter.sum()), 0.5, seed=0)
-    assert tilted == pytest.approx(probed_rate([parameter], [2.0], loss, 0.5, seed=0), rel=1e-3)
+    tilted = probed_rate(
+        [parameter], [2.0], lambda: loss() + float(parameter.sum()), 0.5, seed=0, cost=0.005
+    )
+    assert tilted == pytest.approx(
+        probed_rate([parameter], [2.0], loss, 0.5, seed=0, cost=0.005), rel=1e-3
+    )
 
 
 def test_rate_of_what_is_hardly_felt_is_the_largest():
     parameter, loss = quadratic(1.0, 1e-6)
-    assert probed_rate([parameter], [1.0], loss, 1.0, seed=0) == 0.02
-    flat = probed_rate([parameter], [1.0], lambda: 1.0, 1.0, seed=0)
+    assert probed_rate([parameter], [1.0], loss, 1.0, seed=0, cost=0.005) == 0.02
+    flat = probed_rate([parameter], [1.0], lambda: 1.0, 1.0, seed=0, cost=0.005)
     assert flat == 0.02
 
 
@@ -107,7 +111,7 @@ def test_rate_where_the_probe_goes_too_far():
     def broken():
         return math.inf if float(parameter.abs().max()) > 5e-4 else loss()
 
-    rate = probed_rate([parameter], [1.0], broken, 1e-4, seed=0)
+    rate = probed_rate([parameter], [1.0], broken, 1e-4, seed=0, cost=0.005)
     assert 1e3 / 2 * 4 * rate**2 == pytest.approx(0.005 * 1e-4, rel=1e-3)
-    nowhere = probed_rate([parameter], [1.0], lambda: math.nan, 1e-4, seed=0)
+    nowhere = probed_rate([parameter], [1.0], lambda: math.nan, 1e-4, seed=0, cost=0.005)
     assert 0 < nowhere <= 1e-5

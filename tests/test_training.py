@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from soco import masters, training
 from soco.linalg import whitened_svd
+from soco.masters import probed_rate
 from soco.objectives import TokenDistribution
 from soco.ranks import is_dense
 from soco.spectral import SpectralLinear
@@ -373,7 +375,7 @@ def test_only_what_lives_or_may_come_back_is_computed(spare):
     layer.register_forward_pre_hook(
         lambda *_: None if layer.dense else sizes.append((layer.computed, int(layer.mask.sum())))
     )
-    train(model, layers, windows, 0.3, spare=spare, fisher_warmup=1)
+    train(model, layers, windows, 0.3, spare=spare, fisher_warmup=1, learning_rate=0.02)
     assert sizes[0] == (12, 12)
     for computed, alive in sizes[1:]:
         assert computed in {alive, min(12, alive + math.ceil(spare * alive))}
@@ -506,3 +508,70 @@ def test_channel_scales_have_a_rate_of_their_own(rate):
     for layer in layers.values():
         for part in (layer.left, layer.right):
             assert bool(part.detach().abs().max() > 1e-4) == bool(rate)
+
+
+# ---- the rate that is measured -------------------------------------------------------------------
+
+
+def rates(monkeypatch, kept, **settings):
+    """Every rate that is measured in a training, and its history."""
+    seen = []
+
+    def probe(*arguments):
+        seen.append(probed_rate(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(training, "probed_rate", probe)
+    model, layers, windows = toy(channels=True)
+    budgets = [int(each * total(layers)) for each in kept]
+    settings = TrainingSettings(**{"steps": 12, "batch_size": 4, **settings})
+    history, _ = train_scores(model, layers, windows, budgets, TokenDistribution(), settings)
+    return seen, [step.loss for step in history]
+
+
+def test_the_rate_is_measured_at_every_budget(monkeypatch):
+    """Less is cut at first: the model is nearer to the dense one, and its steps are smaller."""
+    monkeypatch.setattr(masters, "LARGEST_RATE", 1.0)
+    (near, far), _ = rates(monkeypatch, [0.97, 0.5])
+    assert 0 < near < 0.5 * far < 0.5
+
+
+@pytest.mark.parametrize("micro", [None, 3])
+def test_measuring_the_rate_leaves_nothing_behind(micro, monkeypatch):
+    """The same training as with that rate given: masks, scores and random numbers are untouched."""
+    (rate,), measured = rates(monkeypatch, [0.9], micro_batch=micro)
+    none, given = rates(monkeypatch, [0.9], learning_rate=rate, micro_batch=micro)
+    assert not none
+    assert measured == given
+
+
+def test_the_rate_is_that_of_a_step_with_random_signs(monkeypatch):
+    """At the budget's own choice of components, a step costs 4 % of what the choice has cost."""
+    model, layers, windows = toy()
+    budget = int(0.9 * total(layers))
+    found = []
+
+    def probe(parameters, sizes, loss, start, seed, cost):
+        rate = probed_rate(parameters, sizes, loss, start, seed, cost)
+        risen = 0.0
+        for sign in (1, -1):
+            generator = torch.Generator().manual_seed(seed)
+            for parameter, size in zip(parameters, sizes, strict=True):
+                way = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+                parameter.data.add_(sign * rate * size * way)
+            risen += (loss() - start) / 2
+            generator.manual_seed(seed)
+            for parameter, size in zip(parameters, sizes, strict=True):
+                way = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+                parameter.data.sub_(sign * rate * size * way)
+        found.append((kept_params(layers), rate, risen / start))
+        return rate
+
+    monkeypatch.setattr(training, "probed_rate", probe)
+    monkeypatch.setattr(masters, "LARGEST_RATE", 1.0)
+    settings = TrainingSettings(steps=1, batch_size=4)
+    train_scores(model, layers, windows, [budget], TokenDistribution(), settings)
+    ((kept, rate, cost),) = found
+    assert 0.8 * budget < kept <= budget
+    assert rate < 1
+    assert cost == pytest.approx(0.04, rel=0.2)
