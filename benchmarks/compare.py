@@ -31,10 +31,7 @@ METHODS = (
     "kfac-svd@uniform", "kfac-svd", "kfac-svd+pivoted", "kfac-svd+surgeon", "asvd",
     "svd-llm@lems", "kfac-svd@lems",
 )  # fmt: skip
-TRAINED = (
-    "soco:fast", "soco", "soco+unpivoted", "soco:best", "kfac-svd+refine",
-    "kfac-svd+pivoted+refine", "dobi-svd",
-)  # fmt: skip
+TRAINED = ("soco:fast", "soco", "soco:best", "kfac-svd+pivoted+refine", "dobi-svd")
 
 
 def main() -> None:
