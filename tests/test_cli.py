@@ -152,7 +152,8 @@ def test_names_and_defaults_in_help_are_those_of_the_library(run):
     assert all(SoCo(deviation=each.value) for each in Deviation)
     assert all(hasattr(torch, dtype.value) for dtype in Dtype if dtype is not Dtype.auto)
     out = " ".join(run("compress", "--help")[1].split())
-    for value in (SoCo().steps, SoCo().learning_rate, f"all {SoCo().batch_size}", SoCo().basis):
+    assert SoCo().learning_rate is None
+    for value in (SoCo().steps, "measured", f"all {SoCo().batch_size}", SoCo().basis):
         assert f"[default: ({value})]" in out
 
 

@@ -236,7 +236,7 @@ DeviationOption = Annotated[
 ]
 LearningRateOption = Annotated[
     float | None,
-    typer.Option(metavar="X", help="Of Adam.", show_default="0.02", rich_help_panel=TRAINING),
+    typer.Option(metavar="X", help="Of Adam.", show_default="measured", rich_help_panel=TRAINING),
 ]
 MicroBatchOption = Annotated[
     int | None,
