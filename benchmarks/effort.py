@@ -9,19 +9,15 @@ losses and gradients of soco's training (at full rank, as it begins), measured i
 
 import argparse
 import copy
-import json
 import statistics
-import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from protocol import LENGTH, SAMPLES, TEXTS, commit
+from protocol import LENGTH, SAMPLES, TEXTS, write_record
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import soco
-from soco.diagnosis import describe_machine
 from soco.methods import SoCo
 from soco.stages import Stage
 
@@ -92,17 +88,7 @@ def main() -> None:
             }
         )
         print(name, {k: round(v, 2) for k, v in middle.items()}, "allowed", round(allowed, 2))
-    command = " ".join(["python", "benchmarks/effort.py", *sys.argv[1:]])
-    result = {
-        "machine": describe_machine("cpu"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "command": command.replace(str(arguments.data), "DIR").replace(
-            str(arguments.output), f"benchmarks/results/{arguments.output.name}"
-        ),
-        "rows": rows,
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(arguments.output, arguments.data, rows)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,16 @@ once, at the end.
 
 import argparse
 import copy
-import json
-import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from protocol import LENGTH, SAMPLES, TEXTS, WINDOWS, commit
+from protocol import LENGTH, SAMPLES, TEXTS, WINDOWS, write_record
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import soco
 from soco import training
-from soco.diagnosis import describe_machine
 from soco.methods import SoCo
 
 
@@ -92,17 +88,7 @@ def main() -> None:
         for ratio in arguments.ratios
         for method in methods
     ]
-    command = " ".join(["python", "benchmarks/last_cut.py", *sys.argv[1:]])
-    result = {
-        "machine": describe_machine("cpu"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "command": command.replace(str(arguments.data), "DIR").replace(
-            str(arguments.output), f"benchmarks/results/{arguments.output.name}"
-        ),
-        "rows": rows,
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(arguments.output, arguments.data, rows)
 
 
 if __name__ == "__main__":

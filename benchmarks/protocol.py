@@ -1,6 +1,13 @@
 """What all records have in common: texts, sizes, and how the place they were made at is called."""
 
+import json
 import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from soco.diagnosis import describe_machine
 
 STORIES = ("text/tinystories_train_sample.clean.txt", "text/tinystories_valid_a.txt")
 BOOKS = (
@@ -23,3 +30,19 @@ def commit() -> str:
     """The commit this runs from, marked when files were changed since."""
     described = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def write_record(output: Path, data: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows with machine, date, commit, and the command without the places of this machine."""
+    script = Path(sys.argv[0]).name
+    command = " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]])
+    result = {
+        "machine": describe_machine("cpu"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "command": command.replace(str(data), "DIR").replace(
+            str(output), f"benchmarks/results/{output.name}"
+        ),
+        "rows": rows,
+    }
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

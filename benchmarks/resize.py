@@ -8,19 +8,15 @@ model is trained alone as well, with as many steps as the one training has for i
 
 import argparse
 import copy
-import json
-import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import LENGTH, OUTSIDE, SAMPLES, TEXTS, WINDOWS, commit
+from protocol import LENGTH, OUTSIDE, SAMPLES, TEXTS, WINDOWS, write_record
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import soco
-from soco.diagnosis import describe_machine
 from soco.methods import SoCo
 
 
@@ -35,17 +31,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=SoCo().steps)
     arguments = parser.parse_args()
     rows = [row for name in arguments.models for row in measured(name, arguments)]
-    command = " ".join(["python", "benchmarks/resize.py", *sys.argv[1:]])
-    result = {
-        "machine": describe_machine("cpu"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "command": command.replace(str(arguments.data), "DIR").replace(
-            str(arguments.output), f"benchmarks/results/{arguments.output.name}"
-        ),
-        "rows": rows,
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(arguments.output, arguments.data, rows)
 
 
 def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:

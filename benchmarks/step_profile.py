@@ -6,20 +6,16 @@ Text, statistics and decomposition are in it; what they take is written beside i
 """
 
 import argparse
-import json
 import resource
-import sys
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from protocol import LENGTH, TEXTS, commit
+from protocol import LENGTH, TEXTS, write_record
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import soco
-from soco.diagnosis import describe_machine
 from soco.methods import SoCo
 
 GROUPS = {
@@ -81,17 +77,7 @@ def main() -> None:
             }
         )
         print(name, rows[-1]["seconds"], rows[-1]["share"], flush=True)
-    command = " ".join(["python", "benchmarks/step_profile.py", *sys.argv[1:]])
-    result = {
-        "machine": describe_machine("cpu"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "command": command.replace(str(arguments.data), "DIR").replace(
-            str(arguments.output), f"benchmarks/results/{arguments.output.name}"
-        ),
-        "rows": rows,
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(arguments.output, arguments.data, rows)
 
 
 if __name__ == "__main__":

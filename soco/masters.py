@@ -174,7 +174,7 @@ def probed_rate(
     a small rate by this, and one that is far from it, or feels little, a large one.
 
     Args:
-        parameters: what is trained; as before afterwards, bit for bit.
+        parameters: what is trained; as before afterwards, bit for bit, on errors too.
         sizes: what one unit of the rate is for each of them.
         loss: measures the loss with the parameters as they are.
         start: what it is now.
@@ -190,15 +190,17 @@ def probed_rate(
     reach = _PROBE
     for _ in range(_PROBES):
         risen = 0.0
-        for sign in (1, -1):
-            generator = torch.Generator().manual_seed(seed)
-            for value, parameter, size in zip(values, parameters, sizes, strict=True):
-                way = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
-                step = sign * reach * size * way.to(value.device, torch.float32)
-                parameter.copy_(value.float() + step)
-            risen += (loss() - start) / 2
-        for value, parameter in zip(values, parameters, strict=True):
-            parameter.copy_(value)
+        try:
+            for sign in (1, -1):
+                generator = torch.Generator().manual_seed(seed)
+                for value, parameter, size in zip(values, parameters, sizes, strict=True):
+                    way = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+                    step = sign * reach * size * way.to(value.device, torch.float32)
+                    parameter.copy_(value.float() + step)
+                risen += (loss() - start) / 2
+        finally:
+            for value, parameter in zip(values, parameters, strict=True):
+                parameter.copy_(value)
         if risen <= 0:  # it may as well go farther
             return min(LARGEST_RATE, 2 * reach)
         rate = reach * math.sqrt(max(start, 0.0) * cost / risen)

@@ -155,7 +155,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, dense: Tensor, student: Tensor) -> Tensor:
         wide = dense.shape[-1]
         rows = max(1, _CHUNK[dense.is_cuda] // wide)
-        grad = torch.empty_like(student) if ctx.needs_input_grad[1] else None
+        grad = student.new_empty(student.shape) if ctx.needs_input_grad[1] else None
         chunks = [x.reshape(-1, wide).split(rows) for x in (dense, student)]
         count = dense.numel() // wide
         found = []
@@ -165,12 +165,13 @@ class _Divergence(torch.autograd.Function):
             if grad is not None:
                 target = grad.view(-1, wide)[place * rows : place * rows + len(p)]
                 torch.mul(p, -1 / count, out=target)
-        ctx.grad = grad
+        ctx.save_for_backward(grad)
         return torch.cat(found).mean()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.grad * grads[0]
+        (grad,) = ctx.saved_tensors
+        return None, grad * grads[0]
 
 
 _CHUNK = {False: 2**17, True: 2**26}  # numbers at a time, by whether the tensors are on a GPU

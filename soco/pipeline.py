@@ -195,8 +195,8 @@ def compress(
         ratios, budgets = _budgets(model, targets, shared, ratios, size, stored_as, choices)
         with unchanged_on_error(shared.model, shared.targets), unchanged_on_error(model, targets):
             run = _Run(model, targets, shared, ratios, budgets, clock, notes, progress)
-            written = _written(run, choices.refinement)
             placed, groups, scores, history, spectrum = _factor(run, choices)
+            written = _written(run, choices.refinement)  # the model is still the dense one
             made, redone = install(model, targets, placed, groups, pivoted=choices.pivoted)
             if choices.refinement is not None and made:
                 if own:

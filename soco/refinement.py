@@ -216,10 +216,10 @@ def _train(
         return history
     rate = settings.learning_rate
     if rate is None:
-        part = 1 if settings.divergence else 0
+        which = 1 if settings.divergence else 0
         rate = probed_rate(
-            trained, run.sizes, lambda: _evaluate(run, held_out, size)[part],
-            divergence if settings.divergence else start, settings.seed, _STEP_COST,
+            trained, run.sizes, lambda: _evaluate(run, held_out, size)[which],
+            (start, divergence)[which], settings.seed, _STEP_COST,
         )  # fmt: skip
     masters = Masters(
         trained, run.sizes, learning_rate=rate, betas=settings.betas,

@@ -104,6 +104,17 @@ def test_rate_of_what_is_hardly_felt_is_the_largest():
     assert flat == 0.02
 
 
+def test_a_loss_that_fails_leaves_the_parameters():
+    parameter, _ = quadratic(1.0, 1.0)
+
+    def failing():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        probed_rate([parameter], [1.0], failing, 1.0, seed=0, cost=0.005)
+    assert torch.equal(parameter, torch.zeros(4))
+
+
 def test_rate_where_the_probe_goes_too_far():
     """Not finite at 0.01, nor at 0.001: it is measured nearer."""
     parameter, loss = quadratic(1e-4, 1e3)

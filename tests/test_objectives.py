@@ -107,6 +107,18 @@ def test_divergence_and_its_gradient_are_those_of_plain_torch(shape, temperature
     assert not found(logits.detach()).requires_grad
 
 
+def test_divergence_of_what_is_not_contiguous():
+    dense = normal(4, 3, 7, seed=1).log_softmax(-1)
+    logits = normal(4, 3, 7, seed=2).requires_grad_()
+    turned = logits.log_softmax(-1).transpose(0, 1)
+    assert not turned.is_contiguous()
+    found = TokenDistribution().divergence(dense.transpose(0, 1), turned)
+    wanted = TokenDistribution().divergence(dense, logits.log_softmax(-1))
+    torch.testing.assert_close(found, wanted)
+    one, other = (torch.autograd.grad(each, logits)[0] for each in (found, wanted))
+    torch.testing.assert_close(one, other)
+
+
 def test_divergence_can_be_differentiated_twice_over():
     """One graph, two backward passes: what the first one leaves is not spoiled."""
     dense = normal(3, 7, seed=1).log_softmax(-1)
