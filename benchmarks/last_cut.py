@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import soco
 from soco import training
+from soco.choosing import kept_params
 from soco.methods import SoCo
 
 
@@ -37,7 +38,7 @@ def measured(name: str, ratio: float, method: SoCo, data: Path) -> dict[str, Any
         ).kl or 0.0  # fmt: skip
 
     def spy(run: Any, budget: int) -> float:
-        living = training.kept_params(run.layers, run.pivoted)
+        living = kept_params(run.layers, run.pivoted)
         before = divergence() if living <= 1.05 * budget or not cuts else None
         changed = choose(run, budget)
         if before is not None:

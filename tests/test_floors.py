@@ -20,8 +20,8 @@ FLOORS = [
         "spectral", "steps", "surgery", "svd_gradient", "weighting",
     },
     {
-        "calibration", "contents", "experts", "guard", "refinement", "sampling", "sequential",
-        "sizes", "stages", "surgeon", "truncation",
+        "calibration", "choosing", "contents", "experts", "guard", "refinement", "sampling",
+        "sequential", "sizes", "stages", "surgeon", "truncation",
     },
     {"archive", "methods", "plugin", "training"},
     {"checkpoint", "choices", "elastic", "evaluation", "reporting", "tasks", "workbench"},

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from soco import masters, training
+from soco.choosing import choose_components, kept_params, soft_ratio
 from soco.linalg import whitened_svd
 from soco.masters import probed_rate
 from soco.objectives import TokenDistribution
@@ -16,14 +17,7 @@ from soco.ranks import is_dense
 from soco.spectral import SpectralLinear
 from soco.stages import SOFT_STAGES, STAGES, Stage, TrainingSettings
 from soco.steps import Teacher, all_dense, checkpointed
-from soco.training import (
-    Snapshot,
-    choose_components,
-    kept_params,
-    polarization,
-    soft_ratio,
-    train_scores,
-)
+from soco.training import Snapshot, train_scores
 
 VOCABULARY, HIDDEN = 17, 12
 
@@ -234,45 +228,6 @@ def test_fisher_is_the_mean_squared_score_gradient():
     for name in layers:
         torch.testing.assert_close(found[name], expected[name], rtol=2e-4, atol=1e-9)
     assert float(found["blocks.0.0"][3:].max()) > 0  # masked components are seen, too
-
-
-def test_components_go_by_worth_not_by_order():
-    _, layers, _ = toy()
-    layer = layers["blocks.0.0"]
-    fisher = {name: torch.ones_like(each.gain) for name, each in layers.items()}
-    fisher["blocks.0.0"][0] = 0.0  # the largest singular value does not matter to the loss
-    choose_components(layers, fisher, int(0.5 * total(layers)))
-    assert not bool(layer.mask[0])
-    assert bool(layer.mask.any())
-
-
-def test_criterion_score_goes_by_score():
-    _, layers, _ = toy()
-    with torch.no_grad():
-        for layer in layers.values():
-            layer.logit.copy_(torch.linspace(-2, 2, len(layer.logit)))
-    choose_components(layers, {}, int(0.3 * total(layers)))
-    for layer in layers.values():
-        scores = layer.scores().detach()
-        assert float(scores[layer.mask].min()) > float(scores[~layer.mask].max())
-
-
-def test_soft_ratio_by_hand():
-    _, layers, _ = toy()
-    for layer in layers.values():
-        layer.logit.data.fill_(0.0)  # scores 1, five temperatures above the threshold
-    expected = sum(12 * 36 for _ in layers) / total(layers) / (1 + math.exp(-5))
-    assert float(soft_ratio(layers, 0.5, 0.1).detach()) == pytest.approx(expected)
-
-
-def test_polarization_by_hand():
-    _, layers, _ = toy()
-    for layer in layers.values():
-        layer.logit.data.fill_(math.log(0.25 / 0.75))  # 2 sigmoid = 0.5, the threshold
-    assert float(polarization(layers, 0.5, 0.1).detach()) == pytest.approx(1.0)
-    for layer in layers.values():
-        layer.logit.data.fill_(-20.0)
-    assert float(polarization(layers, 0.5, 0.1).detach()) < 0.03
 
 
 def test_soft_stages_press_the_ratio_down_and_polarize():
