@@ -94,8 +94,9 @@ def compress(
         model: a transformers model on any device, float32, bfloat16 or float16; not quantized.
         ratio: fraction of the targets' parameters to *remove*, above 0 and below 1. It is met to
             within one rank of one layer, and never missed by removing less. Several of them (for
-            method "soco"): one training for all sizes from the smallest ratio to the largest; the
-            model has the smallest, and ``soco.resize`` makes the others.
+            method "soco"): one training for all sizes from the smallest ratio to the largest
+            (``TrainingSettings.spacing`` says how close the ratios in between are that it is
+            trained for as well); the model has the smallest, and ``soco.resize`` makes the others.
         size: instead of a ratio, the bytes that all parameters of the model may take: a number, or
             text such as "4GiB" or "500MB".
         stored_as: the dtype that ``size`` counts, where the model will be stored in another one
@@ -317,7 +318,7 @@ def _factor(
 def _ratios(
     ratio: float | Sequence[float], size: int | str | None, choices: Choices
 ) -> tuple[float, ...]:
-    """The ratios that were asked for, ascending; none where it was a size in bytes."""
+    """The ratios that are trained for, ascending; none where a size in bytes was asked for."""
     several = isinstance(ratio, Sequence) and not isinstance(ratio, str)
     if size is not None:
         parse_bytes(size)
@@ -340,7 +341,10 @@ def _ratios(
             f"{name} changes the factors of one size, which the others do not share: leave it out, "
             f"or compress for one ratio"
         )
-    return tuple(sorted(float(cast(float, each)) for each in ratios))
+    ordered = sorted(float(cast(float, each)) for each in ratios)
+    if isinstance(choices.method, TrainedMethod):
+        return choices.method.settings().stations(ordered)
+    return tuple(ordered)
 
 
 def _budgets(

@@ -1,6 +1,9 @@
 """What a training of spectral scores can be told: its stages, and everything else."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from soco.steps import check_batches, half_cosine
@@ -97,6 +100,8 @@ class TrainingSettings:
     stages: tuple[Stage, ...] = STAGES
     steps: int = 240  # optimizer steps over all stages
     later_steps: int | None = None  # over all stages of a second and later budget; None: half
+    spacing: float | None = 0.1  # ratios of one training that are further apart get others between
+    # them, so that no step between two is larger than this; None: those that are given, alone
     criterion: Literal["fisher", "score"] = "fisher"  # what a component is kept for
     offered: float | None = None  # at the start every layer has at most so many components, as a
     # multiple of the rank at which factors are as large as the dense weight; None: all
@@ -125,6 +130,8 @@ class TrainingSettings:
             raise ValueError(f'criterion must be "fisher" or "score", got {self.criterion!r}')
         if self.later_steps is not None and not self.later_steps >= 1:
             raise ValueError(f"later_steps must be at least 1, or None, got {self.later_steps}")
+        if self.spacing is not None and not self.spacing >= 0.01:
+            raise ValueError(f"spacing must be at least 0.01, or None, got {self.spacing}")
         if self.offered is not None and not self.offered > 0:
             raise ValueError(f"offered must be positive, or None, got {self.offered}")
         if not self.softening > 0:
@@ -135,6 +142,17 @@ class TrainingSettings:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not self.stages or sum(stage.share for stage in self.stages) > 1 + 1e-6:
             raise ValueError("the shares of the stages must be above 0 and sum to at most 1")
+
+    def stations(self, ratios: Sequence[float]) -> tuple[float, ...]:
+        """The ratios that are trained for: those given, ascending, and others evenly between."""
+        found = list(ratios[:1])
+        for low, high in pairwise(ratios):
+            parts = 1
+            if self.spacing is not None:
+                parts = max(1, math.ceil((high - low) / self.spacing - 1e-6))
+            found += [round(low + (high - low) * part / parts, 6) for part in range(1, parts)]
+            found.append(high)
+        return tuple(found)
 
     def steps_for(self, position: int) -> int:
         """Optimizer steps for the first budget (0), or for a later one."""

@@ -21,7 +21,7 @@ RATIOS = (0.2, 0.4, 0.6)
 def made(name="llama", ratios=RATIOS, **options):
     method = SoCo(
         steps=options.pop("steps", 4), batch_size=4, fisher_warmup=1,
-        deviation=options.pop("deviation", "none"),
+        deviation=options.pop("deviation", "none"), spacing=options.pop("spacing", None),
     )  # fmt: skip
     model = tiny_model(name)
     soco.compress(
@@ -74,6 +74,21 @@ def test_a_station_is_what_training_for_it_alone_continues_from():
     alone, several = made(ratios=0.2), made(ratios=(0.6, 0.2))
     torch.testing.assert_close(logits(alone), logits(several))
     assert not hasattr(alone, "soco_spectrum")
+
+
+def test_ratios_far_apart_are_not_only_interpolated(tmp_path):
+    """What lies between the ratios that were given is trained for, too."""
+    close = made(ratios=(0.2, 0.4), spacing=0.1, steps=8)
+    given = made(ratios=(0.2, 0.3, 0.4), steps=8)
+    assert spectrum_of(close).ratios == spectrum_of(given).ratios == (0.2, 0.3, 0.4)
+    assert soco.report(close).ratio == 0.2
+    far = made(ratios=(0.2, 0.4), steps=8)
+    for model in (close, given, far):
+        soco.resize(model, 0.3)
+    torch.testing.assert_close(logits(close), logits(given))
+    assert not torch.allclose(logits(close), logits(far))
+    soco.save(close, tmp_path)
+    torch.testing.assert_close(logits(soco.resize(tmp_path, 0.3)), logits(close))
 
 
 def test_sizes_in_bytes():

@@ -37,6 +37,7 @@ def test_rate_follows_a_cosine():
         ("learning_rate", 0.0, "learning_rate must be positive, got 0.0"),
         ("criterion", "size", 'criterion must be "fisher" or "score", got \'size\''),
         ("later_steps", 0, "later_steps must be at least 1, or None, got 0"),
+        ("spacing", 0.0, "spacing must be at least 0.01, or None, got 0.0"),
         ("spare", -0.5, "spare must be at least 0, got -0.5"),
         ("stages", (), "the shares of the stages must be above 0"),
     ],
@@ -44,6 +45,21 @@ def test_rate_follows_a_cosine():
 def test_settings_are_checked(field, value, text):
     with pytest.raises(ValueError, match=text):
         TrainingSettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("spacing", "ratios", "expected"),
+    [
+        (0.1, (0.2,), (0.2,)),
+        (0.1, (0.2, 0.25), (0.2, 0.25)),
+        (0.1, (0.2, 0.3, 0.6), (0.2, 0.3, 0.4, 0.5, 0.6)),  # a gap of 0.1 is not above it
+        (0.1, (0.2, 0.45), (0.2, 0.283333, 0.366667, 0.45)),  # evenly
+        (0.04, (0.5, 0.6), (0.5, 0.533333, 0.566667, 0.6)),
+        (None, (0.2, 0.6), (0.2, 0.6)),
+    ],
+)
+def test_ratios_far_apart_get_others_between_them(spacing, ratios, expected):
+    assert TrainingSettings(spacing=spacing).stations(ratios) == expected
 
 
 @pytest.mark.parametrize(
