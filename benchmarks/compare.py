@@ -11,6 +11,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from protocol import LENGTH, OUTSIDE, SAMPLES, TEXTS, WINDOWS, commit
@@ -20,10 +21,13 @@ import soco
 from soco.comparison import compare
 from soco.record import RECORD
 
+SORTING = "gpt-nano-sort-gpt2"  # sorts six digits; it has no tokenizer, and no text
 RATIOS = {
     "babyllama105": (0.2, 0.4, 0.6),
     "stories260K": (0.2, 0.4, 0.6),
     "books-llama-6m": (0.4, 0.6, 0.8),
+    "books-llama-1m": (0.2, 0.4, 0.6, 0.8),
+    SORTING: (0.2, 0.4, 0.6, 0.8),
 }
 METHODS = (
     "svd", "fwsvd", "tfwsvd", "asvd@uniform", "svd-llm", "svd-llm-v2", "adasvd", "basis-sharing",
@@ -32,6 +36,28 @@ METHODS = (
     "svd-llm@lems", "kfac-svd@lems",
 )  # fmt: skip
 TRAINED = ("soco:fast", "soco", "soco:best", "kfac-svd+pivoted+refine", "dobi-svd")
+
+
+def texts(name: str, data: Path) -> dict[str, Any]:
+    """What is read, and how much of it: arguments of ``compare``."""
+    if name == SORTING:  # a third of all inputs, each with its first five sorted ones behind it
+        digits = torch.cartesian_prod(*[torch.arange(3)] * 6)
+        rows = torch.cat([digits, digits.sort().values], dim=1)[:, :11]
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        seen, unseen = rows[order[:243]], rows[order[243:]]
+        return {
+            "calibration": seen, "samples": len(seen), "length": 11, "windows": None,
+            "text": {"unseen inputs": unseen},
+        }  # fmt: skip
+    train, valid = TEXTS[name]
+    return {
+        "calibration": data / train,
+        "samples": SAMPLES,
+        "length": LENGTH,
+        "windows": WINDOWS,
+        "text": {Path(each).name: data / each for each in (valid, OUTSIDE)},
+        "tokenizer": PreTrainedTokenizerFast.from_pretrained(data / "models" / name),
+    }
 
 
 def main() -> None:
@@ -52,20 +78,14 @@ def main() -> None:
         made = made.replace(str(folder), called)
     made += f" (soco {soco.__version__}, commit {commit()})"  # now: records are files of it, too
     for name in arguments.models:
-        train, valid = TEXTS[name]
         folder = arguments.data / "models" / name
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         compare(
             model.to(arguments.device),
             arguments.methods,
             arguments.ratios or RATIOS[name],
-            calibration=arguments.data / train,
-            text={Path(each).name: arguments.data / each for each in (valid, OUTSIDE)},
+            **texts(name, arguments.data),
             output=arguments.work / f"compare-{name}",
-            tokenizer=PreTrainedTokenizerFast.from_pretrained(folder),
-            samples=SAMPLES,
-            length=LENGTH,
-            windows=WINDOWS,
             name=name,
             command=made,
             on_row=lambda row: print(

@@ -94,7 +94,13 @@ class SoCo(TrainingSettings, ClosedForm):
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"sampled": True, "fisher_warmup": 2, "steps": 6, "stages": SHORT_STAGES},
+    "fast": {
+        "sampled": True,
+        "batch_size": 4,
+        "fisher_warmup": 4,
+        "steps": 16,
+        "stages": SHORT_STAGES,
+    },
     "balanced": {},
     "best": {
         "fisher_warmup": 32,
