@@ -19,7 +19,7 @@ KINDS = frozenset(
 OF_GRADIENTS = frozenset({"fisher", "grad_gram", "sampled_grad_gram"})
 
 # One batch of so many goes into the sampled statistics: a backward pass takes twice a forward pass.
-SAMPLED = 4
+SAMPLED = 8
 
 # Rows of a chunk: of a product in float32 that is summed in float64, and of one step of the QR.
 _CHUNK = 2048
@@ -105,7 +105,7 @@ def collect(
         batch_size: sequences at a time.
         on_batch: called with the number of sequences done, after each batch.
         kinds: what to collect, of ``KINDS``; the Gram matrix always is. Of "sampled_grad_gram" a
-            quarter of the batches is used, and the others run forward only.
+            part of the batches (one in ``SAMPLED``) is used, and the others run forward only.
         objective: what gradients are of; None: by what the model returns.
         seed: of the drawn labels.
 

@@ -100,7 +100,7 @@ class TrainingSettings:
     stages: tuple[Stage, ...] = STAGES
     steps: int = 240  # optimizer steps over all stages
     later_steps: int | None = None  # over all stages of a second and later budget; None: half
-    spacing: float | None = 0.1  # ratios of one training that are further apart get others between
+    spacing: float | None = 0.05  # ratios of one training that are further apart get others between
     # them, so that no step between two is larger than this; None: those that are given, alone
     criterion: Literal["fisher", "score"] = "fisher"  # what a component is kept for
     offered: float | None = None  # at the start every layer has at most so many components, as a

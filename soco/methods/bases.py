@@ -151,7 +151,7 @@ class TwoSided:
     output_shrinkage: float = 0.0  # share of the mean diagonal in B
     centered: bool = False  # take A of the inputs less their mean: for layers that keep the mean
     # of their outputs by a bias
-    sampled: bool = False  # take B from a quarter of the calibration
+    sampled: bool = False  # take B from an eighth of the calibration
 
     def __post_init__(self) -> None:
         """Refuse shares that are none."""

@@ -29,7 +29,7 @@ class SoCo(TrainingSettings, ClosedForm):
 
     basis: Literal["kfac", "whitened", "scaled", "plain"] = "kfac"  # whose components: KFAC-SVD's,
     # SVD-LLM's, ASVD's, or the weight's own
-    sampled: bool = False  # for basis "kfac": gradients of a quarter of the calibration only
+    sampled: bool = False  # for basis "kfac": gradients of an eighth of the calibration only
     largest_score: float = 2.0  # bound of the scores, which start at 1; inf: there is none
     channels: bool = True  # train a scale for every input and output of a layer, too: two more
     # diagonals, which cost nothing in the end
@@ -98,7 +98,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "sampled": True,
         "batch_size": 4,
         "fisher_warmup": 4,
-        "steps": 16,
+        "steps": 14,
         "stages": SHORT_STAGES,
     },
     "balanced": {},
