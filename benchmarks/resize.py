@@ -2,8 +2,9 @@
 
     python benchmarks/resize.py --data DIR --output benchmarks/results/resize.json
 
-One training meets the ``--stations``; the other ratios are interpolated from it. For each ratio a
-model is trained alone as well, with as many steps as the one training has for its first size.
+One training is for the ``--ratios``, and for those in between that soco adds by itself; all others
+are interpolated. For each ratio, and for each of ``--others``, a model is trained alone as well,
+with as many steps as the one training has for its first size.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import soco
 from soco.methods import SoCo
+from soco.resizing import spectrum_of
 
 
 def main() -> None:
@@ -26,8 +28,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of models and texts")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--models", nargs="*", default=["babyllama105", "stories260K"])
-    parser.add_argument("--stations", nargs="*", type=float, default=[0.2, 0.4, 0.6])
-    parser.add_argument("--between", nargs="*", type=float, default=[0.3, 0.5])
+    parser.add_argument("--ratios", nargs="*", type=float, default=[0.2, 0.4, 0.6])
+    parser.add_argument("--others", nargs="*", type=float, default=[0.275, 0.3, 0.5, 0.525])
     parser.add_argument("--steps", type=int, default=SoCo().steps)
     arguments = parser.parse_args()
     rows = [row for name in arguments.models for row in measured(name, arguments)]
@@ -60,9 +62,10 @@ def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for kind, text in texts.items()
         }  # fmt: skip
 
-    model, seconds = compressed(arguments.stations)
+    model, seconds = compressed(arguments.ratios)
+    trained = spectrum_of(model).ratios
     rows = []
-    for ratio in sorted([*arguments.stations, *arguments.between]):
+    for ratio in sorted([*arguments.ratios, *arguments.others]):
         soco.resize(model, ratio=ratio)
         one = divergences(model)
         params = soco.report(model).params_after
@@ -72,13 +75,14 @@ def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "model": name,
                 "ratio": ratio,
-                "station": ratio in arguments.stations,
+                "station": ratio in trained,
                 "one_training": one,
                 "own_training": own,
                 "kl_ratio": one["kl"] / own["kl"],
                 "kl_outside_ratio": one["kl_outside"] / own["kl_outside"],
                 "params": {"one": params, "own": soco.report(alone).params_after},
                 "steps": arguments.steps,
+                "stations": trained,
                 "seconds": {"one_training_all": round(seconds, 1), "own": round(own_seconds, 1)},
             }
         )
