@@ -88,8 +88,10 @@ def learn_scores(
         micro = settings.micro_batch and min(settings.micro_batch, len(windows))
         settings = dataclasses.replace(settings, batch_size=len(windows), micro_batch=micro)
     objective = shared.objective
-    layers = {}
+    layers, expected = {}, {}
     for name, module in targets.items():
+        if method.components.in_loss and not shared.saw_nothing((name,)):
+            expected[name] = spectra[name].sigma.float().square()
         layers[name] = SpectralLinear(
             weight_of(module),
             bias_of(module),
@@ -106,8 +108,9 @@ def learn_scores(
         checkpointed(blocks),
     ):
         history, snapshots = train_scores(
-            model, layers, windows, budgets, objective, settings, show, pivoted=pivoted
-        )
+            model, layers, windows, budgets, objective, settings, show, pivoted=pivoted,
+            expected=expected,
+        )  # fmt: skip
     return Learned(layers, snapshots, history)
 
 
@@ -136,7 +139,7 @@ def learn_ranks(
     progress: bool | None,
 ) -> dict[str, int]:
     """The ranks that SoCo's training finds for given components: the allocator "learned"."""
-    method = SoCo(seed=shared.seed)
+    method = SoCo(seed=shared.seed, fisher_prior=0.0)  # the components may be in any unit
     model, targets = shared.model, shared.targets
     learned = learn_scores(
         model, method, targets, dict(spectra), shared, [budget], pivoted=pivoted, progress=progress

@@ -118,6 +118,8 @@ class TrainingSettings:
     fisher_decay: float = 0.98  # of the running average of the squared score gradients
     fisher_every: int = 2  # steps between two of its updates
     fisher_warmup: int = 4  # batches it sees of the untouched model before the first step
+    fisher_prior: float = 0.0  # batches that what the decomposition expects counts as beside those
+    # seen, where its squared singular values are in units of the loss (basis "kfac")
     threshold: float = 0.5  # score at which the soft count of living components is one half
     temperature: float = 0.1  # width of that count's sigmoid, in scores
     checkpointing: bool = False  # recompute activations in backward: less memory, a third slower
@@ -134,6 +136,8 @@ class TrainingSettings:
             raise ValueError(f"spacing must be at least 0.01, or None, got {self.spacing}")
         if self.offered is not None and not self.offered > 0:
             raise ValueError(f"offered must be positive, or None, got {self.offered}")
+        if not 0 <= self.fisher_prior < math.inf:
+            raise ValueError(f"fisher_prior must be at least 0, got {self.fisher_prior}")
         if not self.softening > 0:
             raise ValueError(f"softening must be positive, got {self.softening}")
         if not self.spare >= 0:

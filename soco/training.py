@@ -50,6 +50,7 @@ class _Run:
     generator: torch.Generator
     teacher: Teacher
     pivoted: bool = False
+    expected: Mapping[str, Tensor] = field(default_factory=dict)  # Fisher information, (rank,)
     rate: float = 0.0  # learning rate of the logits
     squares: dict[str, Tensor] = field(default_factory=dict)  # decayed sums, (rank,)
     weights: dict[str, Tensor] = field(default_factory=dict)  # of what they sum, (rank,)
@@ -68,6 +69,7 @@ def train_scores(
     on_step: Callable[[Step], None] = lambda step: None,
     *,
     pivoted: bool = False,
+    expected: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Step], list[dict[str, Snapshot]]]:
     """Learn the scores of all layers together, and who of the components stays.
 
@@ -93,6 +95,8 @@ def train_scores(
         on_step: called after each optimizer step, with the one before it: nothing waits for a
             number that is still being computed.
         pivoted: whether the factors will be pivoted, which hold less (``ranks.layer_params``).
+        expected: name to the Fisher information (rank,) that the scores should have by what made
+            the components: counts like ``settings.fisher_prior`` batches.
 
     Returns:
         All steps, in order; and for each budget the snapshots of all layers.
@@ -114,7 +118,9 @@ def train_scores(
     if settings.softening != 1 and isinstance(objective, TokenDistribution):
         objective = replace(objective, temperature=settings.softening)
     teacher = Teacher(model, lambda: all_dense(layers.values()), objective, windows)
-    run = _Run(model, layers, objective, settings, generator, teacher, pivoted)
+    run = _Run(
+        model, layers, objective, settings, generator, teacher, pivoted, expected or {}
+    )  # fmt: skip
     batches = endless_batches(len(windows), settings.batch_size, generator)
     _offer(run)
     if settings.criterion == "fisher":
@@ -427,6 +433,11 @@ def _press(run: _Run, ratio_weight: float, sparsity_weight: float, kept: float) 
 
 def _fisher(run: _Run) -> dict[str, Tensor]:
     """The running averages, free of their start at zero; empty where nothing is recorded."""
-    return {
-        name: square / run.weights[name].clamp_min(1e-30) for name, square in run.squares.items()
-    }
+    prior = run.settings.fisher_prior * (1 - run.settings.fisher_decay)
+    found = {}
+    for name, square in run.squares.items():
+        weight = run.weights[name]
+        if prior and name in run.expected:
+            square, weight = square + prior * run.expected[name], weight + prior
+        found[name] = square / weight.clamp_min(1e-30)
+    return found

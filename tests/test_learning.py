@@ -1,16 +1,21 @@
 """Trained methods on a model: the dense layers come back, ranks and scores are what was learned."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from soco import learning
 from soco.learning import learn_positions, learn_ranks, learn_scores
 from soco.linalg import Factors
 from soco.methods import DobiSVD, SoCo, Whitened
+from soco.preparation import prepare
 from soco.ranks import layer_params, parameter_budget
+from soco.stages import CHOICE_STAGES
 from soco.surgery import find_linears
+from soco.training import train_scores
 from soco.workbench import Workbench
 from tiny_models import logits, tiny_model
 
@@ -68,7 +73,8 @@ def test_pivoted_budgets_hold_more_rank(bench):
 
 def test_learned_ranks(bench, monkeypatch):
     monkeypatch.setattr(
-        "soco.learning.SoCo", lambda seed: SoCo(steps=6, fisher_warmup=1, seed=seed)
+        "soco.learning.SoCo",
+        lambda seed, **fields: SoCo(steps=6, fisher_warmup=1, seed=seed, **fields),
     )
     budget = parameter_budget(bench.shapes, 0.5)
     ranks = learn_ranks(bench, spectra(bench), budget, pivoted=False, progress=False)
@@ -113,6 +119,56 @@ def test_what_is_held_out_is_not_trained_on(bench):
         found.append(torch.cat([layer.logit.detach() for layer in learned.layers.values()]))
     assert torch.equal(*found)
     assert float(found[0].abs().max()) > 0
+
+
+@pytest.mark.parametrize("basis", ["kfac", "whitened"])
+def test_the_decomposition_says_what_fisher_information_to_expect(bench, basis, monkeypatch):
+    """Where squared singular values are in units of the loss, and the layer saw a token."""
+    method = SoCo(steps=1, fisher_warmup=1, basis=basis)
+    components = dict(bench.spectra(method.components, [(name,) for name in bench.targets]))
+    sigmas = {name: each.sigma for name, each in components.items()}
+    idle = next(iter(bench.targets))
+    told = {}
+
+    def spy(*arguments, expected, **options):
+        told.update(expected)
+        return train_scores(*arguments, expected=expected, **options)
+
+    monkeypatch.setattr(learning, "train_scores", spy)
+    monkeypatch.setattr(bench, "saw_nothing", lambda group: group == (idle,))
+    budget = parameter_budget(bench.shapes, 0.5)
+    learn_scores(
+        bench.model, method, bench.targets, components, bench, [budget], pivoted=False,
+        progress=False,
+    )  # fmt: skip
+    assert told.keys() == (bench.targets.keys() - {idle} if basis == "kfac" else set())
+    for name, expected in told.items():
+        torch.testing.assert_close(expected, sigmas[name].float() ** 2)
+
+
+def test_expected_and_measured_fisher_information_are_of_one_size(shared_data):
+    """On a trained model: sums over the leading components of a layer agree within a factor."""
+    folder = shared_data / "models" / "stories260K"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    text = shared_data / "text" / "tinystories_train_sample.clean.txt"
+    bench = prepare(model, tokenizer=tokenizer, calibration=text, samples=32, length=128)
+    method = SoCo(steps=1, fisher_warmup=4, stages=CHOICE_STAGES)
+    components = dict(bench.spectra(method.components, [(name,) for name in bench.targets]))
+    expected = {name: each.sigma.float().square() for name, each in components.items()}
+    measured = {}
+    for prior in (0.0, 1e9):  # nothing but what was seen, nothing but what is expected
+        learned = learn_scores(
+            bench.model, replace(method, fisher_prior=prior), bench.targets, dict(components),
+            bench, [parameter_budget(bench.shapes, 0.01)], pivoted=False, progress=False,
+        )  # fmt: skip
+        measured[prior] = {n: 2 * each.values for n, each in learned.snapshots[0].items()}
+    for name, each in expected.items():
+        torch.testing.assert_close(measured[1e9][name], each, rtol=1e-4, atol=1e-12)
+    ratios = torch.stack([measured[0.0][n].sum() / each.sum() for n, each in expected.items()])
+    # The least are some keys, whose gradients add up to little over a sequence: 0.07 on another.
+    assert 0.03 < float(ratios.min()) < float(ratios.max()) < 3
+    assert 0.6 < float(ratios.log().mean().exp()) < 1.6
 
 
 def test_the_bar_counts_the_steps_of_all_budgets(bench, monkeypatch):

@@ -38,6 +38,8 @@ def test_rate_follows_a_cosine():
         ("criterion", "size", 'criterion must be "fisher" or "score", got \'size\''),
         ("later_steps", 0, "later_steps must be at least 1, or None, got 0"),
         ("spacing", 0.0, "spacing must be at least 0.01, or None, got 0.0"),
+        ("fisher_prior", -1.0, "fisher_prior must be at least 0, got -1.0"),
+        ("fisher_prior", float("nan"), "fisher_prior must be at least 0, got nan"),
         ("spare", -0.5, "spare must be at least 0, got -0.5"),
         ("stages", (), "the shares of the stages must be above 0"),
     ],

@@ -228,6 +228,14 @@ def test_fisher_is_the_mean_squared_score_gradient():
     for name in layers:
         torch.testing.assert_close(found[name], expected[name], rtol=2e-4, atol=1e-9)
     assert float(found["blocks.0.0"][3:].max()) > 0  # masked components are seen, too
+    # What is expected counts like so many batches beside the one that was seen.
+    run.settings = TrainingSettings(batch_size=5, fisher_prior=3.0)
+    run.expected = {"blocks.0.0": torch.arange(1.0, 13)}
+    mixed = _fisher(run)
+    torch.testing.assert_close(
+        mixed["blocks.0.0"], (found["blocks.0.0"] + 3 * torch.arange(1.0, 13)) / 4
+    )
+    torch.testing.assert_close(mixed["blocks.1.2"], found["blocks.1.2"])
 
 
 def test_soft_stages_press_the_ratio_down_and_polarize():

@@ -98,6 +98,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "sampled": True,
         "batch_size": 4,
         "fisher_warmup": 4,
+        "fisher_prior": 8.0,
         "steps": 14,
         "stages": SHORT_STAGES,
     },
