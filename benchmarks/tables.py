@@ -27,6 +27,8 @@ from soco.rendering import about, across, notes, number, small
 from soco.reporting import format_bytes
 
 ROOT = Path(__file__).parents[1]
+# Studies in which text of another kind is half of the question.
+OUTSIDE_TOO = ("calibration", "refine")
 # The columns of the short table: what there was, the best closed forms, and what is trained.
 BRIEF = (
     "svd", "svd-llm", "kfac-svd", "kfac-svd@lems", "kfac-svd+pivoted", "dobi-svd", "soco:fast",
@@ -37,12 +39,28 @@ BRIEF = (
 def studied(study: dict) -> str:
     """A section of docs/ablations.md: KL of every variant, and against the first one."""
     rows = study["rows"]
+    commits = ", ".join(f"`{c}`" for c in dict.fromkeys(row["commit"] for row in rows))
+    dates = sorted(row["date"][:10] for row in rows)
+    parts = [f"### {study['study']}", _variants(rows, "kl", "KL")]
+    if study["study"] in OUTSIDE_TOO:
+        parts.append(_variants(rows, "kl_outside", "KL on text of another kind"))
+    parts.append(
+        f"Mean: geometric mean of the KL as a fraction of the first line's, over the places that "
+        f"both have. ±: half the spread of several seeds. Made on {dates[0]} to {dates[-1]} at "
+        f"{commits} by `{rows[-1]['command']}` and the like ({rows[-1]['machine']['cpu']}, "
+        f"{rows[-1]['machine']['threads']} thread)."
+    )
+    return "\n\n".join(parts)
+
+
+def _variants(rows: list[dict], kind: str, title: str) -> str:
+    """A line for every variant, a column for every place."""
     places = sorted({(row["model"], row["ratio"]) for row in rows}, key=_place)
-    head = "| KL | " + " | ".join(f"{model} {ratio:.0%}" for model, ratio in places) + " | mean |"
-    lines = [f"### {study['study']}", "", head, "|---" + "|--:" * (len(places) + 1) + "|"]
+    heads = " | ".join(f"{model} {ratio:.0%}" for model, ratio in places)
+    lines = [f"| {title} | {heads} | mean |", "|---" + "|--:" * (len(places) + 1) + "|"]
     means = {
         (row["variant"], row["model"], row["ratio"]): [
-            each["kl"]
+            each[kind]
             for each in rows
             if all(each[k] == row[k] for k in ("variant", "model", "ratio"))
         ]
@@ -64,15 +82,6 @@ def studied(study: dict) -> str:
                 ratios.append(math.log(value * len(base) / sum(base)))
         mean = f"{math.exp(sum(ratios) / len(ratios)):.2f}" if ratios else "-"
         lines.append(f"| {variant} | " + " | ".join(cells) + f" | {mean} |")
-    commits = ", ".join(f"`{c}`" for c in dict.fromkeys(row["commit"] for row in rows))
-    dates = sorted(row["date"][:10] for row in rows)
-    lines += [
-        "",
-        f"Mean: geometric mean of the KL as a fraction of the first line's, over the places that "
-        f"both have. ±: half the spread of several seeds. Made on {dates[0]} to {dates[-1]} at "
-        f"{commits} by `{rows[-1]['command']}` and the like ({rows[-1]['machine']['cpu']}, "
-        f"{rows[-1]['machine']['threads']} thread).",
-    ]
     return "\n".join(lines)
 
 
