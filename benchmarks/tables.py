@@ -9,8 +9,11 @@ writes a table of every study between the ``studies`` markers of docs/ablations.
 takes what ``soco compare`` wrote (its compare.json under another name) and writes a table of every
 model between the ``compare`` markers of docs/methods.md, a short one of all models between the
 ``results`` markers of README.md, docs/images/compare-MODEL.png, and docs/images/readme.png with the
-methods of the short table on the first model. Both kinds may be given at
-once.
+methods of the short table on the first model.
+
+    python benchmarks/tables.py benchmarks/results/resize.json
+
+writes a table between the ``resize`` markers of docs/methods.md. All kinds may be given at once.
 """
 
 import argparse
@@ -193,6 +196,31 @@ def costs(comparisons: list[Comparison]) -> str:
     return "\n".join(lines)
 
 
+def sized(record: dict) -> str:
+    """What ``soco.resize`` gives against trainings of their own: a part of docs/methods.md."""
+    heads = ("KL", "of its own", "", "KL on WikiText-2", "of its own", "")
+    lines = [
+        f"| model, removed | trained for | {' | '.join(heads)} |",
+        "|---|---" + "|--:" * 6 + "|",
+    ]
+    for row in record["rows"]:
+        one, own = row["one_training"], row["own_training"]
+        cells = [
+            cell
+            for kind in ("kl", "kl_outside")
+            for cell in (small(one[kind]), small(own[kind]), f"{one[kind] / own[kind] - 1:+.1%}")
+        ]
+        where = "yes" if row["station"] else "between"
+        lines.append(f"| {row['model']}, {row['ratio']:.1%} | {where} | {' | '.join(cells)} |")
+    steps = record["rows"][0]["steps"]
+    lines += [
+        "",
+        f"Made on {record['date'][:10]} at `{record['commit']}` by `{record['command']}`; {steps} "
+        f"steps for the first size and for every training of its own.",
+    ]
+    return "\n".join(lines)
+
+
 def picture(comparison: Comparison) -> str:
     """The name of a comparison's picture in docs/images/."""
     return f"compare-{comparison.setup['model'].replace('/', '-')}.png"
@@ -215,7 +243,7 @@ def main() -> None:
         "results",
         type=Path,
         nargs="+",
-        help="JSON of benchmarks/ablation or of soco compare",
+        help="JSON of benchmarks/ablation, of soco compare, or of benchmarks/resize.py",
     )
     arguments = parser.parse_args()
     parts = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in arguments.results]
@@ -225,6 +253,9 @@ def main() -> None:
         write_studies(studies)
     if comparisons:
         write_comparisons(comparisons)
+    for _, part in parts:
+        if any("own_training" in row for row in part["rows"]):
+            insert(ROOT / "docs" / "methods.md", "resize", sized(part))
 
 
 def write_studies(studies: list[dict]) -> None:

@@ -33,6 +33,7 @@ from soco.cli.options import (
     Preset,
 )
 from soco.comparison import DEFAULT_METHODS, OPTIONS
+from soco.elastic import ElasticSpectrum
 from soco.folders import SPECTRUM
 from soco.methods import METHODS, SoCo
 from soco.methods.soco import EFFORTS, PRESETS
@@ -180,10 +181,19 @@ def test_compress_writes_a_model_that_transformers_loads(run, place):
     assert not list(place.rglob(".*"))
 
 
-def test_several_sizes_of_one_training(run, place):
+@pytest.mark.parametrize(
+    ("words", "stations"),
+    [
+        (["--spacing", "0.15"], [0.2, 0.3, 0.4, 0.5, 0.6]),
+        (["--spacing", "1"], [0.2, 0.4, 0.6]),
+        ([], [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]),
+    ],
+)
+def test_several_sizes_of_one_training(run, place, words, stations):
     code, out, err = run(
-        "compress", "dense", "--ratios", "0.6,0.2,0.4", "-o", "out", "-c", "text.txt", *QUICK
-    )
+        "compress", "dense", "--ratios", "0.6,0.2,0.4", "-o", "out", "-c", "text.txt", *words,
+        *QUICK,
+    )  # fmt: skip
     assert (code, err.count("error")) == (0, 0)
     names = ["ratio-0.2", "ratio-0.4", "ratio-0.6"]
     assert sorted(path.name for path in (place / "out").iterdir()) == names
@@ -197,6 +207,7 @@ def test_several_sizes_of_one_training(run, place):
         params.append(done.model_params_after)
         assert (folder / "tokenizer.json").exists()
         assert (folder / SPECTRUM).exists() == (name == "ratio-0.2")
+    assert list(ElasticSpectrum.load(place / "out" / names[0] / SPECTRUM).ratios) == stations
     assert params == sorted(params, reverse=True)
     code, out, _ = run("resize", "out/ratio-0.2", "--ratio", "0.3", "--output", "between")
     assert code == 0
@@ -647,6 +658,8 @@ OUT = ["--output", "out"]
             ["dense", *OUT, "--ratios", "0.2,0.4", "--ratio", "0.3"],
             "--ratio and --ratios both say how small: give one of them",
         ),
+        (["dense", *OUT, "--spacing", "0.1"], "--spacing is how far apart sizes between several"),
+        (["dense", *OUT, "--ratios", "0.2,0.4", "--spacing", "0"], "Invalid value for '--spacing'"),
         (["dense", *OUT, "--size", "tiny", "-c", "self"], "a size is a positive number of bytes"),
         (["dense", *OUT, "--size", "1kB", "-c", "self"], "size 1kB is too small"),
         (

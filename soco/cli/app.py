@@ -39,6 +39,7 @@ from soco.cli.options import (
     RefineOption,
     SamplesOption,
     SizeOption,
+    SpacingOption,
     StatsOption,
     StepsOption,
     SurgeonOption,
@@ -151,6 +152,7 @@ def compress(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
+    spacing: SpacingOption = None,
     basis: BasisOption = None,
     deviation: DeviationOption = None,
     learning_rate: LearningRateOption = None,
@@ -169,6 +171,7 @@ def compress(
     """Compress a model and write it to a folder that transformers loads."""
     training = {
         "steps": steps,
+        "spacing": spacing,
         "basis": None if basis is None else basis.value,
         "deviation": None if deviation is None else deviation.value,
         "learning_rate": learning_rate,
@@ -182,6 +185,8 @@ def compress(
     given = [name for name, value in sizes.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} both say how small: give one of them")
+    if spacing is not None and ratios is None:
+        raise ValueError("--spacing is how far apart sizes between several are: give --ratios")
     if method is not MethodName.soco and training:
         option = next(iter(training)).replace("_", "-")
         raise ValueError(f"--{option} is for method soco: method {method.value} has no training")

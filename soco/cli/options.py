@@ -218,6 +218,17 @@ StepsOption = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Steps.", show_default="240", rich_help_panel=TRAINING),
 ]
+SpacingOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01,
+        metavar="X",
+        help="With --ratios: train for others between them, no further apart than this, so that "
+        "soco resize is close everywhere; 1: for none, which is quicker.",
+        show_default="0.05",
+        rich_help_panel=TRAINING,
+    ),
+]
 BasisOption = Annotated[
     Basis | None,
     typer.Option(
