@@ -87,6 +87,14 @@ def learn_scores(
         )
         micro = settings.micro_batch and min(settings.micro_batch, len(windows))
         settings = dataclasses.replace(settings, batch_size=len(windows), micro_batch=micro)
+    wanted, settings = settings, settings.within_passes(len(windows))
+    if settings.steps < wanted.steps:
+        warnings.warn(
+            f"the calibration has {len(windows)} sequences: {settings.steps} steps are trained "
+            f"instead of {wanted.steps}, for more than {settings.passes:g} passes over them would "
+            f"over-fit (samples= and longer texts give more)",
+            stacklevel=3,
+        )
     objective = shared.objective
     layers, expected = {}, {}
     for name, module in targets.items():

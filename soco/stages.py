@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -102,6 +102,8 @@ class TrainingSettings:
     later_steps: int | None = None  # over all stages of a second and later budget; None: half
     spacing: float | None = 0.05  # ratios of one training that are further apart get others between
     # them, so that no step between two is larger than this; None: those that are given, alone
+    passes: float | None = 16.0  # over the calibration, at most: on few sequences more of them
+    # over-fit; None: all steps, whatever there is
     criterion: Literal["fisher", "score"] = "fisher"  # what a component is kept for
     offered: float | None = None  # at the start every layer has at most so many components, as a
     # multiple of the rank at which factors are as large as the dense weight; None: all
@@ -134,6 +136,8 @@ class TrainingSettings:
             raise ValueError(f"later_steps must be at least 1, or None, got {self.later_steps}")
         if self.spacing is not None and not self.spacing >= 0.01:
             raise ValueError(f"spacing must be at least 0.01, or None, got {self.spacing}")
+        if self.passes is not None and not self.passes > 0:
+            raise ValueError(f"passes must be positive, or None, got {self.passes}")
         if self.offered is not None and not self.offered > 0:
             raise ValueError(f"offered must be positive, or None, got {self.offered}")
         if not 0 <= self.fisher_prior < math.inf:
@@ -146,6 +150,14 @@ class TrainingSettings:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not self.stages or sum(stage.share for stage in self.stages) > 1 + 1e-6:
             raise ValueError("the shares of the stages must be above 0 and sum to at most 1")
+
+    def within_passes(self, sequences: int) -> "TrainingSettings":
+        """These settings with no more steps than ``passes`` over so many sequences allow."""
+        if self.passes is None:
+            return self
+        most = max(1, math.ceil(self.passes * sequences / self.batch_size))
+        later = self.later_steps and min(self.later_steps, most)
+        return replace(self, steps=min(self.steps, most), later_steps=later)
 
     def stations(self, ratios: Sequence[float]) -> tuple[float, ...]:
         """The ratios that are trained for: those given, ascending, and others evenly between."""

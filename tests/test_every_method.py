@@ -50,7 +50,7 @@ def test_compressed_saved_and_loaded(method, name, tmp_path):
 
 @pytest.mark.parametrize("rule", ALLOCATORS)
 def test_every_allocator_from_the_outside(rule, monkeypatch):
-    monkeypatch.setattr("soco.learning.SoCo", lambda seed: QUICK["soco"])
+    monkeypatch.setattr("soco.learning.SoCo", lambda seed, **_: QUICK["soco"])
     done = report(made("llama", "svd-llm", allocator=rule))
     assert done.settings["allocator"] == rule
     assert 0.4 <= done.removed < 0.45

@@ -104,6 +104,17 @@ def test_a_short_calibration_is_told(bench):
         )  # fmt: skip
 
 
+def test_few_sequences_are_not_gone_over_for_ever(bench):
+    budget = parameter_budget(bench.shapes, 0.5)
+    method = SoCo(steps=20, batch_size=4, fisher_warmup=1, passes=3)
+    with pytest.warns(UserWarning, match="8 sequences: 6 steps are trained instead of 20, for mo"):
+        learned = learn_scores(
+            bench.model, method, bench.targets, spectra(bench), bench, [budget], pivoted=False,
+            progress=False,
+        )  # fmt: skip
+    assert len(learned.history) == 6
+
+
 def test_what_is_held_out_is_not_trained_on(bench):
     """Other windows at the end, the same scores."""
     budget = parameter_budget(bench.shapes, 0.5)

@@ -38,6 +38,7 @@ def test_rate_follows_a_cosine():
         ("criterion", "size", 'criterion must be "fisher" or "score", got \'size\''),
         ("later_steps", 0, "later_steps must be at least 1, or None, got 0"),
         ("spacing", 0.0, "spacing must be at least 0.01, or None, got 0.0"),
+        ("passes", 0.0, "passes must be positive, or None, got 0.0"),
         ("fisher_prior", -1.0, "fisher_prior must be at least 0, got -1.0"),
         ("fisher_prior", float("nan"), "fisher_prior must be at least 0, got nan"),
         ("spare", -0.5, "spare must be at least 0, got -0.5"),
@@ -62,6 +63,17 @@ def test_settings_are_checked(field, value, text):
 )
 def test_ratios_far_apart_get_others_between_them(spacing, ratios, expected):
     assert TrainingSettings(spacing=spacing).stations(ratios) == expected
+
+
+def test_no_more_passes_over_the_calibration_than_that():
+    settings = TrainingSettings(passes=16, steps=240, batch_size=8)
+    assert settings.within_passes(120).steps == 240  # 16 passes of 15 steps
+    assert settings.within_passes(119).steps == 238
+    short = settings.within_passes(32)
+    assert (short.steps_for(0), short.steps_for(1)) == (64, 32)
+    given = TrainingSettings(passes=0.01, later_steps=100).within_passes(32)
+    assert (given.steps, given.later_steps) == (1, 1)
+    assert TrainingSettings(passes=None).within_passes(1).steps == 240
 
 
 @pytest.mark.parametrize(
