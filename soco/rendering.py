@@ -237,10 +237,12 @@ def notes(comparison: Comparison) -> list[str]:
 def small(value: float) -> str:
     """Three decimals, and of what is below 0.1 three digits.
 
-    >>> small(1.23456), small(0.4), small(0.0312345), small(0.00123456), small(0.0)
-    ('1.235', '0.400', '0.0312', '0.00123', '0.000')
+    >>> small(1.23456), small(0.4), small(0.0312345), small(0.00123456), small(2e-10), small(0.0)
+    ('1.235', '0.400', '0.0312', '0.00123', '2.00e-10', '0.000')
     """
-    decimals = 2 - math.floor(math.log10(value)) if 1e-9 < value < 0.1 else 3
+    if 0 < value < 1e-4:
+        return f"{value:.2e}"
+    decimals = 2 - math.floor(math.log10(value)) if 0 < value < 0.1 else 3
     return f"{value:.{decimals}f}"
 
 
