@@ -32,7 +32,7 @@ _TITLES = {  # measurement to the title of its panel
     "kl": "KL to the dense model (nats per token)",
     "distance": "distance from the dense model (of the variance of its states)",
 }
-_HIGHEST = 1e4  # times the lowest value: what is above is drawn at the edge
+_HIGHEST = 1e4  # times the best value of the smallest size: what is above is drawn at the edge
 
 
 class Look(NamedTuple):
@@ -188,7 +188,11 @@ def _draw_lines(
     if dense:
         values.append(dense)
     lowest = min(values, default=1.0)
-    highest = min(max(values, default=1.0), lowest * _HIGHEST)
+    best = [
+        min((r[key] for r in rows if r["ratio"] == ratio and r[key]), default=lowest)
+        for ratio in {row["ratio"] for row in rows}
+    ]
+    highest = min(max(values, default=1.0), max(best, default=lowest) * _HIGHEST)
     margin = (highest / lowest) ** 0.06 if highest > lowest else 1.5
     low, high = lowest / margin, highest * margin
     axes.set_yscale("log")
