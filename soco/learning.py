@@ -88,11 +88,12 @@ def learn_scores(
         micro = settings.micro_batch and min(settings.micro_batch, len(windows))
         settings = dataclasses.replace(settings, batch_size=len(windows), micro_batch=micro)
     wanted, settings = settings, settings.within_passes(len(windows))
-    if settings.steps < wanted.steps:
+    asked, steps = (each.steps_in_all(len(budgets)) for each in (wanted, settings))
+    if steps < asked:
         warnings.warn(
-            f"the calibration has {len(windows)} sequences: {settings.steps} steps are trained "
-            f"instead of {wanted.steps}, for more than {settings.passes:g} passes over them would "
-            f"over-fit (samples= and longer texts give more)",
+            f"the calibration has {len(windows)} sequences: {steps} steps are trained instead of "
+            f"{asked}, for more than {settings.passes:g} passes over them would over-fit (samples= "
+            f"and longer texts give more)",
             stacklevel=3,
         )
     objective = shared.objective
@@ -112,7 +113,7 @@ def learn_scores(
     blocks = transformer_blocks(model) if settings.checkpointing else []
     with (
         replaced(model, layers),
-        steps_bar(sum(map(settings.steps_for, range(len(budgets)))), progress) as show,
+        steps_bar(steps, progress) as show,
         checkpointed(blocks),
     ):
         history, snapshots = train_scores(

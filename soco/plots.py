@@ -32,7 +32,7 @@ _TITLES = {  # measurement to the title of its panel
     "kl": "KL to the dense model (nats per token)",
     "distance": "distance from the dense model (of the variance of its states)",
 }
-_HIGHEST = 1e4  # times the best value of the smallest size: what is above is drawn at the edge
+_HIGHEST = 1e4  # times the best value of the hardest size: what is above is drawn at the edge
 
 
 class Look(NamedTuple):

@@ -174,3 +174,7 @@ class TrainingSettings:
         """Optimizer steps for the first budget (0), or for a later one."""
         later = self.later_steps or max(1, self.steps // 2)
         return later if position else self.steps
+
+    def steps_in_all(self, budgets: int) -> int:
+        """Optimizer steps for so many budgets together."""
+        return sum(self.steps_for(position) for position in range(budgets))

@@ -127,8 +127,7 @@ def train_scores(
         for _ in range(settings.fisher_warmup):
             _pass(run, next(batches), None, record=True)
     begin = sum(layer.weight.numel() for layer in layers.values())
-    total = sum(settings.steps_for(position) for position in range(len(budgets)))
-    losses = _Losses(total, on_step)
+    losses = _Losses(settings.steps_in_all(len(budgets)), on_step)
     snapshots = []
     for position, budget in enumerate(budgets):
         run.rate = settings.learning_rate or _measured_rate(run, budget)

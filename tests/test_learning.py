@@ -113,6 +113,14 @@ def test_few_sequences_are_not_gone_over_for_ever(bench):
             progress=False,
         )  # fmt: skip
     assert len(learned.history) == 6
+    budgets = [budget, budget // 2]
+    method = SoCo(steps=4, later_steps=9, batch_size=4, fisher_warmup=1, passes=3)
+    with pytest.warns(UserWarning, match="8 sequences: 10 steps are trained instead of 13"):
+        learned = learn_scores(
+            bench.model, method, bench.targets, spectra(bench), bench, budgets, pivoted=False,
+            progress=False,
+        )  # fmt: skip
+    assert len(learned.history) == 10
 
 
 def test_what_is_held_out_is_not_trained_on(bench):

@@ -140,6 +140,18 @@ def test_quality_says_what_is_beyond_its_edge(figures, tmp_path):
     assert axes.get_ylim()[1] < 1e6
 
 
+def test_sizes_far_apart_do_not_hide_each_other(figures, tmp_path):
+    """The edge is far above the best of the size at which all are worst."""
+    done = made_up(methods=("svd", "soco"), ratios=(0.2, 0.6))
+    for row in done.rows:
+        row["kl"] = (1e-11 if row["ratio"] == 0.2 else 1e-5) * (3 if row["method"] == "svd" else 1)
+    plots.draw_quality(done, tmp_path / "quality.png")
+    axes = figures[0].axes[1]
+    found = sorted(tuple(line.get_ydata()) for line in axes.lines[:2])
+    assert found == [pytest.approx((1e-11, 1e-5)), pytest.approx((3e-11, 3e-5))]
+    assert not any("↑" in text.get_text() for text in axes.texts)
+
+
 def test_ranks_are_a_panel_for_each_entry_with_dense_layers_marked(figures, tmp_path):
     done = made_up()
     done = dataclasses.replace(done, rows=(*done.rows, failed("aa-svd", 0.4)))

@@ -118,6 +118,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "deviation": "vector",
         "pivoted": False,
         "steps": 600,
+        "passes": None,
     },
 }
 EFFORTS = ("fast", "balanced", "best")
