@@ -92,8 +92,8 @@ def learn_scores(
     if steps < asked:
         warnings.warn(
             f"the calibration has {len(windows)} sequences: {steps} steps are trained instead of "
-            f"{asked}, for more than {settings.passes:g} passes over them would over-fit (samples= "
-            f"and longer texts give more)",
+            f"{asked}, for more than {settings.passes:g} passes over them for one size would "
+            f"over-fit (samples= and longer texts give more)",
             stacklevel=3,
         )
     objective = shared.objective

@@ -1,7 +1,7 @@
 """What a training of spectral scores can be told: its stages, and everything else."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -174,6 +174,15 @@ class TrainingSettings:
         """Optimizer steps for the first budget (0), or for a later one."""
         later = self.later_steps or max(1, self.steps // 2)
         return later if position else self.steps
+
+    def stages_for(self, position: int) -> Iterator[tuple[Stage, int]]:
+        """The stages for that budget, each with its steps: at least one, and no step is lost."""
+        share, done = 0.0, 0
+        for stage in self.stages:
+            share += stage.share
+            end = max(done + 1, round(share * self.steps_for(position)))
+            yield stage, end - done
+            done = end
 
     def steps_in_all(self, budgets: int) -> int:
         """Optimizer steps for so many budgets together."""

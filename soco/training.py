@@ -132,8 +132,7 @@ def train_scores(
     for position, budget in enumerate(budgets):
         run.rate = settings.learning_rate or _measured_rate(run, budget)
         optimizer = _optimizer(run)
-        for stage in settings.stages:
-            steps = max(1, round(stage.share * settings.steps_for(position)))
+        for stage, steps in settings.stages_for(position):
             _run_stage(run, stage, steps, batches, begin, budget, optimizer, losses)
         if kept_params(layers, pivoted) > budget:
             _choose(run, budget)

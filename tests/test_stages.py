@@ -77,6 +77,19 @@ def test_no_more_passes_over_the_calibration_than_that():
 
 
 @pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(240, [48, 48, 144]), (64, [13, 13, 38]), (32, [6, 7, 19]), (3, [1, 1, 1]), (1, [1, 1, 1])],
+)
+def test_stages_share_all_the_steps(steps, expected):
+    """Rounded one by one, 32 steps would be 31."""
+    settings = TrainingSettings(steps=steps, later_steps=steps)
+    for position in (0, 1):
+        found = list(settings.stages_for(position))
+        assert [stage for stage, _ in found] == list(STAGES)
+        assert [each for _, each in found] == expected
+
+
+@pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"share": 0.0}, "share must be in"),
