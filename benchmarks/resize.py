@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.2, 0.4, 0.6])
     parser.add_argument("--others", nargs="*", type=float, default=[0.275, 0.3, 0.5, 0.525])
     parser.add_argument("--steps", type=int, default=SoCo().steps)
+    parser.add_argument("--spacing", type=float, default=SoCo().spacing)
     arguments = parser.parse_args()
     rows = [row for name in arguments.models for row in measured(name, arguments)]
     write_record(arguments.output, arguments.data, rows)
@@ -47,8 +48,8 @@ def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         model = copy.deepcopy(dense)
         begin = time.perf_counter()
         soco.compress(
-            model, ratio, method=SoCo(steps=arguments.steps), tokenizer=tokenizer,
-            calibration=train, samples=SAMPLES, length=LENGTH, progress=False,
+            model, ratio, method=SoCo(steps=arguments.steps, spacing=arguments.spacing),
+            tokenizer=tokenizer, calibration=train, samples=SAMPLES, length=LENGTH, progress=False,
         )  # fmt: skip
         return model, time.perf_counter() - begin
 
@@ -82,6 +83,7 @@ def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "kl_outside_ratio": one["kl_outside"] / own["kl_outside"],
                 "params": {"one": params, "own": soco.report(alone).params_after},
                 "steps": arguments.steps,
+                "spacing": arguments.spacing,
                 "stations": trained,
                 "seconds": {"one_training_all": round(seconds, 1), "own": round(own_seconds, 1)},
             }
