@@ -6,11 +6,13 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "build_record.h"
 #include "cpu/level.h"
+#include "cpu/parallel.h"
 #include "dtype.h"
 #include "lowrank.h"
 #include "philox.h"
@@ -45,6 +47,40 @@ void bind(py::module_& m, const char* name, void (*kernel)(Args...)) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+// One layer of a group in Python: up, stride, up_scale, sources, rank, out.
+using PassedMember = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t>;
+
+template <typename Where>
+void bind_low_rank_group(py::module_& m, const char* name,
+                         void (*kernel)(const soco::LowRankGroup&, Where)) {
+  m.def(
+      name,
+      [kernel](uintptr_t x, uintptr_t down, uintptr_t down_scale,
+               const std::vector<PassedMember>& members, uintptr_t bias, uintptr_t residual,
+               uintptr_t z, uintptr_t y, int64_t tokens, int64_t in, Dtype dtype,
+               Dtype weight_dtype, bool gated, Passed<Where> where) {
+        soco::LowRankGroup group;
+        group.x = unpass<const void*>(x);
+        group.down = unpass<const void*>(down);
+        group.down_scale = unpass<const float*>(down_scale);
+        group.members.reserve(members.size());
+        for (const auto& [up, stride, up_scale, sources, rank, out] : members)
+          group.members.push_back({unpass<const void*>(up), stride, unpass<const float*>(up_scale),
+                                   unpass<const int64_t*>(sources), rank, out});
+        group.bias = unpass<const void*>(bias);
+        group.residual = unpass<const void*>(residual);
+        group.z = unpass<void*>(z);
+        group.y = unpass<void*>(y);
+        group.tokens = tokens;
+        group.in = in;
+        group.dtype = dtype;
+        group.weight_dtype = weight_dtype;
+        group.gated = gated;
+        kernel(group, unpass<Where>(where));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 // Single functions of the kernels, for tests against known answers.
 void bind_parts(py::module_& m) {
   m.def("philox", [](std::vector<uint32_t> counter, uint32_t key0, uint32_t key1) {
@@ -53,6 +89,7 @@ void bind_parts(py::module_& m) {
     return std::vector<uint32_t>(out.w, out.w + 4);
   });
   m.def("widen_bits", [](uint16_t bits, Dtype dtype) {
+    if (dtype == Dtype::kFloat8) return soco::widen(soco::Float8{static_cast<uint8_t>(bits)});
     return dtype == Dtype::kBFloat16 ? soco::widen(soco::BFloat16{bits})
                                      : soco::widen(soco::Float16{bits});
   });
@@ -69,21 +106,25 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .value("float32", Dtype::kFloat32)
       .value("float64", Dtype::kFloat64)
       .value("bfloat16", Dtype::kBFloat16)
-      .value("float16", Dtype::kFloat16);
+      .value("float16", Dtype::kFloat16)
+      .value("int8", Dtype::kInt8)
+      .value("float8", Dtype::kFloat8);
+  m.attr("most_members") = soco::kMostMembers;
   m.def("spectral_partials", &soco::spectral_partials);
   bind(m, "spectral_scale_cpu", soco::cpu::spectral_scale);
   bind(m, "spectral_scale_backward_cpu", soco::cpu::spectral_scale_backward);
-  bind(m, "low_rank_linear_cpu", soco::cpu::low_rank_linear);
+  bind_low_rank_group(m, "low_rank_group_cpu", soco::cpu::low_rank_group);
   bind(m, "gaussian_cpu", soco::cpu::gaussian);
 #ifdef SOCO_HAS_CUDA
   bind(m, "spectral_scale_cuda", soco::cuda::spectral_scale);
   bind(m, "spectral_scale_backward_cuda", soco::cuda::spectral_scale_backward);
-  bind(m, "low_rank_linear_cuda", soco::cuda::low_rank_linear);
+  bind_low_rank_group(m, "low_rank_group_cuda", soco::cuda::low_rank_group);
   bind(m, "gaussian_cuda", soco::cuda::gaussian);
 #endif
   bind_parts(m);
 
   m.def("simd_level", [] { return kLevelNames[static_cast<size_t>(soco::cpu::level())]; });
+  m.def("threads", [] { return soco::cpu::uses_openmp() ? "torch's OpenMP" : "own pool"; });
   m.def("simd_levels", [] {  // those that this build has and this processor can run
     const auto best = static_cast<size_t>(soco::cpu::best_level());
     return std::vector<std::string>(kLevelNames.begin(), kLevelNames.begin() + best + 1);
@@ -101,7 +142,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       {"cuda", SOCO_BUILD_CUDA},
       {"cuda_absent", SOCO_BUILD_CUDA_ABSENT},
       {"cuda_architectures", SOCO_BUILD_CUDA_ARCHITECTURES},
-      {"threads", "own pool (std::thread)"},
       {"simd", SOCO_BUILD_SIMD},
   };
 }

@@ -14,13 +14,20 @@
 
 namespace soco {
 
-enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8, kFloat8 };
 
 struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
   uint16_t bits;
+};
+// Of weights alone, with a factor per row beside them.
+struct Int8 {
+  int8_t value;
+};
+struct Float8 {  // e4m3fn: four bits of exponent, three of mantissa, no Inf
+  uint8_t bits;
 };
 
 // The type that sums are kept in: float, but double for double.
@@ -64,6 +71,15 @@ SOCO_SHARED float widen(Float16 value) {
     bits = float_bits(bits_float(bits + (113u << 23)) - bits_float(113u << 23));  // subnormal
   }
   return bits_float(bits | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
+}
+SOCO_SHARED float widen(Int8 value) { return static_cast<float>(value.value); }
+SOCO_SHARED float widen(Float8 value) {
+  // The bits at the place of a float's are that number but for the exponent's bias (7, not 127);
+  // multiplying puts it right, for subnormals, too.
+  const uint32_t magnitude = value.bits & 0x7fu;
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x80u) << 24;
+  const float scaled = bits_float(magnitude << 20) * 0x1p120f;
+  return magnitude == 0x7fu ? bits_float(0x7fc00000u) : bits_float(float_bits(scaled) | sign);
 }
 
 // narrow<T>: round to nearest even; what is too large becomes Inf, NaN stays NaN.
@@ -119,8 +135,22 @@ static inline void visit(Dtype dtype, Body body) {
       return body(static_cast<BFloat16*>(nullptr));
     case Dtype::kFloat16:
       return body(static_cast<Float16*>(nullptr));
+    default:
+      throw std::invalid_argument("soco: not a dtype to compute in");
   }
-  throw std::invalid_argument("soco: unknown dtype");
+}
+
+// The same for the dtypes that weights may have.
+template <typename Body>
+static inline void visit_weight(Dtype dtype, Body body) {
+  switch (dtype) {
+    case Dtype::kInt8:
+      return body(static_cast<Int8*>(nullptr));
+    case Dtype::kFloat8:
+      return body(static_cast<Float8*>(nullptr));
+    default:
+      return visit(dtype, body);
+  }
 }
 
 }  // namespace soco

@@ -1,30 +1,53 @@
-// A low-rank linear layer for few tokens (decoding): z = x down^T, y = z up^T + bias.
+// Low-rank linear layers for few tokens (decoding), several of them on one input: for each member,
+// z = x down^T, y = z up^T + bias.
+//
 // Every dot product is summed in float32 (float64 for float64), and z stays in that type between
-// the two products. Each sum runs over its inputs in one fixed order, whatever the threads.
+// the two products. Each sum runs over its inputs in one fixed order, whatever the threads, the
+// number of tokens and the other members.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "dtype.h"
 
 namespace soco {
+
+constexpr int kMostMembers = 8;  // of a group
+
+// One layer of a group.
+struct Member {
+  const void* up;          // (out, rank) or, where pivoted, (out - rank, rank); of weight_dtype
+  int64_t stride;          // elements from one row of up to the next
+  const float* up_scale;   // one factor per row of up, or null
+  const int64_t* sources;  // null, or (out,) where pivoted: output i is z[sources[i]] where that is
+                           // below rank, else the product of row sources[i] - rank; these ascend
+  int64_t rank, out;
+};
+
+struct LowRankGroup {
+  const void* x;            // (tokens, in) of dtype
+  const void* down;         // (sum of ranks, in) of weight_dtype, the members' one after the other
+  const float* down_scale;  // (sum of ranks,) or null
+  std::vector<Member> members;
+  const void* bias;      // (sum of outs,) of dtype, or null
+  const void* residual;  // shaped as y, of dtype, or null: added at the end
+  void* z;               // (tokens, sum of ranks) of the type of the sums, scratch
+  void* y;               // (tokens, sum of outs), or (tokens, out) where gated; of dtype
+  int64_t tokens, in;
+  Dtype dtype;         // of x and y
+  Dtype weight_dtype;  // the same, or int8 or float8
+  bool gated;          // two members of one out: y = silu(first) * second
+};
+
 namespace cpu {
 
-void low_rank_linear(const void* x,     // (tokens, in)
-                     const void* down,  // (rank, in)
-                     const void* up,    // (out, rank)
-                     const void* bias,  // (out,), or null
-                     void* y,           // (tokens, out), written
-                     void* z,           // (tokens, rank) float32, and float64 for float64, scratch
-                     int64_t tokens, int64_t in, int64_t rank, int64_t out, Dtype dtype,
-                     int threads);
+void low_rank_group(const LowRankGroup& group, int threads);
 
 }  // namespace cpu
 
 namespace cuda {
 
-void low_rank_linear(const void* x, const void* down, const void* up, const void* bias, void* y,
-                     void* z, int64_t tokens, int64_t in, int64_t rank, int64_t out, Dtype dtype,
-                     void* stream);
+void low_rank_group(const LowRankGroup& group, void* stream);
 
 }  // namespace cuda
 }  // namespace soco

@@ -7,8 +7,11 @@ class Dtype:
     float64: Dtype
     bfloat16: Dtype
     float16: Dtype
+    int8: Dtype
+    float8: Dtype
 
 build_record: dict[str, str]
+most_members: int
 
 def spectral_partials(tokens: int, /) -> int: ...
 def spectral_scale_cpu(
@@ -38,18 +41,22 @@ def spectral_scale_backward_cpu(
     threads: int,
     /,
 ) -> None: ...
-def low_rank_linear_cpu(
+def low_rank_group_cpu(
     x: int,
     down: int,
-    up: int,
+    down_scale: int,
+    members: Sequence[
+        tuple[int, int, int, int, int, int]
+    ],  # up, stride, up_scale, sources, rank, out
     bias: int,
-    y: int,
+    residual: int,
     z: int,
+    y: int,
     tokens: int,
     in_features: int,
-    rank: int,
-    out_features: int,
     dtype: Dtype,
+    weight_dtype: Dtype,
+    gated: bool,
     threads: int,
     /,
 ) -> None: ...
@@ -83,18 +90,22 @@ def spectral_scale_backward_cuda(
     stream: int,
     /,
 ) -> None: ...
-def low_rank_linear_cuda(
+def low_rank_group_cuda(
     x: int,
     down: int,
-    up: int,
+    down_scale: int,
+    members: Sequence[
+        tuple[int, int, int, int, int, int]
+    ],  # up, stride, up_scale, sources, rank, out
     bias: int,
-    y: int,
+    residual: int,
     z: int,
+    y: int,
     tokens: int,
     in_features: int,
-    rank: int,
-    out_features: int,
     dtype: Dtype,
+    weight_dtype: Dtype,
+    gated: bool,
     stream: int,
     /,
 ) -> None: ...
@@ -104,6 +115,7 @@ def gaussian_cuda(omega: int, rows: int, columns: int, seed: int, stream: int, /
 def philox(counter: Sequence[int], key0: int, key1: int, /) -> list[int]: ...
 def widen_bits(bits: int, dtype: Dtype, /) -> float: ...
 def narrow_bits(value: float, dtype: Dtype, /) -> int: ...
+def threads() -> str: ...
 def simd_level() -> str: ...
 def simd_levels() -> list[str]: ...
 def use_simd_level(name: str, /) -> None: ...

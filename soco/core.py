@@ -23,6 +23,12 @@ DTYPES = {
     torch.bfloat16: _C.Dtype.bfloat16,
     torch.float16: _C.Dtype.float16,
 }
+WEIGHT_DTYPES = {  # what weights of a low-rank layer may be in
+    **DTYPES,
+    torch.int8: _C.Dtype.int8,
+    torch.float8_e4m3fn: _C.Dtype.float8,
+}
+MOST_MEMBERS = _C.most_members  # low-rank layers in one call
 spectral_partials = _C.spectral_partials
 simd_levels = _C.simd_levels
 use_simd_level = _C.use_simd_level
@@ -33,8 +39,8 @@ kernels: dict[str, tuple[str, ...]] = {}  # op to the kinds of device that have 
 
 
 def build_record() -> dict[str, str]:
-    """How the compiled core was built, and the SIMD level it runs at on this machine."""
-    return {**_C.build_record, "simd_level": _C.simd_level()}
+    """How the compiled core was built, and the SIMD level and threads it runs at here."""
+    return {**_C.build_record, "simd_level": _C.simd_level(), "threads": _C.threads()}
 
 
 def cuda_mismatch(nvcc: str, torch_cuda: str | None) -> str | None:
@@ -92,6 +98,8 @@ def without_autocast(op: Any, *, cast: bool) -> None:
 
     def kernel(device: str, *args: Any) -> Any:
         def prepared(arg: Any) -> Any:
+            if isinstance(arg, list):
+                return [prepared(item) for item in arg]
             eligible = isinstance(arg, Tensor) and arg.dtype in DTYPES.keys() - {torch.float64}
             return arg.to(torch.get_autocast_dtype(device)) if cast and eligible else arg
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import soco
+from soco import core
+from soco.ops import group, lowrank
 
 REQUIRE_CUDA = os.environ.get("SOCO_REQUIRE_CUDA") == "1"  # the GPU job sets it: no silent skip
 # One thread: the tensors here are small, and on a busy machine threads that wait for each other
@@ -56,3 +58,27 @@ def demo_model() -> Path:
     """The trained model that the package ships."""
     assert soco.__file__ is not None
     return Path(soco.__file__).parent / "demo_model"
+
+
+@pytest.fixture
+def simd_level():
+    """``simd_level(name)`` sets the level of the CPU kernels; the best one is back afterwards."""
+    yield core.use_simd_level
+    core.use_simd_level(core.simd_levels()[-1])
+
+
+@pytest.fixture
+def threads():
+    """``threads(n)`` sets torch's number of threads; what it was is back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["kernel", "library"])
+def side(request, monkeypatch):
+    """Both sides of most_tokens, for any number of tokens."""
+    most = 10**9 if request.param == "kernel" else -1
+    for module in (lowrank, group):
+        monkeypatch.setattr(module, "most_tokens", lambda *_: most)
+    return request.param

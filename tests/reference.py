@@ -1,5 +1,7 @@
 """Every op of soco in plain torch or numpy: slow, short, and plainly what the formula says."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +27,37 @@ def spectral_scale_backward(
 def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     y = x.double() @ down.double().mT @ up.double().mT
     return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
+def low_rank_group(
+    x: Tensor,
+    down: Tensor,
+    ups: Sequence[Tensor],
+    *,
+    sources: Sequence[Tensor] = (),
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up_scales: Sequence[Tensor] = (),
+    gated: bool = False,
+) -> Tensor:
+    def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+        return weight.double() if scale is None else weight.double() * scale.double()[:, None]
+
+    zs = (x.double() @ scaled(down, down_scale).mT).split([up.shape[1] for up in ups], -1)
+    parts = []
+    for g, (z, up) in enumerate(zip(zs, ups, strict=True)):
+        part = z @ scaled(up, up_scales[g] if up_scales else None).mT
+        if sources and len(sources[g]):
+            part = torch.cat((z, part), -1)[..., sources[g]]
+        parts.append(part)
+    y = torch.cat(parts, -1)
+    if bias is not None:
+        y = y + bias.double()
+    if gated:
+        first, second = y.chunk(2, -1)
+        y = first / (1 + torch.exp(-first)) * second
+    return (y if residual is None else y + residual.double()).to(x.dtype)
 
 
 def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:

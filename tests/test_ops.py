@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 import reference  # tests/reference.py
 from soco import core, ops
+from soco.ops import lowrank
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LEVELS = core.simd_levels()
@@ -17,20 +18,6 @@ def randn(*shape, seed=0, device="cpu", dtype=torch.float32, grad=False):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(*shape, generator=generator, dtype=torch.float64)
     return values.to(device, dtype).requires_grad_(grad)
-
-
-@pytest.fixture
-def simd_level():
-    """``simd_level(name)`` sets the level of the CPU kernels; the best one is back afterwards."""
-    yield core.use_simd_level
-    core.use_simd_level(LEVELS[-1])
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 # spectral_scale ----------------------------------------------------------------------------------
@@ -166,13 +153,6 @@ def low_rank(sizes, device, dtype=torch.float32, grad=False):
     )
 
 
-@pytest.fixture(params=["kernel", "library"])
-def side(request, monkeypatch):
-    """Both sides of DECODE_TOKENS, for any number of tokens."""
-    monkeypatch.setattr(ops, "DECODE_TOKENS", 10**9 if request.param == "kernel" else -1)
-    return request.param
-
-
 def test_low_rank_by_hand(side):
     x, down, up = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4]])
     assert ops.low_rank_linear(x, down, up).tolist() == [[9.0, 12.0]]
@@ -181,13 +161,46 @@ def test_low_rank_by_hand(side):
 
 def test_few_tokens_take_the_kernel_and_many_the_library(monkeypatch):
     taken = []
-    monkeypatch.setattr(
-        ops, "linear", lambda *args: taken.append(1) or torch.nn.functional.linear(*args)
-    )
-    for tokens, calls in ((ops.DECODE_TOKENS, 0), (ops.DECODE_TOKENS + 1, 2)):
+    original = lowrank.linear
+    monkeypatch.setattr(lowrank, "linear", lambda *args: taken.append(1) or original(*args))
+    most = lowrank.most_tokens("cpu", torch.float32)
+    for tokens, calls in ((most, 0), (most + 1, 2)):
         taken.clear()
         ops.low_rank_linear(*low_rank((tokens, 5, 2, 3), "cpu"))
         assert len(taken) == calls
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has", "most", "slow"),
+    [
+        (torch.float64, {"avx2"}, 16, False),
+        (torch.float32, {"avx2"}, 32, False),
+        (torch.bfloat16, {"avx2"}, 64, True),
+        (torch.bfloat16, {"avx2", "avx512_bw"}, 32, False),
+        (torch.bfloat16, {"avx2", "avx512_bw", "amx_bf16"}, 8, False),
+        (torch.float16, {"avx2", "avx512_bw"}, 64, True),
+        (torch.float16, {"avx2", "avx512_bw", "avx512_fp16"}, 32, False),
+        (torch.bfloat16, {"neon"}, 32, False),
+    ],
+)
+def test_where_the_library_takes_over(dtype, has, most, slow, monkeypatch):
+    monkeypatch.setattr(lowrank, "instructions", lambda: frozenset(has))
+    monkeypatch.setattr(lowrank, "is_slow", lowrank.is_slow.__wrapped__)
+    assert lowrank.most_tokens.__wrapped__("cpu", dtype) == most
+    assert lowrank.is_slow("cpu", dtype) == slow
+    assert lowrank.most_tokens("cuda", dtype) == 16
+    assert not lowrank.is_slow("cuda", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slow_products_are_computed_wide(dtype, monkeypatch):
+    monkeypatch.setattr(lowrank, "most_tokens", lambda *_: 0)
+    monkeypatch.setattr(lowrank, "is_slow", lambda *_: True)
+    monkeypatch.setattr(lowrank, "PIECE", 7)  # several pieces, the last one smaller
+    x, down, up, bias = low_rank((5, 30, 20, 24), "cpu", dtype)
+    wide = ops.low_rank_linear(x, down, up, bias)
+    exact = reference.low_rank_linear(x.float(), down.float(), up.float(), bias.float())
+    torch.testing.assert_close(wide, exact.to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,37 +1,188 @@
 #include "lowrank.h"
 
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
 namespace soco::cpu {
+namespace {
 
-void low_rank_linear(const void* x, const void* down, const void* up, const void* bias, void* y,
-                     void* z, int64_t tokens, int64_t in, int64_t rank, int64_t out, Dtype dtype,
-                     int threads) {
-  visit(dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    using A = Accumulate<T>;
-    std::vector<A> widened;  // x, where it is not of the type of the sums already
-    const void* wide = x;
-    if constexpr (!std::is_same_v<T, A>) {
-      widened.resize(tokens * in);
-      for (int64_t i = 0; i < tokens * in; ++i) widened[i] = widen(static_cast<const T*>(x)[i]);
-      wide = widened.data();
+// Memory of a thread that is kept from call to call: a fresh piece of this size would be given
+// back to the system and faulted in again every time.
+enum Use { kX, kProducts, kValues, kGates, kUses };
+template <typename A>
+A* scratch(Use use, int64_t count) {
+  thread_local std::vector<A> kept[kUses];
+  if (static_cast<int64_t>(kept[use].size()) < count) kept[use].resize(count);
+  return kept[use].data();
+}
+
+// What a task works on: some rows of down, or some outputs of a member.
+struct Range {
+  size_t member;
+  int64_t begin, end;
+};
+
+// Cuts `rows` into a few ranges per thread, so that a slow one is made up for; but into none that
+// is too small to be worth handing over.
+void add_ranges(std::vector<Range>& tasks, size_t member, int64_t rows, int64_t row_bytes,
+                int threads) {
+  constexpr int64_t kPiece = 48;  // rows that the row kernels work through together
+  constexpr int64_t kRangesPerThread = 4;
+  const int64_t ranges = threads < 2 ? 1 : threads * kRangesPerThread;
+  const int64_t least = rows_per_task(row_bytes), even = (rows + ranges - 1) / ranges;
+  const int64_t step = ((even < least ? least : even) + kPiece - 1) / kPiece * kPiece;
+  for (int64_t begin = 0; begin < rows; begin += step)
+    tasks.push_back({member, begin, rows - begin < step ? rows : begin + step});
+}
+
+int64_t bytes_of(Dtype dtype) {
+  int64_t bytes = 0;
+  visit_weight(dtype, [&](auto* tag) { bytes = sizeof(*tag); });
+  return bytes;
+}
+
+template <typename T>
+class Run {
+  using A = Accumulate<T>;
+
+ public:
+  Run(const LowRankGroup& group, int threads)
+      : g_(group),
+        threads_(threads),
+        weight_bytes_(bytes_of(group.weight_dtype)),
+        z_(static_cast<A*>(group.z)) {
+    int64_t outs = 0;
+    for (const Member& member : g_.members) {
+      z_columns_.push_back(ranks_);
+      columns_.push_back(outs);
+      ranks_ += member.rank;
+      outs += member.out;
     }
-    const auto product = [&](const void* input, const void* weight, const void* shift, void* output,
-                             int64_t inner, int64_t rows, bool narrow_y) {
-      const auto task = rows_per_task(inner * static_cast<int64_t>(sizeof(T)));
-      parallel_rows(threads, rows, task, [&](int64_t begin, int64_t end) {
-        at_level([&](auto level) {
-          linear_rows<level()>(input, weight, shift, output, tokens, inner, rows, begin, end, dtype,
-                               narrow_y);
-        });
-      });
-    };
-    product(wide, down, nullptr, z, in, rank, false);
-    product(z, up, bias, y, rank, out, true);
+    width_ = g_.gated ? g_.members[0].out : outs;
+    add_ranges(down_tasks_, 0, ranks_, g_.in * weight_bytes_, threads);
+    if (g_.gated) {
+      const int64_t inner = g_.members[0].rank + g_.members[1].rank;
+      add_ranges(up_tasks_, 0, width_, inner * weight_bytes_, threads);
+    } else {
+      for (size_t m = 0; m < g_.members.size(); ++m)
+        add_ranges(up_tasks_, m, g_.members[m].out, g_.members[m].rank * weight_bytes_, threads);
+    }
+  }
+
+  void operator()() {
+    if constexpr (std::is_same_v<T, A>) {
+      x_ = static_cast<const A*>(g_.x);
+    } else {
+      A* const wide = scratch<A>(kX, g_.tokens * g_.in);
+      at_level([&](auto level) { widen_row<level()>(g_.x, wide, g_.tokens * g_.in, g_.dtype); });
+      x_ = wide;
+    }
+    two_phases(
+        threads_, static_cast<int64_t>(down_tasks_.size()), static_cast<int64_t>(up_tasks_.size()),
+        [this](int64_t task) { reduce(down_tasks_[task]); },
+        [this](int64_t task) { expand(up_tasks_[task]); });
+  }
+
+ private:
+  // z[:, rows of the range]
+  void reduce(const Range& range) const {
+    A* const z = z_ + range.begin;
+    const int64_t rows = range.end - range.begin;
+    products(x_, g_.in, g_.in, g_.down, range.begin, rows, g_.in, z, ranks_);
+    if (g_.down_scale)
+      for (int64_t t = 0; t < g_.tokens; ++t)
+        for (int64_t r = 0; r < rows; ++r) z[t * ranks_ + r] *= g_.down_scale[range.begin + r];
+  }
+
+  // y[:, outputs of the range]
+  void expand(const Range& range) const {
+    const int64_t columns = range.end - range.begin, count = g_.tokens * columns;
+    A* const values = scratch<A>(kValues, count);
+    outputs(range.member, range.begin, range.end, values);
+    if (g_.gated) {
+      A* const factors = scratch<A>(kGates, count);
+      outputs(1, range.begin, range.end, factors);
+      for (int64_t i = 0; i < count; ++i)  // silu(v) = v / (1 + exp(-v))
+        values[i] = values[i] / (A(1) + std::exp(-values[i])) * factors[i];
+    }
+    const int64_t first = (g_.gated ? 0 : columns_[range.member]) + range.begin;
+    for (int64_t t = 0; t < g_.tokens; ++t)
+      for (int64_t i = 0; i < columns; ++i) {
+        const int64_t at = t * width_ + first + i;
+        A value = values[t * columns + i];
+        if (g_.residual) value += widen(static_cast<const T*>(g_.residual)[at]);
+        static_cast<T*>(g_.y)[at] = narrow<T>(value);
+      }
+  }
+
+  // Outputs begin .. end-1 of a member with its bias: (tokens, end - begin).
+  void outputs(size_t number, int64_t begin, int64_t end, A* out) const {
+    const Member& member = g_.members[number];
+    const int64_t columns = end - begin, rank = member.rank;
+    const A* const z = z_ + z_columns_[number];
+    int64_t first = begin, rows = columns;  // the rows of up that these outputs are made of
+    if (member.sources) {
+      first = rows = 0;
+      for (int64_t i = begin; i < end; ++i)
+        if (member.sources[i] >= rank && rows++ == 0) first = member.sources[i] - rank;
+      // Sources that are wrong give wrong outputs, but nothing outside of up and z is read.
+      const int64_t all = member.out - rank;
+      first = std::min(first, all);
+      rows = std::min(rows, all - first);
+    }
+    A* const dots = scratch<A>(kProducts, g_.tokens * rows);
+    products(z, ranks_, rank, member.up, first, rows, member.stride, dots, rows);
+    const T* bias = static_cast<const T*>(g_.bias);
+    if (bias) bias += columns_[number] + begin;
+    for (int64_t t = 0; t < g_.tokens; ++t) {
+      int64_t row = 0;
+      for (int64_t i = 0; i < columns; ++i) {
+        const int64_t source = member.sources ? member.sources[begin + i] : rank;
+        A value;
+        if (source < rank) {
+          value = z[t * ranks_ + std::max(source, int64_t(0))];
+        } else if (row == rows) {
+          value = 0;
+        } else {
+          value = dots[t * rows + row];
+          if (member.up_scale) value *= member.up_scale[first + row];
+          ++row;
+        }
+        out[t * columns + i] = bias ? value + widen(bias[i]) : value;
+      }
+    }
+  }
+
+  void products(const A* x, int64_t x_stride, int64_t inner, const void* weight, int64_t first,
+                int64_t rows, int64_t w_stride, A* dots, int64_t dots_stride) const {
+    const void* const begin = static_cast<const char*>(weight) + first * w_stride * weight_bytes_;
+    at_level([&](auto level) {
+      dot_rows<level()>(x, begin, dots, g_.tokens, inner, rows, x_stride, w_stride, dots_stride,
+                        g_.weight_dtype);
+    });
+  }
+
+  const LowRankGroup& g_;
+  const int threads_;
+  const int64_t weight_bytes_;
+  A* const z_;  // (tokens, ranks_)
+  const A* x_ = nullptr;
+  int64_t ranks_ = 0, width_ = 0;   // the sum of the ranks; columns of y
+  std::vector<int64_t> z_columns_;  // where each member begins in z
+  std::vector<int64_t> columns_;    // and in bias, and in y unless gated
+  std::vector<Range> down_tasks_, up_tasks_;
+};
+
+}  // namespace
+
+void low_rank_group(const LowRankGroup& group, int threads) {
+  visit(group.dtype, [&](auto* tag) {
+    Run<std::remove_pointer_t<decltype(tag)>> run(group, threads);
+    run();
   });
 }
 

@@ -39,26 +39,72 @@ SOCO_SHARED Vec<double> load(const double* from) {
   return v;
 }
 
-typedef uint16_t Bits16 __attribute__((vector_size(kBytes / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(kBytes)));
 
-SOCO_SHARED Vec<float> load(const BFloat16* from) {
-  Bits16 bits;
-  memcpy(&bits, from, sizeof(bits));
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Bits32) << 16);
-}
-
-SOCO_SHARED Vec<float> load(const Float16* from) {
+// As many 16-bit or 8-bit numbers as a register has lanes for floats, widened to 32 bits.
+// AVX-512 in the masked forms, all lanes on: GCC 12 takes the plain ones for a use of
+// uninitialised memory.
 #if SOCO_LEVEL == 2
-  // The masked form, all lanes on: GCC 12 takes the plain one for a use of uninitialised memory.
-  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+SOCO_SHARED __m256i words(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+SOCO_SHARED __m128i bytes(const void* from) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(from));
+}
+SOCO_SHARED Bits32 load_bits(const BFloat16* from) {
+  return reinterpret_cast<Bits32>(_mm512_maskz_cvtepu16_epi32(0xffff, words(from)));
+}
+SOCO_SHARED Bits32 load_bits(const Float8* from) {
+  return reinterpret_cast<Bits32>(_mm512_maskz_cvtepu8_epi32(0xffff, bytes(from)));
+}
+SOCO_SHARED Vec<float> load(const Float16* from) {
+  return _mm512_maskz_cvtph_ps(0xffff, words(from));
+}
+SOCO_SHARED Vec<float> load(const Int8* from) {
+  return _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes(from)));
+}
 #elif SOCO_LEVEL == 1
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+SOCO_SHARED __m128i words(const void* from) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(from));
+}
+SOCO_SHARED __m128i bytes(const void* from) {
+  return _mm_loadl_epi64(static_cast<const __m128i*>(from));
+}
+SOCO_SHARED Bits32 load_bits(const BFloat16* from) {
+  return reinterpret_cast<Bits32>(_mm256_cvtepu16_epi32(words(from)));
+}
+SOCO_SHARED Bits32 load_bits(const Float8* from) {
+  return reinterpret_cast<Bits32>(_mm256_cvtepu8_epi32(bytes(from)));
+}
+SOCO_SHARED Vec<float> load(const Float16* from) { return _mm256_cvtph_ps(words(from)); }
+SOCO_SHARED Vec<float> load(const Int8* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes(from)));
+}
 #else
+template <typename T>
+SOCO_SHARED Bits32 load_bits(const T* from) {
+  Bits32 v;
+  for (int lane = 0; lane < kLanes<float>; ++lane) v[lane] = from[lane].bits;
+  return v;
+}
+template <typename T>
+SOCO_SHARED Vec<float> load(const T* from) {
   Vec<float> v;
   for (int lane = 0; lane < kLanes<float>; ++lane) v[lane] = widen(from[lane]);
   return v;
+}
 #endif
+
+SOCO_SHARED Vec<float> load(const BFloat16* from) {
+  return reinterpret_cast<Vec<float>>(load_bits(from) << 16);
+}
+
+SOCO_SHARED Vec<float> load(const Float8* from) {  // as widen(Float8)
+  const Bits32 bits = load_bits(from), magnitude = bits & 0x7f;
+  const Vec<float> scaled = reinterpret_cast<Vec<float>>(magnitude << 20) * 0x1p120f;
+  const Bits32 nan = reinterpret_cast<Bits32>(magnitude == 0x7f) & 0x7fc00000u;
+  const Bits32 sign = (bits & 0x80) << 24;
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<Bits32>(scaled) | sign | nan);
 }
 
 // The first `count` elements, zeros behind them.
@@ -81,23 +127,30 @@ SOCO_SHARED A total(Vec<A> v) {
 // dots[t][r] = dot(x[t], w[r]) for kTokens rows of x and kRows rows of w. One accumulator per pair
 // and one order of the sum, so a pair's value does not depend on the block it was computed in.
 template <int kTokens, int kRows, typename W, typename A>
-SOCO_SHARED void dot_block(const A* x, const W* w, int64_t inner, A (&dots)[kTokens][kRows]) {
+SOCO_SHARED void dot_block(const A* x, int64_t x_stride, const W* w, int64_t w_stride,
+                           int64_t inner, A (&dots)[kTokens][kRows]) {
   constexpr int lanes = kLanes<A>;
+  constexpr int step = 64 / static_cast<int>(sizeof(W));  // a line of memory, a multiple of lanes
   Vec<A> sums[kTokens][kRows] = {};
-  int64_t k = 0;
-  for (; k + lanes <= inner; k += lanes) {
+  const auto add = [&](int64_t k) __attribute__((always_inline)) {
     Vec<A> ws[kRows];
-    for (int r = 0; r < kRows; ++r) ws[r] = load(w + r * inner + k);
+    for (int r = 0; r < kRows; ++r) ws[r] = load(w + r * w_stride + k);
     for (int t = 0; t < kTokens; ++t) {
-      const Vec<A> xs = load(x + t * inner + k);
+      const Vec<A> xs = load(x + t * x_stride + k);
       for (int r = 0; r < kRows; ++r) sums[t][r] += xs * ws[r];
     }
+  };
+  int64_t k = 0;
+  for (; k + step <= inner; k += step) {
+#pragma GCC unroll 16
+    for (int part = 0; part < step; part += lanes) add(k + part);
   }
+  for (; k + lanes <= inner; k += lanes) add(k);
   if (k < inner) {
     Vec<A> ws[kRows];
-    for (int r = 0; r < kRows; ++r) ws[r] = load_some(w + r * inner + k, inner - k);
+    for (int r = 0; r < kRows; ++r) ws[r] = load_some(w + r * w_stride + k, inner - k);
     for (int t = 0; t < kTokens; ++t) {
-      const Vec<A> xs = load_some(x + t * inner + k, inner - k);
+      const Vec<A> xs = load_some(x + t * x_stride + k, inner - k);
       for (int r = 0; r < kRows; ++r) sums[t][r] += xs * ws[r];
     }
   }
@@ -110,32 +163,28 @@ struct Problem {
   using A = Accumulate<W>;
   const A* x;
   const W* weight;
-  const W* bias;
-  void* y;  // of W where narrow_y, else of A
-  int64_t inner, rows;
-  bool narrow_y;
+  A* dots;
+  int64_t inner, rows, x_stride, w_stride, dots_stride;
 
+  // Rows `apart` from each other. Neighbours would be as good for the registers; but each of these
+  // streams runs through memory without a break, row after row, so that the processor fetches
+  // ahead, where rows are short, too.
   template <int kTokens, int kRows>
-  void block(int64_t token, int64_t row) const {
-    A dots[kTokens][kRows];
-    dot_block<kTokens, kRows>(x + token * inner, weight + row * inner, inner, dots);
+  void block(int64_t token, int64_t row, int64_t apart) const {
+    A found[kTokens][kRows];
+    dot_block<kTokens, kRows>(x + token * x_stride, x_stride, weight + row * w_stride,
+                              apart * w_stride, inner, found);
     for (int t = 0; t < kTokens; ++t)
-      for (int r = 0; r < kRows; ++r) {
-        const A value = dots[t][r] + (bias ? widen(bias[row + r]) : A(0));
-        const int64_t at = (token + t) * rows + row + r;
-        if (narrow_y)
-          static_cast<W*>(y)[at] = narrow<W>(value);
-        else
-          static_cast<A*>(y)[at] = value;
-      }
+      for (int r = 0; r < kRows; ++r)
+        dots[(token + t) * dots_stride + row + r * apart] = found[t][r];
   }
 
   template <int kTokens>
   void tokens_block(int64_t token, int64_t begin, int64_t end) const {
     constexpr int kRows = kTokens * 4 <= (SOCO_LEVEL == 2 ? 16 : 8) ? 4 : 3;
-    int64_t row = begin;
-    for (; row + kRows <= end; row += kRows) block<kTokens, kRows>(token, row);
-    for (; row < end; ++row) block<kTokens, 1>(token, row);
+    const int64_t apart = (end - begin) / kRows, whole = begin + apart * kRows;
+    for (int64_t row = begin; row < begin + apart; ++row) block<kTokens, kRows>(token, row, apart);
+    for (int64_t row = whole; row < end; ++row) block<kTokens, 1>(token, row, 0);
   }
 
   // As many blocks of kTokens as there are, then the rest in blocks of half as many.
@@ -144,29 +193,54 @@ struct Problem {
     for (; tokens - token >= kTokens; token += kTokens) tokens_block<kTokens>(token, begin, end);
     if constexpr (kTokens > 1) run<kTokens / 2>(token, tokens, begin, end);
   }
+
+  // All tokens, one piece of the rows after the other: it stays in the cache for all of them.
+  void run(int64_t tokens) const {
+    constexpr int64_t kPiece = 48;  // in whole blocks of 3 and of 4 rows
+    for (int64_t begin = 0; begin < rows; begin += kPiece)
+      run<kMostTokens>(0, tokens, begin, rows - begin < kPiece ? rows : begin + kPiece);
+  }
 };
 
 }  // namespace
 
 template <Level>
-void linear_rows(const void* x, const void* weight, const void* bias, void* y, int64_t tokens,
-                 int64_t inner, int64_t rows, int64_t begin, int64_t end, Dtype dtype,
-                 bool narrow_y) {
+void widen_row(const void* from, void* to, int64_t count, Dtype dtype) {
   visit(dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    using A = Accumulate<T>;
+    const T* const source = static_cast<const T*>(from);
+    A* const target = static_cast<A*>(to);
+    int64_t i = 0;
+    for (; i + kLanes<A> <= count; i += kLanes<A>) {
+      const Vec<A> v = load(source + i);
+      memcpy(target + i, &v, sizeof(v));
+    }
+    for (; i < count; ++i) target[i] = widen(source[i]);
+  });
+}
+
+template <Level>
+void dot_rows(const void* x, const void* weight, void* dots, int64_t tokens, int64_t inner,
+              int64_t rows, int64_t x_stride, int64_t w_stride, int64_t dots_stride, Dtype dtype) {
+  visit_weight(dtype, [&](auto* tag) {
     using W = std::remove_pointer_t<decltype(tag)>;
-    const Problem<W> problem{static_cast<const Accumulate<W>*>(x),
+    using A = Accumulate<W>;
+    const Problem<W> problem{static_cast<const A*>(x),
                              static_cast<const W*>(weight),
-                             static_cast<const W*>(bias),
-                             y,
+                             static_cast<A*>(dots),
                              inner,
                              rows,
-                             narrow_y};
-    problem.template run<kMostTokens>(0, tokens, begin, end);
+                             x_stride,
+                             w_stride,
+                             dots_stride};
+    problem.run(tokens);
   });
 }
 
 constexpr Level kLevel = static_cast<Level>(SOCO_LEVEL);
-template void linear_rows<kLevel>(const void*, const void*, const void*, void*, int64_t, int64_t,
-                                  int64_t, int64_t, int64_t, Dtype, bool);
+template void widen_row<kLevel>(const void*, void*, int64_t, Dtype);
+template void dot_rows<kLevel>(const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t,
+                               int64_t, int64_t, Dtype);
 
 }  // namespace soco::cpu

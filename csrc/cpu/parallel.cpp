@@ -2,11 +2,13 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
 #include <mutex>
 #include <system_error>
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -81,26 +83,96 @@ class Pool {
 
 // Never destroyed: workers may still sleep in it when the process ends.
 std::atomic<Pool*> pool{nullptr};
+std::atomic<bool> forked{false};  // this is the child of a process that may have used either
 
 Pool& the_pool() {
   static const bool made = [] {
     pool.store(new Pool);
-#if defined(__unix__) || defined(__APPLE__)
-    // The workers do not exist in a forked child, and the locks may be held: start afresh there.
-    pthread_atfork(nullptr, nullptr, [] { pool.store(new Pool); });
-#endif
     return true;
   }();
   static_cast<void>(made);
   return *pool.load();
 }
 
+// In a child made by fork() no worker exists any more, and locks may be held for ever.
+void after_fork() {
+  forked.store(true);
+  if (pool.load() != nullptr) pool.store(new Pool);
+}
+
+#if defined(__unix__) || defined(__APPLE__)
+// From when the library is loaded: torch may have used its threads before our first loop.
+const int watching = pthread_atfork(nullptr, nullptr, after_fork);
+#endif
+
+// The entry that GCC compiles `#pragma omp parallel` to; LLVM's and Intel's libraries have it, too.
+using OpenMp = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+
+// That of the library that torch's own loops run in, null where there is none.
+OpenMp find_openmp() {
+#if defined(__linux__)
+  if (void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)) {
+    void* const entry = dlsym(torch, "GOMP_parallel");  // in it, or in what it was linked with
+    OpenMp found = nullptr;
+    memcpy(&found, &entry, sizeof(entry));
+    return found;
+  }
+#endif
+  return nullptr;
+}
+
+OpenMp openmp() {
+  static const OpenMp found = find_openmp();
+  return forked.load(std::memory_order_relaxed) ? nullptr : found;
+}
+
+// A loop for a team of threads: each takes the next task until there is none.
+struct Loop {
+  int64_t tasks;
+  void (*body)(void*, int64_t);
+  void* context;
+  std::atomic<int64_t> next{0};
+
+  static void run(void* self) {
+    Loop& loop = *static_cast<Loop*>(self);
+    for (int64_t task; (task = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.tasks;)
+      loop.body(loop.context, task);
+  }
+};
+
+// Lets the processor know that this is a loop that waits.
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 }  // namespace
+
+void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
+  constexpr int kSpins = 2000;  // some ten microseconds; the thread waited for may have no core
+  for (int spin = 0; counter.load(std::memory_order_acquire) != value; ++spin) {
+    if (spin < kSpins)
+      relax();
+    else
+      std::this_thread::yield();
+  }
+}
+
+bool uses_openmp() { return openmp() != nullptr; }
 
 void parallel_for(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
   constexpr int kMostThreads = 1024;
   int64_t helpers = (threads < kMostThreads ? threads : kMostThreads) - 1;
   if (helpers > tasks - 1) helpers = tasks - 1;
+  const OpenMp team = openmp();
+  if (helpers > 0 && team != nullptr) {
+    Loop loop{tasks, body, context};
+    team(Loop::run, &loop, static_cast<unsigned>(helpers + 1), 0);
+    return;
+  }
   if (helpers > 0 && the_pool().run(static_cast<int>(helpers), tasks, body, context)) return;
   for (int64_t task = 0; task < tasks; ++task) body(context, task);
 }

@@ -16,14 +16,16 @@ template <Level>
 void spectral_backward_rows(const void* grad, const void* x, const void* scale, const uint8_t* mask,
                             void* grad_x, void* partial, int64_t tokens, int64_t rank, Dtype dtype);
 
-// lowrank_rows.cpp: y[t, row] = dot(x[t], weight[row]) + bias[row] for row = begin .. end-1
+// lowrank_rows.cpp: sums are float32, and float64 for float64
 template <Level>
-void linear_rows(const void* x,       // (tokens, inner) float32, and float64 for float64
-                 const void* weight,  // (rows, inner) of dtype
-                 const void* bias,    // (rows,) of dtype, or null
-                 void* y,             // (tokens, rows), of dtype or as x
-                 int64_t tokens, int64_t inner, int64_t rows, int64_t begin, int64_t end,
-                 Dtype dtype, bool narrow_y);
+void widen_row(const void* from, void* to, int64_t count, Dtype dtype);
+// dots[t, row] = dot(x[t], weight[row])
+template <Level>
+void dot_rows(const void* x,       // (tokens, inner), rows x_stride apart, of the type of the sums
+              const void* weight,  // (rows, inner), rows w_stride apart, of dtype
+              void* dots,  // (tokens, rows), rows dots_stride apart, of the type of the sums
+              int64_t tokens, int64_t inner, int64_t rows, int64_t x_stride, int64_t w_stride,
+              int64_t dots_stride, Dtype dtype);
 
 // sketch_rows.cpp: rows begin .. end-1 of omega (.., columns)
 template <Level>

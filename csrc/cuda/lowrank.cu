@@ -10,62 +10,149 @@ constexpr int kWarp = 32;
 constexpr int kWarps = 8;   // rows of weight that a block works on at a time, one per warp
 constexpr int kTokens = 4;  // tokens that share one reading of a row
 
-// y[t, row] = dot(x[t], weight[row]) + bias[row]. A warp owns one row and kTokens tokens; its lanes
-// take every 32nd input, and their sums are added as a tree: one fixed order.
-template <typename X, typename W, typename Y>
-__global__ void linear_kernel(const X* __restrict__ x, const W* __restrict__ weight,
-                              const W* __restrict__ bias, Y* __restrict__ y, int64_t tokens,
-                              int64_t inner, int64_t rows) {
-  using A = Accumulate<W>;
-  const int lane = threadIdx.x;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y; row < rows;
-       row += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const W* const w = weight + row * inner;
-    const A shift = bias == nullptr ? A(0) : widen(bias[row]);
+// sums[t] = dot(x[t], w) for up to kTokens tokens. The lanes of a warp take every 32nd input, and
+// their sums are added as a tree: one fixed order. Lane 0 has the result.
+template <typename X, typename W, typename A>
+__device__ void dot_tokens(const X* x, int64_t x_stride, const W* w, int64_t inner, int64_t tokens,
+                           A (&sums)[kTokens]) {
+  for (int t = 0; t < kTokens; ++t) sums[t] = A(0);
+  for (int64_t k = threadIdx.x; k < inner; k += kWarp) {
+    const A wide = widen(w[k]);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t)
+      if (t < tokens) sums[t] += widen(x[t * x_stride + k]) * wide;
+  }
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t)
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+      sums[t] += __shfl_down_sync(0xffffffffu, sums[t], offset);
+}
+
+// z[t, row] = dot(x[t], down[row]) * scale[row], a warp per row and kTokens tokens.
+template <typename T, typename W>
+__global__ void reduce_kernel(const T* __restrict__ x, const W* __restrict__ down,
+                              const float* __restrict__ scale, Accumulate<T>* __restrict__ z,
+                              int64_t tokens, int64_t in, int64_t ranks) {
+  using A = Accumulate<T>;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y; row < ranks;
+       row += static_cast<int64_t>(gridDim.x) * kWarps)
     for (int64_t first = static_cast<int64_t>(blockIdx.y) * kTokens; first < tokens;
          first += static_cast<int64_t>(gridDim.y) * kTokens) {
-      A sums[kTokens] = {};
-      for (int64_t k = lane; k < inner; k += kWarp) {
-        const A wide = widen(w[k]);
+      A sums[kTokens];
+      dot_tokens(x + first * in, in, down + row * in, in, tokens - first, sums);
+      if (threadIdx.x != 0) continue;
 #pragma unroll
+      for (int t = 0; t < kTokens; ++t)
+        if (first + t < tokens)
+          z[(first + t) * ranks + row] = scale == nullptr ? sums[t] : sums[t] * A(scale[row]);
+    }
+}
+
+// The members and where each begins in z and in bias.
+struct Members {
+  Member member[kMostMembers];
+  int64_t z_column[kMostMembers], column[kMostMembers];
+};
+
+// Output `i` of a member with its bias, for up to kTokens tokens, in lane 0.
+template <typename T, typename W>
+__device__ void output(const Members& all, int number, int64_t i, const Accumulate<T>* z,
+                       int64_t ranks, const T* bias, int64_t tokens,
+                       Accumulate<T> (&values)[kTokens]) {
+  using A = Accumulate<T>;
+  const Member& member = all.member[number];
+  const A* const own = z + all.z_column[number];
+  int64_t source = member.sources == nullptr ? member.rank + i : member.sources[i];
+  // A source that is wrong gives a wrong output, but nothing outside of up and z is read.
+  source = source < 0 ? 0 : (source < member.out ? source : member.out - 1);
+  if (source < member.rank) {
+    for (int t = 0; t < kTokens; ++t) values[t] = t < tokens ? own[t * ranks + source] : A(0);
+  } else {
+    const int64_t row = source - member.rank;
+    const W* const up = static_cast<const W*>(member.up) + row * member.stride;
+    dot_tokens(own, ranks, up, member.rank, tokens, values);
+    if (member.up_scale != nullptr)
+      for (int t = 0; t < kTokens; ++t) values[t] *= A(member.up_scale[row]);
+  }
+  if (bias != nullptr)
+    for (int t = 0; t < kTokens; ++t) values[t] += widen(bias[all.column[number] + i]);
+}
+
+// y, a warp per column of it and kTokens tokens.
+template <typename T, typename W>
+__global__ void expand_kernel(Members all, const Accumulate<T>* __restrict__ z,
+                              const T* __restrict__ bias, const T* __restrict__ residual,
+                              T* __restrict__ y, int64_t tokens, int64_t ranks, int64_t columns,
+                              int members, bool gated) {
+  using A = Accumulate<T>;
+  for (int64_t column = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y; column < columns;
+       column += static_cast<int64_t>(gridDim.x) * kWarps) {
+    int number = 0;
+    if (!gated)
+      while (number + 1 < members && column >= all.column[number + 1]) ++number;
+    for (int64_t first = static_cast<int64_t>(blockIdx.y) * kTokens; first < tokens;
+         first += static_cast<int64_t>(gridDim.y) * kTokens) {
+      const int64_t left = tokens - first;
+      const A* const own = z + first * ranks;
+      A values[kTokens];
+      output<T, W>(all, number, column - all.column[number], own, ranks, bias, left, values);
+      if (gated) {
+        A factors[kTokens];
+        output<T, W>(all, 1, column, own, ranks, bias, left, factors);
         for (int t = 0; t < kTokens; ++t)
-          if (first + t < tokens) sums[t] += widen(x[(first + t) * inner + k]) * wide;
+          values[t] = values[t] / (A(1) + exp(-values[t])) * factors[t];
       }
+      if (threadIdx.x != 0) continue;
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        for (int offset = kWarp / 2; offset > 0; offset /= 2)
-          sums[t] += __shfl_down_sync(0xffffffffu, sums[t], offset);
-        if (lane == 0 && first + t < tokens)
-          y[(first + t) * rows + row] = narrow<Y>(sums[t] + shift);
-      }
+      for (int t = 0; t < kTokens; ++t)
+        if (t < left) {
+          const int64_t at = (first + t) * columns + column;
+          if (residual != nullptr) values[t] += widen(residual[at]);
+          y[at] = narrow<T>(values[t]);
+        }
     }
   }
 }
 
-template <typename X, typename W, typename Y>
-void launch_linear(const X* x, const W* weight, const W* bias, Y* y, int64_t tokens, int64_t inner,
-                   int64_t rows, void* stream) {
-  if (tokens == 0 || rows == 0) return;
-  const dim3 grid(grid_size(rows, kWarps), grid_size(tokens, kTokens));
-  linear_kernel<X, W, Y><<<grid, dim3(kWarp, kWarps), 0, as_stream(stream)>>>(x, weight, bias, y,
-                                                                              tokens, inner, rows);
-  check_launch("low_rank_linear");
+template <typename T, typename W>
+void launch(const LowRankGroup& g, void* stream) {
+  Members all{};
+  int64_t ranks = 0, outs = 0;
+  const int members = static_cast<int>(g.members.size());
+  for (int m = 0; m < members; ++m) {
+    all.member[m] = g.members[m];
+    all.z_column[m] = ranks;
+    all.column[m] = outs;
+    ranks += g.members[m].rank;
+    outs += g.members[m].out;
+  }
+  const int64_t columns = g.gated ? g.members[0].out : outs;
+  const T* const x = static_cast<const T*>(g.x);
+  auto* const z = static_cast<Accumulate<T>*>(g.z);
+  const unsigned groups = grid_size(g.tokens, kTokens);
+  const dim3 block(kWarp, kWarps);
+  reduce_kernel<T, W><<<dim3(grid_size(ranks, kWarps), groups), block, 0, as_stream(stream)>>>(
+      x, static_cast<const W*>(g.down), g.down_scale, z, g.tokens, g.in, ranks);
+  check_launch("low_rank_group, first product");
+  expand_kernel<T, W><<<dim3(grid_size(columns, kWarps), groups), block, 0, as_stream(stream)>>>(
+      all, z, static_cast<const T*>(g.bias), static_cast<const T*>(g.residual),
+      static_cast<T*>(g.y), g.tokens, ranks, columns, members, g.gated);
+  check_launch("low_rank_group, second product");
 }
 
 }  // namespace
 
-void low_rank_linear(const void* x, const void* down, const void* up, const void* bias, void* y,
-                     void* z, int64_t tokens, int64_t in, int64_t rank, int64_t out, Dtype dtype,
-                     void* stream) {
-  visit(dtype, [&](auto* tag) {
+void low_rank_group(const LowRankGroup& group, void* stream) {
+  if (group.members.size() > kMostMembers)
+    throw std::invalid_argument("soco: too many layers in one group");
+  visit(group.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    using A = Accumulate<T>;
-    const T* const none = nullptr;
-    launch_linear<T, T, A>(static_cast<const T*>(x), static_cast<const T*>(down), none,
-                           static_cast<A*>(z), tokens, in, rank, stream);
-    launch_linear<A, T, T>(static_cast<const A*>(z), static_cast<const T*>(up),
-                           static_cast<const T*>(bias), static_cast<T*>(y), tokens, rank, out,
-                           stream);
+    if (group.weight_dtype == group.dtype) return launch<T, T>(group, stream);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (group.weight_dtype == Dtype::kInt8) return launch<T, Int8>(group, stream);
+      if (group.weight_dtype == Dtype::kFloat8) return launch<T, Float8>(group, stream);
+    }
+    throw std::invalid_argument("soco: weights of this dtype do not go with this input");
   });
 }
 

@@ -1,0 +1,23 @@
+"""The ops of soco: schema, checks, kernels per device, fake, backward - one place per op.
+
+Tensors in, new tensors out: nothing is written into an input, and randomness comes in as a seed.
+Sums and products are float32 (float64 for float64) whatever the dtype of the tensors. Derivatives
+of every order exist: each backward pass is an op with a backward pass of its own. Under autocast
+:func:`low_rank_linear` casts its inputs as ``torch.nn.functional.linear`` does; the other ops
+compute on what they are given.
+"""
+
+from soco.ops.group import low_rank_group
+from soco.ops.lowrank import low_rank_linear, low_rank_linear_backward
+from soco.ops.sketch import gaussian_sketch, gaussian_sketch_backward
+from soco.ops.spectral import spectral_scale, spectral_scale_backward
+
+__all__ = [
+    "gaussian_sketch",
+    "gaussian_sketch_backward",
+    "low_rank_group",
+    "low_rank_linear",
+    "low_rank_linear_backward",
+    "spectral_scale",
+    "spectral_scale_backward",
+]
