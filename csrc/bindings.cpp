@@ -47,35 +47,42 @@ void bind(py::module_& m, const char* name, void (*kernel)(Args...)) {
       py::call_guard<py::gil_scoped_release>());
 }
 
-// One layer of a group in Python: up, stride, up_scale, sources, rank, out.
-using PassedMember = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t>;
+// One layer of a group in Python: up, stride, up_scale, sources, rank, rows, out.
+using PassedMember =
+    std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
+
+// The weights of a group, to be run on many inputs. Whoever makes it keeps them where they are.
+soco::LowRankGroup make_plan(uintptr_t down, uintptr_t down_scale,
+                             const std::vector<PassedMember>& members, uintptr_t bias, int64_t in,
+                             Dtype dtype, Dtype weight_dtype, bool gated) {
+  soco::LowRankGroup group{};
+  group.down = unpass<const void*>(down);
+  group.down_scale = unpass<const float*>(down_scale);
+  group.members.reserve(members.size());
+  for (const auto& [up, stride, up_scale, sources, rank, rows, out] : members)
+    group.members.push_back({unpass<const void*>(up), stride, unpass<const float*>(up_scale),
+                             unpass<const int64_t*>(sources), rank, rows, out});
+  group.bias = unpass<const void*>(bias);
+  group.in = in;
+  group.dtype = dtype;
+  group.weight_dtype = weight_dtype;
+  group.gated = gated;
+  return group;
+}
 
 template <typename Where>
 void bind_low_rank_group(py::module_& m, const char* name,
                          void (*kernel)(const soco::LowRankGroup&, Where)) {
   m.def(
       name,
-      [kernel](uintptr_t x, uintptr_t down, uintptr_t down_scale,
-               const std::vector<PassedMember>& members, uintptr_t bias, uintptr_t residual,
-               uintptr_t z, uintptr_t y, int64_t tokens, int64_t in, Dtype dtype,
-               Dtype weight_dtype, bool gated, Passed<Where> where) {
-        soco::LowRankGroup group;
+      [kernel](const soco::LowRankGroup& plan, uintptr_t x, uintptr_t residual, uintptr_t z,
+               uintptr_t y, int64_t tokens, Passed<Where> where) {
+        soco::LowRankGroup group = plan;  // several threads may run the same plan
         group.x = unpass<const void*>(x);
-        group.down = unpass<const void*>(down);
-        group.down_scale = unpass<const float*>(down_scale);
-        group.members.reserve(members.size());
-        for (const auto& [up, stride, up_scale, sources, rank, out] : members)
-          group.members.push_back({unpass<const void*>(up), stride, unpass<const float*>(up_scale),
-                                   unpass<const int64_t*>(sources), rank, out});
-        group.bias = unpass<const void*>(bias);
         group.residual = unpass<const void*>(residual);
         group.z = unpass<void*>(z);
         group.y = unpass<void*>(y);
         group.tokens = tokens;
-        group.in = in;
-        group.dtype = dtype;
-        group.weight_dtype = weight_dtype;
-        group.gated = gated;
         kernel(group, unpass<Where>(where));
       },
       py::call_guard<py::gil_scoped_release>());
@@ -109,6 +116,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .value("float16", Dtype::kFloat16)
       .value("int8", Dtype::kInt8)
       .value("float8", Dtype::kFloat8);
+  py::class_<soco::LowRankGroup>(m, "LowRankPlan").def(py::init(&make_plan));
   m.attr("most_members") = soco::kMostMembers;
   m.def("spectral_partials", &soco::spectral_partials);
   bind(m, "spectral_scale_cpu", soco::cpu::spectral_scale);

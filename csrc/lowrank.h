@@ -16,12 +16,12 @@ constexpr int kMostMembers = 8;  // of a group
 
 // One layer of a group.
 struct Member {
-  const void* up;          // (out, rank) or, where pivoted, (out - rank, rank); of weight_dtype
+  const void* up;          // (rows, rank) of weight_dtype
   int64_t stride;          // elements from one row of up to the next
   const float* up_scale;   // one factor per row of up, or null
   const int64_t* sources;  // null, or (out,) where pivoted: output i is z[sources[i]] where that is
                            // below rank, else the product of row sources[i] - rank; these ascend
-  int64_t rank, out;
+  int64_t rank, rows, out;  // out is rows unless pivoted
 };
 
 struct LowRankGroup {
@@ -31,8 +31,8 @@ struct LowRankGroup {
   std::vector<Member> members;
   const void* bias;      // (sum of outs,) of dtype, or null
   const void* residual;  // shaped as y, of dtype, or null: added at the end
-  void* z;               // (tokens, sum of ranks) of the type of the sums, scratch
-  void* y;               // (tokens, sum of outs), or (tokens, out) where gated; of dtype
+  void* z;  // (tokens, sum of ranks) of the type of the sums, scratch; may be null for the CPU
+  void* y;  // (tokens, sum of outs), or (tokens, out) where gated; of dtype
   int64_t tokens, in;
   Dtype dtype;         // of x and y
   Dtype weight_dtype;  // the same, or int8 or float8

@@ -10,6 +10,21 @@ class Dtype:
     int8: Dtype
     float8: Dtype
 
+class LowRankPlan:
+    def __init__(
+        self,
+        down: int,
+        down_scale: int,
+        members: Sequence[tuple[int, int, int, int, int, int, int]],
+        bias: int,
+        in_features: int,
+        dtype: Dtype,
+        weight_dtype: Dtype,
+        gated: bool,
+        /,
+    ) -> None:
+        """Each of members is up, stride, up_scale, sources, rank, rows and out."""
+
 build_record: dict[str, str]
 most_members: int
 
@@ -42,23 +57,7 @@ def spectral_scale_backward_cpu(
     /,
 ) -> None: ...
 def low_rank_group_cpu(
-    x: int,
-    down: int,
-    down_scale: int,
-    members: Sequence[
-        tuple[int, int, int, int, int, int]
-    ],  # up, stride, up_scale, sources, rank, out
-    bias: int,
-    residual: int,
-    z: int,
-    y: int,
-    tokens: int,
-    in_features: int,
-    dtype: Dtype,
-    weight_dtype: Dtype,
-    gated: bool,
-    threads: int,
-    /,
+    plan: LowRankPlan, x: int, residual: int, z: int, y: int, tokens: int, threads: int, /
 ) -> None: ...
 def gaussian_cpu(omega: int, rows: int, columns: int, seed: int, threads: int, /) -> None: ...
 
@@ -91,23 +90,7 @@ def spectral_scale_backward_cuda(
     /,
 ) -> None: ...
 def low_rank_group_cuda(
-    x: int,
-    down: int,
-    down_scale: int,
-    members: Sequence[
-        tuple[int, int, int, int, int, int]
-    ],  # up, stride, up_scale, sources, rank, out
-    bias: int,
-    residual: int,
-    z: int,
-    y: int,
-    tokens: int,
-    in_features: int,
-    dtype: Dtype,
-    weight_dtype: Dtype,
-    gated: bool,
-    stream: int,
-    /,
+    plan: LowRankPlan, x: int, residual: int, z: int, y: int, tokens: int, stream: int, /
 ) -> None: ...
 def gaussian_cuda(omega: int, rows: int, columns: int, seed: int, stream: int, /) -> None: ...
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from soco.comparison import compare as compare
     from soco.evaluation import Evaluation as Evaluation
     from soco.evaluation import evaluate as evaluate
+    from soco.optimization import optimize as optimize
     from soco.pipeline import compress as compress
     from soco.preparation import prepare as prepare
     from soco.reporting import Report as Report
@@ -51,6 +52,7 @@ __all__ = [
     "methods",
     "modules",
     "ops",
+    "optimize",
     "prepare",
     "report",
     "resize",
@@ -68,6 +70,7 @@ _HOME = {  # public name to the file it lives in
     "evaluate_tasks": "tasks",
     "export_dense": "checkpoint",
     "load": "checkpoint",
+    "optimize": "optimization",
     "prepare": "preparation",
     "report": "reporting",
     "resize": "resizing",

@@ -15,6 +15,8 @@ from soco.experts import find_experts
 from soco.folders import SPECTRUM, carry_over, replaced
 from soco.headers import check_index, read_headers, read_json, weight_files
 from soco.modules import LowRankLinear, PivotedLinear
+from soco.optimization import optimize as make_fast
+from soco.packing import check_whole
 from soco.plugin import QUANT_METHOD, SocoConfig, SocoQuantizer, check_ties
 from soco.plugin import register as register
 from soco.surgery import low_rank_layers
@@ -141,6 +143,7 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     device_map: str | dict | torch.device | int | None = None,
+    optimize: bool = False,
     **options: Any,
 ) -> "PreTrainedModel":
     """Load a compressed model as the class that was saved, and refuse a folder with any defect.
@@ -152,6 +155,7 @@ def load(
         directory: a folder written by soco or by ``save_pretrained`` of a compressed model.
         dtype: of the weights; "auto" is as stored.
         device_map: where the weights go, as in ``from_pretrained``.
+        optimize: whether to make it ready to run, with ``soco.optimize``.
         options: passed on to ``from_pretrained``.
 
     Returns:
@@ -181,7 +185,7 @@ def load(
     for key, problem in (("missing_keys", "lacks"), ("unexpected_keys", "holds unknown")):
         if info[key]:
             raise ValueError(f"{folder} {problem} {', '.join(sorted(info[key])[:3])}")
-    return model
+    return make_fast(model) if optimize else model
 
 
 def export_dense(
@@ -214,6 +218,7 @@ def export_dense(
     else:
         if not isinstance(getattr(model.config, "quantization_config", None), SocoConfig):
             raise ValueError("the model is not compressed by soco")
+        check_whole(model)
         for name, tensor in model.state_dict().items():
             if tensor.is_meta:
                 raise ValueError(f"{name} is offloaded: export from the model's folder instead")
@@ -251,6 +256,7 @@ def _check_layers(model: "PreTrainedModel", config: SocoConfig) -> None:
     for name in {*config.experts} ^ find_experts(model).keys():
         where = "config" if name in config.experts else "model"
         raise ValueError(f"the experts {name} are split in the {where} only: mark_compressed")
+    check_whole(model)
     found = _describe(model)
     for name, layer in config.layers.items():
         if name not in found or found[name]["rank"] != layer["rank"]:

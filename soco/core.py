@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -29,6 +29,7 @@ WEIGHT_DTYPES = {  # what weights of a low-rank layer may be in
     torch.float8_e4m3fn: _C.Dtype.float8,
 }
 MOST_MEMBERS = _C.most_members  # low-rank layers in one call
+LowRankPlan = _C.LowRankPlan
 spectral_partials = _C.spectral_partials
 simd_levels = _C.simd_levels
 use_simd_level = _C.use_simd_level
@@ -58,22 +59,31 @@ if message := cuda_mismatch(_C.build_record["cuda"], torch.version.cuda):
     warnings.warn(message, stacklevel=2)
 
 
+@cache
+def runner(kernel: str, device: str) -> Run | None:
+    """``run(x, *args)`` that calls the core's ``kernel`` for a kind of device; None if it has none.
+
+    The threads of the CPU, or the stream of the GPU that ``x`` is on, come behind ``args``.
+    """
+    call: Run | None = getattr(_C, f"{kernel}_{device}", None)
+    if call is None:
+        return None
+
+    def run_cpu(x: Tensor, *args: object) -> None:
+        call(*args, torch.get_num_threads())
+
+    def run_cuda(x: Tensor, *args: object) -> None:
+        with torch.cuda.device(x.device):
+            call(*args, torch.cuda.current_stream().cuda_stream)
+
+    return run_cpu if device == "cpu" else run_cuda
+
+
 def implement(op: str, kernel: str) -> Callable[[Callable[..., Any]], None]:
     """Register the decorated function as an op's implementation on the CPU and on CUDA.
 
-    It gets a first argument ``run``: ``run(x, *args)`` calls the core's ``kernel`` of the device
-    that ``x`` is on, with the threads of the CPU or the stream of the GPU behind ``args``.
+    It gets a first argument ``run``, the :func:`runner` of ``kernel`` for the device.
     """
-    on_cpu: Run = getattr(_C, f"{kernel}_cpu")
-    on_cuda: Run | None = getattr(_C, f"{kernel}_cuda", None)
-
-    def run_cpu(x: Tensor, *args: object) -> None:
-        on_cpu(*args, torch.get_num_threads())
-
-    def run_cuda(x: Tensor, *args: object) -> None:
-        assert on_cuda is not None  # or `refuse` is what was registered
-        with torch.cuda.device(x.device):
-            on_cuda(*args, torch.cuda.current_stream().cuda_stream)
 
     def refuse(*_: object) -> None:
         raise RuntimeError(
@@ -82,9 +92,10 @@ def implement(op: str, kernel: str) -> Callable[[Callable[..., Any]], None]:
         )
 
     def register(body: Callable[..., Any]) -> None:
+        on_cuda = runner(kernel, "cuda")
         kernels[op] = ("cpu", "cuda") if on_cuda else ("cpu",)
-        library.impl(op, partial(body, run_cpu), "CPU")
-        library.impl(op, partial(body, run_cuda) if on_cuda else refuse, "CUDA")
+        library.impl(op, partial(body, runner(kernel, "cpu")), "CPU")
+        library.impl(op, partial(body, on_cuda) if on_cuda else refuse, "CUDA")
 
     return register
 

@@ -1,6 +1,6 @@
 """The layers that stand in a model where a linear stood."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -32,6 +32,8 @@ class CompressedLinear(nn.Module):
     weight: Tensor  # (1,), the sentinel
     bias: nn.Parameter | None  # (out,)
     up: nn.Linear
+    # What soco.optimize puts here: the outputs for an input, or None where it has none for it.
+    fast: "Callable[[CompressedLinear, Tensor], Tensor | None] | None" = None
 
     def __init__(
         self,
@@ -179,6 +181,8 @@ class LowRankLinear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., in) to (..., out)."""
+        if self.fast is not None and (y := self.fast(self, x)) is not None:
+            return y
         down = _plain_weight(self.down, x)
         up = _plain_weight(self.up, x)
         if down is None or up is None or down.device != up.device or _is_special(x):
@@ -283,8 +287,15 @@ class PivotedLinear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., in) to (..., out)."""
+        if self.fast is not None and (y := self.fast(self, x)) is not None:
+            return y
+        if not torch.is_grad_enabled() and not _is_special(x):
+            down, up = _plain_weight(self.down, x), _plain_weight(self.up, x)
+            if down is not None and up is not None and down.device == up.device:
+                sources = [self.order()]
+                return ops.low_rank_group(x, down, [up], sources=sources, bias=self.bias)
         z = self.down(x)
-        y = torch.cat((z, self.up(z)), -1).index_select(-1, self._order())
+        y = torch.cat((z, self.up(z)), -1).index_select(-1, self.order())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def check_pivots(self) -> None:
@@ -310,7 +321,7 @@ class PivotedLinear(CompressedLinear):
             twice = int(ordered[1:][ordered[1:] == ordered[:-1]][0])
             raise ValueError(f"pivots hold {twice} twice")
 
-    def _order(self) -> Tensor:
+    def order(self) -> Tensor:
         """Where in ``cat(z, up(z))`` each output is: (out,), int64.
 
         It is a function of the pivots, and kept for as long as they are the same tensor and nobody
@@ -320,7 +331,7 @@ class PivotedLinear(CompressedLinear):
         pivots = self.pivots
         if torch.compiler.is_compiling():
             return _order(pivots, self.out_features)
-        version = 0 if pivots.is_inference() else pivots._version
+        version = version_of(pivots)
         known = self._known
         if known is not None and known[0] is pivots and known[1] == version:
             return known[2]
@@ -332,7 +343,7 @@ class PivotedLinear(CompressedLinear):
 
     def _weight(self, up: Tensor, down: Tensor) -> Tensor:
         self.check_pivots()
-        return torch.cat((down, up @ down)).index_select(0, self._order())
+        return torch.cat((down, up @ down)).index_select(0, self.order())
 
 
 def share_basis(layers: Sequence[LowRankLinear]) -> None:
@@ -403,6 +414,61 @@ def _order(pivots: Tensor, out_features: int) -> Tensor:
 def _copy(tensor: Tensor) -> Tensor:
     """A contiguous copy with storage of its own: a view would keep alive all it was cut from."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+class Snapshot:
+    """How a compressed layer was, to see at little cost whether it still is.
+
+    What is looked at is all that a call without gradients depends on, but for the values: the
+    factors and whether anything is attached to them (an adapter, a hook, a parametrization,
+    accelerate's wrapping of forward), and where weights and bias lie.
+    """
+
+    def __init__(self, layer: CompressedLinear) -> None:
+        self._factors = [
+            (name, factor, factor.weight, factor.weight.data_ptr())
+            for name, factor in (("down", layer.down), ("up", layer.up))
+        ]
+        self._modules, self._parameters = layer._modules, layer._parameters
+        self._buffers = layer._buffers
+        self._bias = layer.bias
+        self._bias_address = 0 if layer.bias is None else layer.bias.data_ptr()
+        self._pivots = layer._buffers.get("pivots")
+        self._version = 0 if self._pivots is None else version_of(self._pivots)
+
+    def holds(self) -> bool:
+        """Whether the layer is as it was.
+
+        A compiler cannot follow addresses: it asks once, while it compiles.
+        """
+        return self._constant() if torch.compiler.is_compiling() else self._found()
+
+    @torch.compiler.assume_constant_result
+    def _constant(self) -> bool:
+        return self._found()
+
+    def _found(self) -> bool:
+        """Look. It reads dictionaries, since attributes of modules are slow."""
+        for name, factor, weight, address in self._factors:
+            if (
+                self._modules.get(name) is not factor
+                or type(factor) is not nn.Linear
+                or factor._forward_hooks
+                or factor._forward_pre_hooks
+                or "forward" in factor.__dict__
+                or factor._parameters.get("weight") is not weight
+                or weight.data_ptr() != address
+            ):
+                return False
+        bias, pivots = self._parameters.get("bias"), self._buffers.get("pivots")
+        if bias is not self._bias or (bias is not None and bias.data_ptr() != self._bias_address):
+            return False
+        return pivots is self._pivots and (pivots is None or version_of(pivots) == self._version)
+
+
+def version_of(x: Tensor) -> int:
+    """What changes when somebody writes into ``x``; where torch does not tell, 0."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _plain_weight(linear: nn.Module, x: Tensor) -> Tensor | None:

@@ -16,12 +16,12 @@ FLOORS = [
     {"data", "folders", "headers", "ops", "taskdata"},
     {"diagnosis", "linalg", "modules", "objectives", "ranks"},
     {
-        "allocators", "component_gradients", "fitting", "masters", "pivots", "principal",
+        "allocators", "component_gradients", "fitting", "masters", "packing", "pivots", "principal",
         "spectral", "steps", "surgery", "svd_gradient", "weighting",
     },
     {
-        "calibration", "choosing", "contents", "experts", "guard", "refinement", "sampling",
-        "sequential", "sizes", "stages", "surgeon", "truncation",
+        "calibration", "choosing", "contents", "experts", "guard", "optimization", "refinement",
+        "sampling", "sequential", "sizes", "stages", "surgeon", "truncation",
     },
     {"archive", "methods", "plugin", "training"},
     {"checkpoint", "choices", "elastic", "evaluation", "reporting", "tasks", "workbench"},

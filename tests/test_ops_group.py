@@ -276,7 +276,7 @@ def group_by_library(args):
     order = ("x", "down", "ups", "sources", "bias", "residual", "down_scale", "up_scales", "gated")
     defaults = {"sources": [], "down_scale": None, "up_scales": [], "gated": False}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(group, "is_slow", lambda *_: False)
+        patch.setattr(group, "widened", lambda x: x)
         return group._by_products(*(({**defaults, **args})[name] for name in order))
 
 
@@ -336,9 +336,14 @@ def test_under_autocast(device):
         ({"down": torch.ones(5, 5).half()}, TypeError, "down must be torch.float32"),
         ({"sources": [torch.arange(9)]}, ValueError, "sources must have .* or none, that is 2"),
         (
-            {"sources": [torch.arange(8), torch.empty(0).long()]},
+            {"sources": [torch.arange(10), torch.empty(0).long()]},
             ValueError,
-            r"sources\[0\] must be \(out,\) = \(9,\), got \(8,\)",
+            r"sources\[0\] must be \(out,\) = \(9,\), got \(10,\)",
+        ),
+        (
+            {"sources": [torch.arange(6), torch.empty(0).long()]},
+            ValueError,
+            r"sources\[0\] must be \(out,\) = \(7,\), got \(6,\)",
         ),
         (
             {"sources": [torch.arange(9).int(), torch.empty(0).long()]},

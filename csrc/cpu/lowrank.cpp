@@ -12,7 +12,7 @@ namespace {
 
 // Memory of a thread that is kept from call to call: a fresh piece of this size would be given
 // back to the system and faulted in again every time.
-enum Use { kX, kProducts, kValues, kGates, kUses };
+enum Use { kX, kZ, kProducts, kValues, kGates, kUses };
 template <typename A>
 A* scratch(Use use, int64_t count) {
   thread_local std::vector<A> kept[kUses];
@@ -81,6 +81,7 @@ class Run {
       at_level([&](auto level) { widen_row<level()>(g_.x, wide, g_.tokens * g_.in, g_.dtype); });
       x_ = wide;
     }
+    if (z_ == nullptr) z_ = scratch<A>(kZ, g_.tokens * ranks_);
     two_phases(
         threads_, static_cast<int64_t>(down_tasks_.size()), static_cast<int64_t>(up_tasks_.size()),
         [this](int64_t task) { reduce(down_tasks_[task]); },
@@ -130,9 +131,8 @@ class Run {
       for (int64_t i = begin; i < end; ++i)
         if (member.sources[i] >= rank && rows++ == 0) first = member.sources[i] - rank;
       // Sources that are wrong give wrong outputs, but nothing outside of up and z is read.
-      const int64_t all = member.out - rank;
-      first = std::min(first, all);
-      rows = std::min(rows, all - first);
+      first = std::min(first, member.rows);
+      rows = std::min(rows, member.rows - first);
     }
     A* const dots = scratch<A>(kProducts, g_.tokens * rows);
     products(z, ranks_, rank, member.up, first, rows, member.stride, dots, rows);
@@ -169,7 +169,7 @@ class Run {
   const LowRankGroup& g_;
   const int threads_;
   const int64_t weight_bytes_;
-  A* const z_;  // (tokens, ranks_)
+  A* z_;  // (tokens, ranks_)
   const A* x_ = nullptr;
   int64_t ranks_ = 0, width_ = 0;   // the sum of the ranks; columns of y
   std::vector<int64_t> z_columns_;  // where each member begins in z

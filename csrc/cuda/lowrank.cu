@@ -64,7 +64,8 @@ __device__ void output(const Members& all, int number, int64_t i, const Accumula
   const A* const own = z + all.z_column[number];
   int64_t source = member.sources == nullptr ? member.rank + i : member.sources[i];
   // A source that is wrong gives a wrong output, but nothing outside of up and z is read.
-  source = source < 0 ? 0 : (source < member.out ? source : member.out - 1);
+  const int64_t last = member.rank + member.rows - 1;
+  source = source < 0 ? 0 : (source < last ? source : last);
   if (source < member.rank) {
     for (int t = 0; t < kTokens; ++t) values[t] = t < tokens ? own[t * ranks + source] : A(0);
   } else {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from soco.core import DTYPES, Run, implement, library, without_autocast
+from soco.core import DTYPES, LowRankPlan, Run, implement, library, without_autocast
 from soco.ops.checks import autograd, check, check_dtype, check_size, flat, sum_dtype
 
 # Instructions that multiply 16-bit floats, or with which oneDNN has good products of them.
@@ -63,15 +63,21 @@ def instructions() -> frozenset[str]:
     return frozenset(name for name, there in known.items() if there is True)
 
 
-def products(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` by torch's matrix library.
+def widened(x: Tensor) -> Tensor:
+    """``x`` in a dtype that torch's matrix library multiplies fast, see :func:`is_slow`."""
+    return x.float() if is_slow(x.device.type, x.dtype) else x
 
-    Of ``x``'s dtype, which may be float32 beside a weight in 16 bits; that is then widened, not all
-    of it at once.
+
+def products(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``x @ weight.T`` by torch's matrix library, and times ``scale`` where there is one.
+
+    Of ``x``'s dtype; a weight in fewer bits is widened, not all of it at once.
     """
     if x.dtype == weight.dtype:
-        return linear(x, weight)
-    return torch.cat([linear(x, piece.to(x.dtype)) for piece in weight.split(PIECE)], -1)
+        y = linear(x, weight)
+    else:
+        y = torch.cat([linear(x, piece.to(x.dtype)) for piece in weight.split(PIECE)], -1)
+    return y if scale is None else y * scale.to(y.dtype)
 
 
 def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -136,20 +142,21 @@ def _low_rank_linear(run: Run, x: Tensor, down: Tensor, up: Tensor, bias: Tensor
     if tokens > most_tokens(x.device.type, x.dtype):
         if not is_slow(x.device.type, x.dtype):
             return linear(linear(x, down), up, bias).contiguous()
-        y = products(products(x.float(), down), up)
+        y = products(products(widened(x), down), up)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
     (rank, in_features), out_features = down.shape, up.shape[0]
     check_size(tokens, max(in_features, rank, out_features))
     y = x.new_empty((*x.shape[:-1], out_features))
     if y.numel() > 0:
-        x, down, up = x.contiguous(), down.contiguous(), up.contiguous()
+        x, down = x.contiguous(), down.contiguous()
+        up = up if up.stride(1) == 1 else up.contiguous()
         bias = None if bias is None else bias.contiguous()
         shift = 0 if bias is None else bias.data_ptr()
         z = x.new_empty((tokens, rank), dtype=sum_dtype(x))
-        member = up.data_ptr(), rank, 0, 0, rank, out_features
-        inputs = x.data_ptr(), down.data_ptr(), 0, [member], shift, 0
+        member = up.data_ptr(), up.stride(0), 0, 0, rank, out_features, out_features
         dtype = DTYPES[x.dtype]
-        run(x, *inputs, z.data_ptr(), y.data_ptr(), tokens, in_features, dtype, dtype, False)
+        plan = LowRankPlan(down.data_ptr(), 0, [member], shift, in_features, dtype, dtype, False)
+        run(x, plan, x.data_ptr(), 0, z.data_ptr(), y.data_ptr(), tokens)
     return y
 
 
