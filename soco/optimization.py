@@ -83,7 +83,6 @@ class _Call(NamedTuple):
     module: nn.Module
     x: Any
     y: Any
-    version: int  # of x before
 
 
 def _calls(model: "PreTrainedModel", inputs: Mapping[str, Any] | None) -> list[_Call]:
@@ -92,7 +91,7 @@ def _calls(model: "PreTrainedModel", inputs: Mapping[str, Any] | None) -> list[_
 
     def note(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            found.append(_Call(module, args[0], output, args[0]._version))
+            found.append(_Call(module, args[0], output))
 
     was_training = {module: module.training for module in model.modules()}
     hooks = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules()]

@@ -112,6 +112,12 @@ class LayerGroup:
             self._gated = ops.PreparedGroup(**self._arguments, gated=True)
         return self._gated(x)
 
+    def tensors(self) -> list[Tensor]:
+        """What it computes with."""
+        found = [v for v in self._arguments.values() if isinstance(v, Tensor)]
+        lists = (self._arguments.get(name, []) for name in ("ups", "up_scales", "sources"))
+        return [*found, *itertools.chain(*lists)]
+
     def _is_ready(self, x: Tensor) -> bool:
         """Whether the layers are what they were, and ``x`` is for them."""
         usual = (
@@ -200,6 +206,16 @@ def check_whole(model: nn.Module) -> None:
                 f"the factors of {name} are {group.weights} since soco.optimize(model, "
                 "weights=...), which keeps nothing else: load the model again"
             )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """The memory of all parameters and of the groups' weights, each counted once."""
+    tensors = [p for p in model.parameters() if not p.is_meta]
+    for module in model.modules():
+        if isinstance(module, CompressedLinear) and isinstance(module.fast, LayerGroup):
+            tensors += module.fast.tensors()
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def take_apart(model: nn.Module) -> None:

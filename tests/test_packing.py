@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from soco.packing import LayerGroup, check_whole, fuse_gated, take_apart
 TOKENS = [1, 5, 200]  # by the kernel, and by the library
 
 
-def layers(shapes, device="cpu", dtype=torch.float32, inner=24):
+def layers(shapes, device="cpu", dtype=torch.float32, inner=24) -> list[Any]:
     """One layer per (rank, out, pivoted, bias), with random weights."""
     generator = torch.Generator().manual_seed(0)
     made = []
@@ -367,6 +368,7 @@ class Block(nn.Module):
 @torch.no_grad()
 def test_a_gated_block():
     plain, block = Block().eval(), Block().eval()
+    x = inputs(1)
     fuse_gated(block, LayerGroup([block.gate, block.up]), "last")
     for tokens in TOKENS:
         x = inputs(tokens)

@@ -39,6 +39,17 @@ void add_ranges(std::vector<Range>& tasks, size_t member, int64_t rows, int64_t 
     tasks.push_back({member, begin, rows - begin < step ? rows : begin + step});
 }
 
+// Not more threads than have enough to do: handing over takes a few microseconds, and far more
+// where somebody else uses the other cores.
+int threads_for(const LowRankGroup& group, int most) {
+  constexpr int64_t kProductsPerThread = 1 << 16;
+  int64_t products = 0;
+  for (const Member& member : group.members)
+    products += member.rank * (group.in + member.rows) * group.tokens;
+  return static_cast<int>(
+      std::min<int64_t>(most, std::max<int64_t>(1, products / kProductsPerThread)));
+}
+
 int64_t bytes_of(Dtype dtype) {
   int64_t bytes = 0;
   visit_weight(dtype, [&](auto* tag) { bytes = sizeof(*tag); });
@@ -52,7 +63,7 @@ class Run {
  public:
   Run(const LowRankGroup& group, int threads)
       : g_(group),
-        threads_(threads),
+        threads_(threads_for(group, threads)),
         weight_bytes_(bytes_of(group.weight_dtype)),
         z_(static_cast<A*>(group.z)) {
     int64_t outs = 0;
@@ -63,13 +74,13 @@ class Run {
       outs += member.out;
     }
     width_ = g_.gated ? g_.members[0].out : outs;
-    add_ranges(down_tasks_, 0, ranks_, g_.in * weight_bytes_, threads);
+    add_ranges(down_tasks_, 0, ranks_, g_.in * weight_bytes_, threads_);
     if (g_.gated) {
       const int64_t inner = g_.members[0].rank + g_.members[1].rank;
-      add_ranges(up_tasks_, 0, width_, inner * weight_bytes_, threads);
+      add_ranges(up_tasks_, 0, width_, inner * weight_bytes_, threads_);
     } else {
       for (size_t m = 0; m < g_.members.size(); ++m)
-        add_ranges(up_tasks_, m, g_.members[m].out, g_.members[m].rank * weight_bytes_, threads);
+        add_ranges(up_tasks_, m, g_.members[m].out, g_.members[m].rank * weight_bytes_, threads_);
     }
   }
 

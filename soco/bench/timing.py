@@ -1,0 +1,130 @@
+"""Times of things side by side: interleaved, with cold weights, as medians and percentiles."""
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Run = Callable[[int], Any]  # does the work with the weights of that number
+
+CACHES = 4  # weights are cycled through until they are this many times the last-level cache
+MOST = 128  # copies: layers so small that more are needed are cached in a model, too
+CALLS = 50  # in a CUDA graph, at least
+DEFAULT_CACHE = 64 * 2**20  # bytes, where the size of the cache is not known
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last-level cache."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]])
+    return max(sizes, default=DEFAULT_CACHE)
+
+
+def copies_for(nbytes: int, device: torch.device) -> int:
+    """How many copies of weights of this size leave no cache a chance; not more than ``MOST``."""
+    return min(max(3, -(-CACHES * cache_bytes(device) // max(nbytes, 1))), MOST)
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile, in microseconds, from seconds.
+
+    >>> percentiles([3e-6, 1e-6, 2e-6])
+    {'median_us': 2.0, 'p10_us': 1.0, 'p90_us': 3.0}
+    """
+    ordered = sorted(times)
+
+    def at(share: float) -> float:
+        return round(ordered[min(int(share * len(ordered)), len(ordered) - 1)] * 1e6, 3)
+
+    return {"median_us": at(0.5), "p10_us": at(0.1), "p90_us": at(0.9)}
+
+
+def side_by_side(
+    runs: Mapping[str, Run], copies: int, device: torch.device, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Time several ways to do one thing, one after the other in every round.
+
+    On a GPU each way is a CUDA graph of at least ``CALLS`` calls that cycle through the copies, and
+    a time is that of one replay by their number. On the CPU a time is that of one call.
+
+    Args:
+        runs: name to what is timed; it is called with the number of a copy, from 0.
+        copies: of the weights.
+        device: that it runs on.
+        repeats: rounds.
+
+    Returns:
+        name to ``percentiles``.
+    """
+    if device.type == "cuda":
+        return _by_graphs(runs, copies, repeats)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run(0)
+    gc.disable()
+    try:
+        for turn in range(repeats):
+            for name, run in runs.items():
+                begin = time.perf_counter()
+                run(turn % copies)
+                times[name].append(time.perf_counter() - begin)
+    finally:
+        gc.enable()
+    return {name: percentiles(found) for name, found in times.items()}
+
+
+def _by_graphs(runs: Mapping[str, Run], copies: int, repeats: int) -> dict[str, dict[str, float]]:
+    calls = -(-CALLS // copies) * copies
+    graphs = {}
+    for name, run in runs.items():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):  # what is done on a first call is not captured
+            for number in range(copies):
+                run(number)
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for call in range(calls):
+                run(call % copies)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 3):
+        for name, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if turn >= 3:
+                times[name].append(begin.elapsed_time(end) / 1e3 / calls)
+    return {name: percentiles(found) for name, found in times.items()}
+
+
+def read_rate(device: torch.device) -> float:
+    """GB/s at which memory is read and not written: the roofline of what streams weights.
+
+    The best of 15 passes over a buffer of ``CACHES`` times the cache, by what torch has of
+    reductions over float32: a sum and, on the CPU, a dot product with a vector in the cache.
+    """
+    size = max(CACHES * cache_bytes(device), 2**28)
+    buffer = torch.ones(size // 4096, 1024, device=device)
+    vector = torch.ones(1024, device=device)
+    ways: list[Callable[[], Any]] = [buffer.sum, lambda: torch.mv(buffer, vector)]
+    best = 0.0
+    for way in ways:
+        way()
+        for _ in range(15):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, buffer.nbytes / (time.perf_counter() - begin) / 1e9)
+    return best
