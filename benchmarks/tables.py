@@ -13,7 +13,12 @@ methods of the short table on the first model.
 
     python benchmarks/tables.py benchmarks/results/resize.json
 
-writes a table between the ``resize`` markers of docs/methods.md. All kinds may be given at once.
+writes a table between the ``resize`` markers of docs/methods.md.
+
+    python benchmarks/tables.py benchmarks/results/lowrank-*.json benchmarks/results/decode.json \
+        benchmarks/results/model-*.json
+
+writes the tables of docs/performance.md. All kinds may be given at once.
 """
 
 import argparse
@@ -221,6 +226,81 @@ def sized(record: dict) -> str:
     return "\n".join(lines)
 
 
+def layers_timed(records: list[dict]) -> str:
+    """What ``soco-bench lowrank`` measured: a part of docs/performance.md."""
+    names = list(dict.fromkeys(name for r in records for row in r["rows"] for name in row["ways"]))
+    lines = [
+        f"| threads, dtype, tokens | layers, kept | {' | '.join(names)} | over pairs | roofline |",
+        "|---|---" + "|--:" * (len(names) + 2) + "|",
+    ]
+    for record in records:
+        order = {name: index for index, name in enumerate(("bfloat16", "float16", "float32"))}
+        for row in sorted(record["rows"], key=lambda row: (order[row["dtype"]], row["tokens"])):
+            ways = row["ways"]
+            cells = [f"{ways[n]['median_us'] / 1e3:.2f}" if n in ways else "-" for n in names]
+            ours = ways["soco"]
+            where = f"{record['machine']['threads']}, {row['dtype']}, {row['tokens']}"
+            lines.append(
+                f"| {where} | {row['shape']} {row['group']}, {row['kept']:.0%} | "
+                f"{' | '.join(cells)} | {ours['times_faster_than']['pairs']:.2f}x | "
+                f"{ours['of_roofline']:.0%} |"
+            )
+    rates = " and ".join(
+        f"{r['read_gb_s']:.1f} GB/s with {r['machine']['threads']} thread(s)" for r in records
+    )
+    return "\n".join([*lines, "", f"Milliseconds. Memory was read at {rates}. {_made(records)}"])
+
+
+def generation_timed(record: dict) -> str:
+    """What benchmarks/decode.py measured: a part of docs/performance.md."""
+    rows = record["rows"]
+    places = list(dict.fromkeys((r["model"], r["dtype"], r["threads"]) for r in rows))
+    heads = [f"{model}, {dtype}, {threads} thread(s)" for model, dtype, threads in places]
+    lines = [f"| model | {' | '.join(heads)} |", "|---" + "|--:" * len(heads) + "|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        found = {(r["model"], r["dtype"], r["threads"]): r for r in rows if r["variant"] == variant}
+        cells = [
+            f"{found[p]['median_us'] / 1e3:.2f} ({found[p]['times_faster_than_dense']:.2f}x)"
+            for p in places
+        ]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    ratio = f"{rows[0]['ratio']:.0%} of the parameters of the compressed layers removed"
+    return "\n".join(
+        [*lines, "", f"Milliseconds per token (and times faster than dense); {ratio}. "
+         f"{_made([record])}"]
+    )  # fmt: skip
+
+
+def models_timed(records: list[dict]) -> str:
+    """What ``soco-bench model`` measured: a part of docs/performance.md."""
+    lines = [
+        "| model | kept | mode | first token, ms | per token, ms | tokens/s | weights, MB |",
+        "|---|--:|---" + "|--:" * 4 + "|",
+    ]
+    for record in records:
+        for row in record["rows"]:
+            name = f"{row['shape']} ({row['blocks']} blocks, {row['dtype']}) {row['model']}"
+            kept = "" if row["kept"] is None else f"{row['kept']:.0%}"
+            lines.append(
+                f"| {name} | {kept} | {row['mode']} | "
+                f"{row['time_to_first_token']['median_us'] / 1e3:.0f} | "
+                f"{row['decode_step']['median_us'] / 1e3:.1f} | "
+                f"{row['decode_tokens_per_s']:.1f} | {row['parameter_bytes'] / 1e6:.0f} |"
+            )
+    row = records[0]["rows"][0]
+    text = f"Prompt of {row['prompt']} tokens, {row['generated']} generated. {_made(records)}"
+    return "\n".join([*lines, "", text])
+
+
+def _made(records: list[dict]) -> str:
+    """When, where and by which commands."""
+    machine = records[0]["machine"]
+    commands = " and ".join(f"`{record['command']}`" for record in records)
+    commits = ", ".join(f"`{c}`" for c in dict.fromkeys(record["commit"] for record in records))
+    where = machine.get("gpu", machine["cpu"])
+    return f"Made on {records[0]['date'][:10]} on {where} at {commits} by {commands}."
+
+
 def picture(comparison: Comparison) -> str:
     """The name of a comparison's picture in docs/images/."""
     return f"compare-{comparison.setup['model'].replace('/', '-')}.png"
@@ -243,7 +323,7 @@ def main() -> None:
         "results",
         type=Path,
         nargs="+",
-        help="JSON of benchmarks/ablation, of soco compare, or of benchmarks/resize.py",
+        help="JSON of what is measured here: see above",
     )
     arguments = parser.parse_args()
     parts = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in arguments.results]
@@ -253,7 +333,14 @@ def main() -> None:
         write_studies(studies)
     if comparisons:
         write_comparisons(comparisons)
+    performance = ROOT / "docs" / "performance.md"
+    if found := [part for _, part in parts if part.get("kind") == "lowrank"]:
+        insert(performance, "lowrank", layers_timed(found))
+    if found := [part for _, part in parts if part.get("kind") == "model"]:
+        insert(performance, "model", models_timed(found))
     for _, part in parts:
+        if any("times_faster_than_dense" in row for row in part["rows"]):
+            insert(performance, "decode", generation_timed(part))
         if any("own_training" in row for row in part["rows"]):
             insert(ROOT / "docs" / "methods.md", "resize", sized(part))
 
