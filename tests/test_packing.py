@@ -178,7 +178,7 @@ def test_zeros_in_eight_bits():
 
 
 def change_a_weight_in_place(layer):
-    layer.up.weight.mul_(2)
+    layer.up.weight.data.mul_(2)
 
 
 def load_a_state(layer):
@@ -197,7 +197,7 @@ def moved_weight(layer):
 
 def replaced_factor(layer):
     layer.up = nn.Sequential(layer.up, nn.Identity())
-    layer.up[0].weight.mul_(2)
+    layer.up.get_submodule("0").weight.data.mul_(2)
 
 
 def hook(layer):
@@ -262,7 +262,7 @@ def test_gradients_flow_as_before():
         for layer in group:
             layer.requires_grad_()
         x = inputs(3).requires_grad_()
-        sum(layer(x).square().sum() for layer in group).backward()
+        torch.stack([layer(x).square().sum() for layer in group]).sum().backward()
         group.append(x)
     torch.testing.assert_close(made[3].grad, plain[3].grad, rtol=1e-4, atol=1e-4)
     for one, other in zip(made[:3], plain[:3], strict=True):
@@ -280,7 +280,7 @@ def test_an_optimizer_step_is_seen():
         layer.requires_grad_()
     optimizer = torch.optim.SGD([p for layer in made for p in layer.parameters()], lr=0.1)
     x = inputs(3)
-    sum(layer(x).square().sum() for layer in made).backward()
+    torch.stack([layer(x).square().sum() for layer in made]).sum().backward()
     optimizer.step()
     plain = copy.deepcopy(made)
     with torch.no_grad():
@@ -319,9 +319,9 @@ def test_a_copy_with_eight_bits_runs_and_a_file_too():
 
 
 def test_moved_layers_compute_on_their_own(calls):
-    made = nn.ModuleList(layers(QKV))
-    LayerGroup(list(made))
-    made.to(torch.float64)
+    made = layers(QKV)
+    LayerGroup(made)
+    nn.ModuleList(made).to(torch.float64)
     assert made[0](inputs(2).double()).dtype == torch.float64
     assert not calls
 
