@@ -197,7 +197,7 @@ def moved_weight(layer):
 
 def replaced_factor(layer):
     layer.up = nn.Sequential(layer.up, nn.Identity())
-    layer.up.get_submodule("0").weight.data.mul_(2)
+    layer.up.get_parameter("0.weight").data.mul_(2)
 
 
 def hook(layer):
