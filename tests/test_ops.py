@@ -276,11 +276,30 @@ def test_low_rank_of_leading_dimensions_and_strides(device, side):
     torch.testing.assert_close(y, flat)
 
 
-def test_low_rank_gradients(device, side):
+@pytest.mark.parametrize("way", ["op", "function"])
+def test_low_rank_gradients(way, device, side):
+    op = torch.ops.soco.low_rank_linear.default if way == "op" else ops.low_rank_linear
     args = low_rank((4, 5, 2, 3), device, torch.float64, grad=True)
-    assert torch.autograd.gradcheck(ops.low_rank_linear, args)
-    assert torch.autograd.gradgradcheck(ops.low_rank_linear, args)
-    assert torch.autograd.gradcheck(ops.low_rank_linear, args[:3])
+    assert torch.autograd.gradcheck(op, args)
+    assert torch.autograd.gradgradcheck(op, args)
+    assert torch.autograd.gradcheck(op, (*args[:3], None))
+
+
+def test_trained_layers_keep_what_their_gradient_needs(monkeypatch):
+    """Two linears where ``up`` is trained, the op otherwise and where torch's products are slow."""
+    x, down, up, bias = low_rank((4, 5, 2, 3), "cpu", torch.bfloat16)
+
+    def grad_fn():
+        return type(ops.low_rank_linear(x, down, up, bias).grad_fn).__name__
+
+    x.requires_grad_()
+    assert "soco" in grad_fn()
+    up.requires_grad_()
+    for slow in (True, False):
+        monkeypatch.setattr(lowrank, "is_slow", lambda *_, slow=slow: slow)
+        assert ("soco" in grad_fn()) == slow
+    with torch.no_grad():
+        assert ops.low_rank_linear(x, down, up).grad_fn is None
 
 
 def test_only_the_gradients_that_are_needed(device):

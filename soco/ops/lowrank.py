@@ -87,6 +87,7 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = N
     products and keeps the values between them in float32 (float64 for float64); for more they are
     two products of torch's matrix library, rounded in between as in two ``nn.Linear``, but for
     16-bit floats on a processor that does not multiply those: there they are float32 products.
+    Where a gradient of ``up`` is wanted, it is two linears for any number of tokens.
 
     Args:
         x: (..., in), float32, float64, bfloat16 or float16.
@@ -100,7 +101,21 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = N
     >>> low_rank_linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]))
     tensor([[ 9., 12.]])
     """
+    if torch.is_grad_enabled() and up.requires_grad and _keeps_z(x):
+        _check_low_rank(x, down, up, bias)
+        return linear(linear(x, down), up, bias)
     return torch.ops.soco.low_rank_linear.default(x, down, up, bias)
+
+
+def _keeps_z(x: Tensor) -> bool:
+    """Whether a layer that is trained runs as two of torch's linears.
+
+    The gradient of ``up`` takes ``x @ down.T``, which they keep and the op computes again: one
+    product in six more. Where torch's products are slow, the op is faster all the same.
+    """
+    if torch.is_autocast_enabled(x.device.type) or x.dtype not in DTYPES or x.dim() < 1:
+        return False
+    return torch.compiler.is_compiling() or not is_slow(x.device.type, x.dtype)
 
 
 def low_rank_linear_backward(
