@@ -231,7 +231,7 @@ def test_patience_ends_it():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_that_are_too_long_are_taken_back_and_shortened(dtype):
-    settings = {"learning_rate": 0.3, "steps": 60, "patience": None, "evaluate_every": 4}
+    settings = {"learning_rate": 0.5, "steps": 60, "patience": None, "evaluate_every": 4}
     lowest = {}
     for backoff in (1, 0.25):
         model, pairs = compressed(rank=28, dtype=dtype)
