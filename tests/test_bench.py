@@ -80,6 +80,26 @@ def test_all_ways_compute_the_same(dtype):
             assert error < {"int8": 0.03, "torch int8": 0.05, "float8": 0.1}.get(name, 0.01), name
 
 
+def test_pivoted_layers_are_the_same_products():
+    """Every output is a component of z or a product, each once, and the bytes are those stored."""
+    weights = Weights([(48, 64), (32, 64)], 0.5, torch.float32, CPU, dense=False)
+    x = torch.randn(2, 64)
+    with torch.inference_mode():
+        y = ways(weights, x, ["pivoted"])["pivoted"](1)
+    z = x @ weights.downs[1].mT
+    expected = []
+    for part, up, rank in zip(
+        z.split(weights.ranks, -1), weights.ups[1], weights.ranks, strict=True
+    ):
+        expected.append(torch.cat((part, part @ up[: len(up) - rank].mT), -1))
+    for found, there in zip(y.split([48, 32], -1), expected, strict=True):
+        torch.testing.assert_close(found.sort(-1).values, there.sort(-1).values)
+    stored = sum(
+        (48 + 64 - r) * r if i == 0 else (32 + 64 - r) * r for i, r in enumerate(weights.ranks)
+    )
+    assert weights.pivoted_bytes == 4 * stored
+
+
 def test_lowrank(tmp_path):
     path = tmp_path / "lowrank.json"
     found = run(

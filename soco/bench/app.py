@@ -44,8 +44,8 @@ def lowrank(
         typer.Option(
             "--ways",
             help="What is timed, by commas: dense, pairs (two linear layers each), grouped (one "
-            "first product for all), compiled (pairs under torch.compile), soco, int8, float8, "
-            "'torch int8'.",
+            "first product for all), compiled (pairs under torch.compile), soco, pivoted (the same "
+            "ranks in fewer parameters), int8, float8, 'torch int8'.",
         ),
     ] = WAYS,
     device: Device = None,
@@ -60,7 +60,10 @@ def lowrank(
 
         names = _chosen(
             ways, "ways",
-            ("dense", BASELINE, "grouped", "compiled", "soco", "int8", "float8", "torch int8"),
+            (
+                "dense", BASELINE, "grouped", "compiled", "soco", "pivoted", "int8", "float8",
+                "torch int8",
+            ),
         )  # fmt: skip
         rows = measure(
             _chosen(shapes, "shapes", SHAPES), _fractions(kept), _counts(tokens, "tokens"),

@@ -41,6 +41,8 @@ class Weights:
         self.dense = (
             [[random(*layer) for layer in layers] for _ in range(self.copies)] if dense else []
         )
+        saved = sum(rank**2 for rank in self.ranks)
+        self.pivoted_bytes = (params - saved) * dtype.itemsize
         self.dense_bytes = sum(out * inner for out, inner in layers) * dtype.itemsize
 
     def split_downs(self) -> list[list[Tensor]]:
@@ -63,6 +65,9 @@ def ways(weights: Weights, x: Tensor, names: Sequence[str]) -> dict[str, Run]:
     }
     if weights.dense:
         made["dense"] = lambda i: [linear(x, weight) for weight in weights.dense[i]]
+    if "pivoted" in names:
+        turned = [_pivoted(weights, i, dtype) for i in range(weights.copies)]
+        made["pivoted"] = lambda i: turned[i](x)
     if "compiled" in names:
         compiled = torch.compile(_pairs, mode="max-autotune-no-cudagraphs", dynamic=False)
         made["compiled"] = lambda i: compiled(x, apart[i], weights.ups[i])
@@ -86,6 +91,19 @@ def _pairs(x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor]) -> list[Te
 def _grouped(x: Tensor, down: Tensor, ups: Sequence[Tensor], ranks: list[int]) -> list[Tensor]:
     zs = linear(x, down).split(ranks, -1)
     return [linear(z, up) for z, up in zip(zs, ups, strict=True)]
+
+
+def _pivoted(weights: Weights, number: int, dtype: torch.dtype) -> ops.PreparedGroup:
+    """Layers of the same ranks as some of their own rows: fewer parameters, the same products."""
+    ups, sources = [], []
+    for (out, _), rank, up in zip(weights.layers, weights.ranks, weights.ups[number], strict=True):
+        pivots = torch.arange(out, device=up.device) * rank // out  # the pivots so far, evenly
+        is_pivot = torch.ones(out, dtype=torch.bool, device=up.device)
+        is_pivot[1:] = pivots[1:] > pivots[:-1]
+        order = torch.where(is_pivot, is_pivot.cumsum(0) - 1, rank + (~is_pivot).cumsum(0) - 1)
+        sources.append(order)
+        ups.append(up[: out - rank])
+    return ops.PreparedGroup(weights.downs[number], ups, dtype, sources=sources)
 
 
 def _rounded(
@@ -162,7 +180,9 @@ def _with_rates(
     roofline: float, dtype: torch.dtype,
 ) -> dict[str, Any]:  # fmt: skip
     """Percentiles, the bytes of the weights, GB/s, and how many times faster than each other."""
-    size = weights.dense_bytes if name == "dense" else weights.nbytes
+    size = {"dense": weights.dense_bytes, "pivoted": weights.pivoted_bytes}.get(
+        name, weights.nbytes
+    )
     if "8" in name:
         size //= dtype.itemsize
     rate = size / found["median_us"] / 1e3

@@ -8,7 +8,7 @@ from soco.ranks import parameter_budget
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder as Llama is built. Sizes are those of the published config.json."""
+    """A decoder as Llama is built, without biases. Sizes are those of the published config.json."""
 
     hidden: int
     intermediate: int
@@ -17,7 +17,6 @@ class Shape:
     kv_heads: int
     vocabulary: int
     tied: bool = False  # the output head has the weights of the embeddings
-    biased: bool = False  # q, k and v have biases
 
     @property
     def groups(self) -> dict[str, list[tuple[int, int]]]:
@@ -53,8 +52,8 @@ SHAPES = {
     "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
     "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 128256, tied=True),
     "mistral-7b": Shape(4096, 14336, 32, 32, 8, 32000),
-    "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 151936, tied=True, biased=True),
-    "qwen2.5-7b": Shape(3584, 18944, 28, 28, 4, 152064, biased=True),
+    "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 151936, tied=True),
+    "qwen2.5-7b": Shape(3584, 18944, 28, 28, 4, 152064),
     "tiny": Shape(64, 176, 2, 4, 2, 512),  # for trying out the commands
 }
 
