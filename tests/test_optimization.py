@@ -1,6 +1,7 @@
 """soco.optimize: the same model, faster; on models of many architectures."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -162,6 +163,22 @@ def test_generates_the_same_text():
     optimize(model)
     assert torch.equal(model.generate(**inputs, **options), expected)
     assert torch.equal(model.generate(**inputs, **options, cache_implementation="static"), expected)
+
+
+def test_two_threads_may_run_one_model():
+    """What one has computed for layers that are still to come is not given to the other."""
+    model = optimize(compress_pivoted(tiny_model("llama")))
+    inputs = [torch.randint(3, 96, (1, 6 + i)) for i in range(2)]
+
+    @torch.no_grad()
+    def run(ids):
+        return [model(ids).logits for _ in range(60)]
+
+    expected = [run(ids)[0] for ids in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, inputs))
+    for one, many in zip(expected, found, strict=True):
+        assert all(torch.equal(logits, one) for logits in many)
 
 
 def test_compiles_as_a_whole():
