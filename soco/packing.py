@@ -65,17 +65,13 @@ class LayerGroup:
         self._wide = ops.widened(first.new_empty(0)).dtype
         self._most = first.shape[1] * ops.most_tokens(first.device.type, self.dtype)
         with torch.no_grad():
-            self._arguments: dict[str, Any] = {
-                **_factors(self.layers, ranks),
-                "sources": list(map(_sources, layers, ranks)),
-                "bias": _bias(self.layers),
-                "dtype": self.dtype,
-            }
+            sources = list(map(_sources, layers, ranks))
+            self._weights = ops.Weights(*_factors(self.layers, ranks), sources, _bias(self.layers))
             if weights is not None:
-                self._arguments |= _eight_bit(self._arguments, *EIGHT_BIT[weights])
+                self._weights = _eight_bit(self._weights, weights)
                 _take_away(self.layers)
         self._known = [Snapshot(layer) for layer in self.layers]
-        self._all = ops.PreparedGroup(**self._arguments)
+        self._all = self._prepared(gated=False)
         self._gated: ops.PreparedGroup | None = None
         self._held: _Held | None = None
         for layer in self.layers:
@@ -109,14 +105,18 @@ class LayerGroup:
             made, _ = self._compute(x)
             return silu(self._part(made, True, 0)) * self._part(made, True, 1)
         if self._gated is None:
-            self._gated = ops.PreparedGroup(**self._arguments, gated=True)
+            self._gated = self._prepared(gated=True)
         return self._gated(x)
+
+    def _prepared(self, gated: bool) -> ops.PreparedGroup:
+        weights = self._weights._replace(gated=gated)
+        return ops.PreparedGroup(dtype=self.dtype, **weights._asdict())
 
     def tensors(self) -> list[Tensor]:
         """What it computes with."""
-        found = [v for v in self._arguments.values() if isinstance(v, Tensor)]
-        lists = (self._arguments.get(name, []) for name in ("ups", "up_scales", "sources"))
-        return [*found, *itertools.chain(*lists)]
+        down, ups, sources, bias, down_scale, up_scales, _ = self._weights
+        single = [tensor for tensor in (down, bias, down_scale) if tensor is not None]
+        return [*single, *ups, *sources, *up_scales]
 
     def _is_ready(self, x: Tensor) -> bool:
         """Whether the layers are what they were, and ``x`` is for them."""
@@ -144,21 +144,20 @@ class LayerGroup:
         """For few tokens all outputs; for many ``down(x)`` of all layers, by one product."""
         if x.numel() <= self._most:
             return self._all(x), False
-        scale = self._arguments.get("down_scale")
-        return ops.products(x.to(self._wide), self._arguments["down"], scale), True
+        return ops.products(x.to(self._wide), self._weights.down, self._weights.down_scale), True
 
     def _part(self, made: Tensor, is_reduced: bool, number: int) -> Tensor:
         """The outputs of one layer."""
         if not is_reduced:
             return made if len(self.layers) == 1 else made[..., self._outputs[number]]
-        z = made[..., self._reduced[number]]
-        scales = self._arguments.get("up_scales")
-        y = ops.products(z, self._arguments["ups"][number], scales[number] if scales else None)
-        sources, bias = self._arguments["sources"][number], self._arguments["bias"]
-        if sources.numel() > 0:
-            y = torch.cat((z, y), -1).index_select(-1, sources)
-        if bias is not None:
-            y = y + bias[self._outputs[number]]
+        _, ups, sources, bias, _, scales, _ = self._weights
+        y = ops.expanded(
+            made[..., self._reduced[number]],
+            ups[number],
+            scales[number] if scales else None,
+            sources[number],
+            None if bias is None else bias[self._outputs[number]],
+        )
         return y.to(self.dtype)
 
     def __deepcopy__(self, memo: dict) -> "LayerGroup | None":
@@ -239,7 +238,9 @@ def _places(sizes: Sequence[int]) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def _factors(layers: Sequence[CompressedLinear], ranks: Sequence[int]) -> dict[str, Any]:
+def _factors(
+    layers: Sequence[CompressedLinear], ranks: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
     """The factors in new memory, padded to these ranks; the layers' own become views of it."""
     first = layers[0].down.weight
     down = first.new_zeros(sum(ranks), first.shape[1])
@@ -252,7 +253,7 @@ def _factors(layers: Sequence[CompressedLinear], ranks: Sequence[int]) -> dict[s
         up[:, : layer.rank] = layer.up.weight
         layer.up.weight.data = up[:, : layer.rank]
         ups.append(up)
-    return {"down": down, "ups": ups}
+    return down, ups
 
 
 def _bias(layers: Sequence[CompressedLinear]) -> Tensor | None:
@@ -276,7 +277,7 @@ def _sources(layer: CompressedLinear, rank: int) -> Tensor:
     return torch.where(order < layer.rank, order, order + (rank - layer.rank))
 
 
-def _eight_bit(exact: dict[str, Any], dtype: torch.dtype, largest: float) -> dict[str, Any]:
+def _eight_bit(exact: ops.Weights, kind: str) -> ops.Weights:
     """The same factors in 8 bits, with a factor per row.
 
     A component's scale may lie in either factor. Here the columns of ``up`` get one size, so that
@@ -284,25 +285,38 @@ def _eight_bit(exact: dict[str, Any], dtype: torch.dtype, largest: float) -> dic
     factors and take up the rest. In a pivoted layer what lies between is the outputs at the pivots,
     whose scale is given.
     """
-    down, ups, scales = exact["down"].float(), [], []
-    for up, source, place in zip(
-        exact["ups"], exact["sources"], _places([up.shape[1] for up in exact["ups"]]), strict=True
-    ):
+    down, ups = exact.down.float(), []
+    places = _places([up.shape[1] for up in exact.ups])
+    for up, source, place in zip(exact.ups, exact.sources, places, strict=True):
         up = up.float()
         if source.numel() == 0:
             size = up.square().mean(0).sqrt()
             size = torch.where(size > 0, size, torch.ones_like(size))
             up = up / size
             down[place] *= size[:, None]
-        rounded, scale = _by_rows(up, dtype, largest)
-        ups.append(rounded)
-        scales.append(scale)
-    rounded, scale = _by_rows(down, dtype, largest)
-    return {"down": rounded, "down_scale": scale, "ups": ups, "up_scales": scales}
+        ups.append(round_rows(up, kind))
+    rounded, scale = round_rows(down, kind)
+    return exact._replace(
+        down=rounded,
+        down_scale=scale,
+        ups=[values for values, _ in ups],
+        up_scales=[scale for _, scale in ups],
+    )
 
 
-def _by_rows(weight: Tensor, dtype: torch.dtype, largest: float) -> tuple[Tensor, Tensor]:
-    """``weight`` (rows, columns), float32, as numbers up to ``largest`` and a factor per row."""
+def round_rows(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Round a weight to 8 bits, each row in steps of its own.
+
+    Args:
+        weight: (rows, columns), finite.
+        kind: a name in ``EIGHT_BIT``.
+
+    Returns:
+        The rounded numbers (rows, columns), and what each row is to be multiplied by: (rows,),
+        float32.
+    """
+    dtype, largest = EIGHT_BIT[kind]
+    weight = weight.float()
     scale = weight.abs().amax(1) / largest if weight.numel() else weight.new_ones(len(weight))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     scaled = weight / scale[:, None]

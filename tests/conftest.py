@@ -9,7 +9,7 @@ import torch
 
 import soco
 from soco import core
-from soco.ops import group, lowrank
+from soco.ops import group, layers
 
 REQUIRE_CUDA = os.environ.get("SOCO_REQUIRE_CUDA") == "1"  # the GPU job sets it: no silent skip
 # One thread: the tensors here are small, and on a busy machine threads that wait for each other
@@ -79,6 +79,6 @@ def threads():
 def side(request, monkeypatch):
     """Both sides of most_tokens, for any number of tokens."""
     most = 10**9 if request.param == "kernel" else -1
-    for module in (lowrank, group):
+    for module in (layers, group):
         monkeypatch.setattr(module, "most_tokens", lambda *_: most)
     return request.param

@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 import reference  # tests/reference.py
 from soco import core, ops
-from soco.ops import lowrank
+from soco.ops import layers, lowrank
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LEVELS = core.simd_levels()
@@ -161,9 +161,9 @@ def test_low_rank_by_hand(side):
 
 def test_few_tokens_take_the_kernel_and_many_the_library(monkeypatch):
     taken = []
-    original = lowrank.linear
-    monkeypatch.setattr(lowrank, "linear", lambda *args: taken.append(1) or original(*args))
-    most = lowrank.most_tokens("cpu", torch.float32)
+    original = layers.linear
+    monkeypatch.setattr(layers, "linear", lambda *args: taken.append(1) or original(*args))
+    most = layers.most_tokens("cpu", torch.float32)
     for tokens, calls in ((most, 0), (most + 1, 2)):
         taken.clear()
         ops.low_rank_linear(*low_rank((tokens, 5, 2, 3), "cpu"))
@@ -184,19 +184,19 @@ def test_few_tokens_take_the_kernel_and_many_the_library(monkeypatch):
     ],
 )
 def test_where_the_library_takes_over(dtype, has, most, slow, monkeypatch):
-    monkeypatch.setattr(lowrank, "instructions", lambda: frozenset(has))
-    monkeypatch.setattr(lowrank, "is_slow", lowrank.is_slow.__wrapped__)
-    assert lowrank.most_tokens.__wrapped__("cpu", dtype) == most
-    assert lowrank.is_slow("cpu", dtype) == slow
-    assert lowrank.most_tokens("cuda", dtype) == 16
-    assert not lowrank.is_slow("cuda", dtype)
+    monkeypatch.setattr(layers, "instructions", lambda: frozenset(has))
+    monkeypatch.setattr(layers, "is_slow", layers.is_slow.__wrapped__)
+    assert layers.most_tokens.__wrapped__("cpu", dtype) == most
+    assert layers.is_slow("cpu", dtype) == slow
+    assert layers.most_tokens("cuda", dtype) == 16
+    assert not layers.is_slow("cuda", dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_slow_products_are_computed_wide(dtype, monkeypatch):
-    monkeypatch.setattr(lowrank, "most_tokens", lambda *_: 0)
-    monkeypatch.setattr(lowrank, "is_slow", lambda *_: True)
-    monkeypatch.setattr(lowrank, "PIECE", 7)  # several pieces, the last one smaller
+    monkeypatch.setattr(layers, "most_tokens", lambda *_: 0)
+    monkeypatch.setattr(layers, "is_slow", lambda *_: True)
+    monkeypatch.setattr(layers, "PIECE", 7)  # several pieces, the last one smaller
     x, down, up, bias = low_rank((5, 30, 20, 24), "cpu", dtype)
     wide = ops.low_rank_linear(x, down, up, bias)
     exact = reference.low_rank_linear(x.float(), down.float(), up.float(), bias.float())

@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 import reference  # tests/reference.py
 from soco import core, ops
+from soco.ops import layers
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EIGHT = [torch.int8, torch.float8_e4m3fn]
@@ -270,19 +271,17 @@ def _cpu(args) -> dict[str, Any]:
 
 
 def group_by_library(args):
-    from soco.ops import group
-
-    order = ("x", "down", "ups", "sources", "bias", "residual", "down_scale", "up_scales", "gated")
-    defaults = {"sources": [], "down_scale": None, "up_scales": [], "gated": False}
+    names = layers.Weights._fields
+    weights = layers.Weights(**{name: args[name] for name in names if name in args})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(group, "widened", lambda x: x)
-        return group._by_products(*(({**defaults, **args})[name] for name in order))
+        patch.setattr(layers, "widened", lambda x: x)
+        return layers._by_products(args["x"], weights, args["residual"])
 
 
 @pytest.mark.parametrize("name", ["qkv", "mixed", "no tokens"])
 def test_registration(name, device):
     args = made(*GROUPS[name], device)
-    order = (args["x"], args["down"], args["ups"], args["sources"], args["bias"], args["residual"])
+    order = (args["x"], args["residual"], args["down"], args["ups"], args["sources"], args["bias"])
     opcheck(torch.ops.soco.low_rank_group.default, (*order, None, [], False))
 
 

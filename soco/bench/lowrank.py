@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from soco import ops
 from soco.bench.shapes import SHAPES, rank_for
 from soco.bench.timing import Run, copies_for, side_by_side
+from soco.packing import EIGHT_BIT, round_rows
 
 ALIGN = 16  # ranks are rounded up to multiples of this, for all ways alike
 BASELINE = "pairs"  # two linear layers for every one: what everybody runs
@@ -71,12 +72,9 @@ def ways(weights: Weights, x: Tensor, names: Sequence[str]) -> dict[str, Run]:
     if "compiled" in names:
         compiled = torch.compile(_pairs, mode="max-autotune-no-cudagraphs", dynamic=False)
         made["compiled"] = lambda i: compiled(x, apart[i], weights.ups[i])
-    eight: list[tuple[str, torch.dtype]] = []
-    if dtype != torch.float64:
-        eight = [("int8", torch.int8), ("float8", torch.float8_e4m3fn)]
-    for name, kind in eight:
-        if name in names:
-            groups = [_rounded(weights, i, kind, dtype) for i in range(weights.copies)]
+    for name in EIGHT_BIT:
+        if name in names and dtype != torch.float64:
+            groups = [_rounded(weights, i, name, dtype) for i in range(weights.copies)]
             made[name] = lambda i, groups=groups: groups[i](x)
     even = all(rank % 32 == 0 for rank in weights.ranks)  # others end torch 2.13 by a crash
     if "torch int8" in names and device.type == "cpu" and dtype == torch.bfloat16 and even:
@@ -106,22 +104,11 @@ def _pivoted(weights: Weights, number: int, dtype: torch.dtype) -> ops.PreparedG
     return ops.PreparedGroup(weights.downs[number], ups, dtype, sources=sources)
 
 
-def _rounded(
-    weights: Weights, number: int, kind: torch.dtype, dtype: torch.dtype
-) -> ops.PreparedGroup:
+def _rounded(weights: Weights, number: int, kind: str, dtype: torch.dtype) -> ops.PreparedGroup:
     """The factors in 8 bits."""
-    largest = 127 if kind == torch.int8 else 448
-
-    def scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
-        scale = weight.float().abs().amax(1) / largest
-        values = weight.float() / scale[:, None]
-        return (values.round() if kind == torch.int8 else values).to(kind), scale
-
-    down, down_scale = scaled(weights.downs[number])
-    ups, up_scales = zip(*(scaled(up) for up in weights.ups[number]), strict=True)
-    return ops.PreparedGroup(
-        down, ups, dtype, down_scale=down_scale, up_scales=up_scales
-    )  # fmt: skip
+    down, down_scale = round_rows(weights.downs[number], kind)
+    ups, scales = zip(*(round_rows(up, kind) for up in weights.ups[number]), strict=True)
+    return ops.PreparedGroup(down, ups, dtype, down_scale=down_scale, up_scales=scales)
 
 
 def _torch_int8(weights: Weights, x: Tensor) -> Run:
@@ -129,8 +116,8 @@ def _torch_int8(weights: Weights, x: Tensor) -> Run:
     product: Callable[..., Tensor] = torch._weight_int8pack_mm  # pyright: ignore
 
     def scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
-        scale = weight.float().abs().amax(1) / 127
-        return (weight.float() / scale[:, None]).round().to(torch.int8), scale.to(x.dtype)
+        values, scale = round_rows(weight, "int8")
+        return values, scale.to(x.dtype)
 
     downs = [[scaled(down) for down in copy] for copy in weights.split_downs()]
     ups = [[scaled(up) for up in copy] for copy in weights.ups]

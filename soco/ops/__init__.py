@@ -10,10 +10,12 @@ compute on what they are given.
 from soco.core import MOST_MEMBERS as MOST_MEMBERS
 from soco.ops.group import PreparedGroup as PreparedGroup
 from soco.ops.group import low_rank_group
+from soco.ops.layers import Weights as Weights
+from soco.ops.layers import expanded as expanded
+from soco.ops.layers import most_tokens as most_tokens
+from soco.ops.layers import products as products
+from soco.ops.layers import widened as widened
 from soco.ops.lowrank import low_rank_linear, low_rank_linear_backward
-from soco.ops.lowrank import most_tokens as most_tokens
-from soco.ops.lowrank import products as products
-from soco.ops.lowrank import widened as widened
 from soco.ops.sketch import gaussian_sketch, gaussian_sketch_backward
 from soco.ops.spectral import spectral_scale, spectral_scale_backward
 

@@ -1,30 +1,27 @@
 """Low-rank layers for inference: several on one input at once, pivoted ones, 8-bit weights."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from soco.core import (
     DTYPES,
     MOST_MEMBERS,
     WEIGHT_DTYPES,
-    LowRankPlan,
     Run,
     implement,
     library,
     runner,
     without_autocast,
 )
-from soco.ops.checks import autograd, check, check_dtype, check_size, sum_dtype
-from soco.ops.lowrank import most_tokens, products, widened
+from soco.ops.checks import autograd, check, check_dtype, sum_dtype
+from soco.ops.layers import Weights, address, compute, most_tokens, plan_of
 
 library.define(
-    "low_rank_group(Tensor x, Tensor down, Tensor[] ups, Tensor[] sources, Tensor? bias,"
-    " Tensor? residual, Tensor? down_scale, Tensor[] up_scales, bool gated) -> Tensor"
+    "low_rank_group(Tensor x, Tensor? residual, Tensor down, Tensor[] ups, Tensor[] sources,"
+    " Tensor? bias, Tensor? down_scale, Tensor[] up_scales, bool gated) -> Tensor"
 )
 
 
@@ -76,169 +73,76 @@ def low_rank_group(
     tensor([[ 3.,  6., 10.]])
     """
     return torch.ops.soco.low_rank_group.default(
-        x, down, list(ups), list(sources), bias, residual, down_scale, list(up_scales), gated
+        x, residual, down, list(ups), list(sources), bias, down_scale, list(up_scales), gated
     )
 
 
-def _checked(
-    x: Tensor,
-    down: Tensor,
-    ups: list[Tensor],
-    sources: list[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    down_scale: Tensor | None,
-    up_scales: list[Tensor],
-    gated: bool,
-) -> list[int]:
-    """The number of outputs of each layer, if everything fits together."""
+def _check(x: Tensor, residual: Tensor | None, weights: Weights) -> None:
+    """Refuse what does not fit together."""
+    down, ups, sources, bias, down_scale, up_scales, gated = weights
     check_dtype("x", x)
     if x.dim() < 1 or down.dim() != 2 or any(up.dim() != 2 for up in ups):
         raise ValueError(
             "x must be (..., in), down (sum of ranks, in) and each of ups (out, rank), got "
             f"{tuple(x.shape)}, {tuple(down.shape)} and {[tuple(up.shape) for up in ups]}"
         )
-    if not 1 <= len(ups) <= MOST_MEMBERS:
-        raise ValueError(f"a group has 1 to {MOST_MEMBERS} layers, got {len(ups)}")
+    count = len(ups)
+    if not 1 <= count <= MOST_MEMBERS:
+        raise ValueError(f"a group has 1 to {MOST_MEMBERS} layers, got {count}")
     eight_bit = down.dtype in WEIGHT_DTYPES and down.dtype not in DTYPES
     if eight_bit and x.dtype == torch.float64:
         raise TypeError("8-bit weights are computed with in float32: x must not be float64")
-    for name, given, count in (("sources", sources, 0), ("up_scales", up_scales, len(ups))):
-        allowed = {len(ups) * eight_bit} if count else {0, len(ups)}
-        if len(given) not in allowed:
-            raise ValueError(
-                f"{name} must have one tensor per layer{'' if count else ' or none'}, that is "
-                f"{max(allowed)} for weights in {down.dtype}, got {len(given)}"
-            )
-    ranks = [up.shape[1] for up in ups]
-    weights = (down.dtype,) if eight_bit else (x.dtype,)
-    check("down", down, (sum(ranks), x.shape[-1]), "(sum of ranks, in)", x, weights)
-    outs = []
-    for number, up in enumerate(ups):
-        check(f"ups[{number}]", up, up.shape, "(out, rank)", x, weights)
-        out = up.shape[0]
-        if sources and sources[number].numel() > 0:
-            most = sum(up.shape)
-            out = min(max(sources[number].numel(), out), most)
-            check(f"sources[{number}]", sources[number], (out,), "(out,)", x, (torch.int64,))
-        outs.append(out)
-        if eight_bit:
-            shape = up.shape[:1]
-            check(f"up_scales[{number}]", up_scales[number], shape, "(rows,)", x, _FLOAT32)
+    if len(sources) not in (0, count):
+        raise ValueError(
+            f"sources must have one tensor per layer or none, that is {count} or 0, "
+            f"got {len(sources)}"
+        )
+    if len(up_scales) != count * eight_bit:
+        raise ValueError(
+            f"up_scales must have one tensor per layer for 8-bit weights and none for others, that "
+            f"is {count * eight_bit} for {down.dtype}, got {len(up_scales)}"
+        )
     if eight_bit != (down_scale is not None):
         raise ValueError(
             f"down_scale goes with 8-bit weights, got {'none' if eight_bit else 'one'} with "
             f"{down.dtype}"
         )
+    dtypes = (down.dtype,) if eight_bit else (x.dtype,)
+    shape = sum(up.shape[1] for up in ups), x.shape[-1]
+    check("down", down, shape, "(sum of ranks, in)", x, dtypes)
     if down_scale is not None:
-        check("down_scale", down_scale, down.shape[:1], "(sum of ranks,)", x, _FLOAT32)
+        check("down_scale", down_scale, down.shape[:1], "(sum of ranks,)", x, (torch.float32,))
+    for number, up in enumerate(ups):
+        check(f"ups[{number}]", up, up.shape, "(out, rank)", x, dtypes)
+        if eight_bit:
+            scale = up_scales[number]
+            check(f"up_scales[{number}]", scale, up.shape[:1], "(rows,)", x, (torch.float32,))
+        if sources and (found := sources[number].numel()) > 0:
+            least, most = len(up), sum(up.shape)  # some of z may be padding
+            shape = (min(max(found, least), most),)
+            check(f"sources[{number}]", sources[number], shape, "(out,)", x, (torch.int64,))
+    outs = weights.outs
     if bias is not None:
         check("bias", bias, (sum(outs),), "(sum of outs,)", x)
-    if gated and (len(ups) != 2 or outs[0] != outs[1]):
+    if gated and (count != 2 or outs[0] != outs[1]):
         raise ValueError(f"gated means two layers with as many outputs each, got outs {outs}")
     if residual is not None:
-        shape = (*x.shape[:-1], outs[0] if gated else sum(outs))
+        shape = (*x.shape[:-1], weights.width)
         check("residual", residual, shape, "shaped as the result", x)
-    return outs
-
-
-_FLOAT32 = (torch.float32,)
 
 
 @implement("low_rank_group", "low_rank_group")
-def _low_rank_group(
-    run: Run,
-    x: Tensor,
-    down: Tensor,
-    ups: list[Tensor],
-    sources: list[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    down_scale: Tensor | None,
-    up_scales: list[Tensor],
-    gated: bool,
-) -> Tensor:
-    outs = _checked(x, down, ups, sources, bias, residual, down_scale, up_scales, gated)
-    tokens, in_features, width = (
-        math.prod(x.shape[:-1]),
-        x.shape[-1],
-        outs[0] if gated else sum(outs),
-    )
-    if tokens > most_tokens(x.device.type, x.dtype):
-        return _by_products(x, down, ups, sources, bias, residual, down_scale, up_scales, gated)
-    check_size(tokens, max(in_features, down.shape[0], sum(outs)))
-    y = x.new_empty((*x.shape[:-1], width))
-    if y.numel() > 0:
-        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-        plan, kept = _plan(down, ups, sources, bias, down_scale, up_scales, gated, x.dtype, outs)
-        z = x.new_empty((tokens, down.shape[0]), dtype=sum_dtype(x))
-        added = 0 if residual is None else residual.data_ptr()
-        run(x, plan, x.data_ptr(), added, z.data_ptr(), y.data_ptr(), tokens)
-        del kept
-    return y
-
-
-def _plan(
-    down: Tensor,
-    ups: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    bias: Tensor | None,
-    down_scale: Tensor | None,
-    up_scales: Sequence[Tensor],
-    gated: bool,
-    dtype: torch.dtype,
-    outs: list[int],
-) -> tuple[LowRankPlan, list[Tensor | None]]:
-    """The weights as the core sees them, and the tensors to be kept for as long as that is used."""
-    whole = [t if t is None else t.contiguous() for t in (down, down_scale, bias)]
-    ups = [up if up.stride(1) == 1 else up.contiguous() for up in ups]
-    found = [source.contiguous() if source.numel() > 0 else None for source in sources]
-    found = found or [None] * len(ups)
-    scales = [scale.contiguous() for scale in up_scales] or [None] * len(ups)
-    members = [
-        (up.data_ptr(), up.stride(0), _address(scale), _address(source), up.shape[1], len(up), out)
-        for up, scale, source, out in zip(ups, scales, found, outs, strict=True)
-    ]
-    dtypes = DTYPES[dtype], WEIGHT_DTYPES[down.dtype]
-    at, scale_at, bias_at = (_address(tensor) for tensor in whole)
-    plan = LowRankPlan(at, scale_at, members, bias_at, down.shape[1], *dtypes, gated)
-    return plan, [*whole, *ups, *scales, *found]
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _by_products(
-    x: Tensor,
-    down: Tensor,
-    ups: list[Tensor],
-    sources: list[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    down_scale: Tensor | None,
-    up_scales: list[Tensor],
-    gated: bool,
-) -> Tensor:
-    """The same by torch's matrix library: one product for all of down, one for each of ups."""
-    zs = products(widened(x), down, down_scale).split([up.shape[1] for up in ups], dim=-1)
-    parts = []
-    for number, (z, up) in enumerate(zip(zs, ups, strict=True)):
-        part = products(z, up, up_scales[number] if up_scales else None)
-        if sources and sources[number].numel() > 0:
-            part = torch.cat((z, part), -1).index_select(-1, sources[number])
-        parts.append(part)
-    if bias is not None:
-        shifts = bias.split([part.shape[-1] for part in parts])
-        parts = [part + shift for part, shift in zip(parts, shifts, strict=True)]
-    y = silu(parts[0]) * parts[1] if gated else torch.cat(parts, -1)
-    return (y if residual is None else y + residual).to(x.dtype)
+def _low_rank_group(run: Run, x: Tensor, residual: Tensor | None, *weights: Any) -> Tensor:
+    group = Weights(*weights)
+    _check(x, residual, group)
+    return compute(run, x, group, residual)
 
 
 @torch.library.register_fake("soco::low_rank_group", lib=library)
-def _low_rank_group_fake(x: Tensor, *rest: Any) -> Tensor:
-    outs = _checked(x, *rest)
-    return x.new_empty((*x.shape[:-1], outs[0] if rest[-1] else sum(outs)))
+def _low_rank_group_fake(x: Tensor, residual: Tensor | None, *weights: Any) -> Tensor:
+    group = Weights(*weights)
+    _check(x, residual, group)
+    return x.new_empty((*x.shape[:-1], group.width))
 
 
 def _refuse(ctx: Any, grad: Tensor) -> None:
@@ -273,42 +177,37 @@ class PreparedGroup:
     def __init__(
         self, down: Tensor, ups: Sequence[Tensor], dtype: torch.dtype, **options: Any
     ) -> None:
-        self.down, self.ups, self.options = down, list(ups), options
-        self.dtype, self.device, self.in_features = dtype, down.device, down.shape[1]
-        weights = (
-            down, self.ups, list(options.get("sources", ())), options.get("bias"),
-            options.get("down_scale"), list(options.get("up_scales", ())),
-            options.get("gated", False),
-        )  # fmt: skip
-        empty = down.new_empty((0, down.shape[1]), dtype=dtype)
-        outs = _checked(empty, *weights[:4], None, *weights[4:])
-        self.width = outs[0] if weights[-1] else sum(outs)
-        self._plan, self._kept = _plan(*weights, dtype, outs)
+        weights = Weights(down, ups, **options)
+        self.weights, self.dtype, self.device = weights, dtype, down.device
+        empty = down.new_empty((0, *down.shape[1:]), dtype=dtype)
+        _check(empty, None, weights)
+        self._in, self._width = down.shape[1], weights.width
+        self._plan, self._kept = plan_of(weights, dtype)
         self._run = runner("low_rank_group", self.device.type)
         self._most = most_tokens(self.device.type, dtype)
-        self._ranks = 0 if self.device.type == "cpu" else down.shape[0]  # the core has memory there
+        self._ranks = 0 if self.device.type == "cpu" else len(down)  # the core has memory there
         self._sums = sum_dtype(empty)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``low_rank_group(x, ...)``, for ``x`` of the dtype and device that it was made for."""
         shape = x.shape
-        tokens = x.numel() // self.in_features if self.in_features else 0
+        tokens = x.numel() // self._in if self._in else 0
         if (
             type(x) is not Tensor
             or x.dtype is not self.dtype
             or x.device != self.device
-            or shape[-1:] != (self.in_features,)
+            or shape[-1:] != (self._in,)
             or not 0 < tokens <= self._most
             or self._run is None
             or torch.is_grad_enabled()
             or _is_watched(self.device.type)
         ):
-            return low_rank_group(x, self.down, self.ups, **self.options)
-        y = x.new_empty((*shape[:-1], self.width))
+            return low_rank_group(x, **self.weights._asdict())
+        y = x.new_empty((*shape[:-1], self._width))
         if not x.is_contiguous():
             x = x.contiguous()
         z = x.new_empty((tokens, self._ranks), dtype=self._sums) if self._ranks else None
-        self._run(x, self._plan, x.data_ptr(), 0, _address(z), y.data_ptr(), tokens)
+        self._run(x, self._plan, x.data_ptr(), 0, address(z), y.data_ptr(), tokens)
         return y
 
     def __deepcopy__(self, memo: dict) -> "PreparedGroup":
@@ -317,13 +216,11 @@ class PreparedGroup:
 
     def __reduce__(self) -> Any:
         """How to make it again from its weights."""
-        return _prepare, (self.down, self.ups, self.dtype, self.options)
+        return _prepared, (self.dtype, self.weights)
 
 
-def _prepare(
-    down: Tensor, ups: list[Tensor], dtype: torch.dtype, options: dict[str, Any]
-) -> PreparedGroup:
-    return PreparedGroup(down, ups, dtype, **options)
+def _prepared(dtype: torch.dtype, weights: Weights) -> PreparedGroup:
+    return PreparedGroup(dtype=dtype, **weights._asdict())
 
 
 def _is_watched(device: str) -> bool:

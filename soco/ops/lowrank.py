@@ -1,7 +1,5 @@
-"""Linear layers through a bottleneck, one alone or several on one input."""
+"""A linear layer through a bottleneck, alone."""
 
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,16 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from soco.core import DTYPES, LowRankPlan, Run, implement, library, without_autocast
-from soco.ops.checks import autograd, check, check_dtype, check_size, flat, sum_dtype
-
-# Instructions that multiply 16-bit floats, or with which oneDNN has good products of them.
-BF16 = {"avx512_bf16", "amx_bf16", "avx_ne_convert"}
-LIBRARY = {
-    torch.bfloat16: BF16 | {"avx512_bw"},
-    torch.float16: {"avx512_fp16", "amx_fp16", "avx_ne_convert"},
-}
-PIECE = 1024  # rows of a weight that are widened at a time
+from soco.core import DTYPES, Run, implement, library, without_autocast
+from soco.ops.checks import autograd, check, check_dtype, flat
+from soco.ops.layers import Weights, compute, is_slow
 
 library.define("low_rank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias) -> Tensor")
 library.define(
@@ -27,63 +18,10 @@ library.define(
 )
 
 
-@functools.cache
-def most_tokens(device: str, dtype: torch.dtype) -> int:
-    """Up to how many tokens a low-rank layer runs a kernel of the core.
-
-    Above, products of torch's matrix library are at the limit of the machine already. The numbers
-    are measured where docs/performance.md says so: on the CPU, ours lose to MKL in float32 from
-    here on, to the widened products of :func:`products` in 16 bits, and to oneDNN where the
-    processor multiplies bfloat16 itself.
-    """
-    if device != "cpu" or dtype == torch.float64:
-        return 16
-    if dtype == torch.float32:
-        return 32
-    if dtype == torch.bfloat16 and BF16 & instructions():
-        return 8
-    return 64 if is_slow(device, dtype) else 32
-
-
-@functools.cache
-def is_slow(device: str, dtype: torch.dtype) -> bool:
-    """Whether torch's own products in this dtype are loops of single multiplications.
-
-    They are in 16 bits on processors that oneDNN has nothing for: 5 to 10 times slower than
-    widening the weights and multiplying in float32.
-    """
-    on_x86 = "avx2" in instructions()  # of others nothing is known
-    return device == "cpu" and dtype in LIBRARY and on_x86 and not LIBRARY[dtype] & instructions()
-
-
-@functools.cache
-def instructions() -> frozenset[str]:
-    """The sets of instructions that the processor has, as torch names them."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 need not have it
-    return frozenset(name for name, there in known.items() if there is True)
-
-
-def widened(x: Tensor) -> Tensor:
-    """``x`` in a dtype that torch's matrix library multiplies fast, see :func:`is_slow`."""
-    return x.float() if is_slow(x.device.type, x.dtype) else x
-
-
-def products(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """``x @ weight.T`` by torch's matrix library, and times ``scale`` where there is one.
-
-    Of ``x``'s dtype; a weight in fewer bits is widened, not all of it at once.
-    """
-    if x.dtype == weight.dtype:
-        y = linear(x, weight)
-    else:
-        y = torch.cat([linear(x, piece.to(x.dtype)) for piece in weight.split(PIECE)], -1)
-    return y if scale is None else y * scale.to(y.dtype)
-
-
 def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply a linear layer whose weight is the product ``up @ down``.
 
-    ``y = (x @ down.T) @ up.T + bias``. For few tokens (:func:`most_tokens`) one kernel does both
+    ``y = (x @ down.T) @ up.T + bias``. For few tokens (``ops.most_tokens``) one kernel does both
     products and keeps the values between them in float32 (float64 for float64); for more they are
     two products of torch's matrix library, rounded in between as in two ``nn.Linear``, but for
     16-bit floats on a processor that does not multiply those: there they are float32 products.
@@ -153,26 +91,7 @@ def _check_low_rank(
 @implement("low_rank_linear", "low_rank_group")
 def _low_rank_linear(run: Run, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     _check_low_rank(x, down, up, bias)
-    tokens = math.prod(x.shape[:-1])
-    if tokens > most_tokens(x.device.type, x.dtype):
-        if not is_slow(x.device.type, x.dtype):
-            return linear(linear(x, down), up, bias).contiguous()
-        y = products(products(widened(x), down), up)
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
-    (rank, in_features), out_features = down.shape, up.shape[0]
-    check_size(tokens, max(in_features, rank, out_features))
-    y = x.new_empty((*x.shape[:-1], out_features))
-    if y.numel() > 0:
-        x, down = x.contiguous(), down.contiguous()
-        up = up if up.stride(1) == 1 else up.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        shift = 0 if bias is None else bias.data_ptr()
-        z = x.new_empty((tokens, rank), dtype=sum_dtype(x))
-        member = up.data_ptr(), up.stride(0), 0, 0, rank, out_features, out_features
-        dtype = DTYPES[x.dtype]
-        plan = LowRankPlan(down.data_ptr(), 0, [member], shift, in_features, dtype, dtype, False)
-        run(x, plan, x.data_ptr(), 0, z.data_ptr(), y.data_ptr(), tokens)
-    return y
+    return compute(run, x, Weights(down, [up], bias=bias))
 
 
 @torch.library.register_fake("soco::low_rank_linear", lib=library)
