@@ -1,13 +1,12 @@
 """What all records have in common: texts, sizes, and how the place they were made at is called."""
 
 import json
-import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from soco.diagnosis import describe_machine
+from soco.diagnosis import commit_of, describe_machine
 
 STORIES = ("text/tinystories_train_sample.clean.txt", "text/tinystories_valid_a.txt")
 BOOKS = (
@@ -26,10 +25,9 @@ TEXTS = {
 LENGTH, SAMPLES, WINDOWS = 256, 256, 100  # tokens of a window; calibration and evaluation windows
 
 
-def commit() -> str:
+def commit() -> str | None:
     """The commit this runs from, marked when files were changed since."""
-    described = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+    return commit_of(Path(__file__).parents[1])
 
 
 def write_record(output: Path, data: Path, rows: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -109,6 +110,18 @@ def describe_machine(device: str = "cpu") -> dict[str, str | int]:
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of the clone whose root ``folder`` is, marked when files were changed since.
+
+    None: it is no such root, as that of an installed package.
+    """
+    if not (folder / ".git").exists():
+        return None
+    described = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(described, cwd=folder, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def kernels_for(capability: tuple[int, int], architectures: str) -> str | None:

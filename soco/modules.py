@@ -86,6 +86,13 @@ class CompressedLinear(nn.Module):
             linear.bias = nn.Parameter(_copy(self.bias))
         return linear.train(self.training)
 
+    def _plain_factors(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The weights of down and up if calling them on ``x`` is multiplying with these alone."""
+        down, up = _plain_weight(self.down, x), _plain_weight(self.up, x)
+        if down is None or up is None or down.device != up.device or _is_special(x):
+            return None
+        return down, up
+
     def _weight(self, up: Tensor, down: Tensor) -> Tensor:
         """The dense weight (out, in) of these factors."""
         raise NotImplementedError
@@ -183,12 +190,10 @@ class LowRankLinear(CompressedLinear):
         """Map ``x`` (..., in) to (..., out)."""
         if self.fast is not None and (y := self.fast(self, x)) is not None:
             return y
-        down = _plain_weight(self.down, x)
-        up = _plain_weight(self.up, x)
-        if down is None or up is None or down.device != up.device or _is_special(x):
-            y = self.up(self._reduce(x))
-            return y if self.bias is None else y + self.bias.to(y.dtype)
-        return ops.low_rank_linear(x, down, up, self.bias)
+        if (factors := self._plain_factors(x)) is not None:
+            return ops.low_rank_linear(x, *factors, self.bias)
+        y = self.up(self._reduce(x))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _reduce(self, x: Tensor) -> Tensor:
         """``down(x)``, also where the basis lies on another device than this layer."""
@@ -289,11 +294,9 @@ class PivotedLinear(CompressedLinear):
         """Map ``x`` (..., in) to (..., out)."""
         if self.fast is not None and (y := self.fast(self, x)) is not None:
             return y
-        if not torch.is_grad_enabled() and not _is_special(x):
-            down, up = _plain_weight(self.down, x), _plain_weight(self.up, x)
-            if down is not None and up is not None and down.device == up.device:
-                sources = [self.order()]
-                return ops.low_rank_group(x, down, [up], sources=sources, bias=self.bias)
+        if not torch.is_grad_enabled() and (factors := self._plain_factors(x)) is not None:
+            down, up = factors
+            return ops.low_rank_group(x, down, [up], sources=[self.order()], bias=self.bias)
         z = self.down(x)
         y = torch.cat((z, self.up(z)), -1).index_select(-1, self.order())
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -456,6 +459,7 @@ class Snapshot:
                 or factor._forward_hooks
                 or factor._forward_pre_hooks
                 or "forward" in factor.__dict__
+                or factor._parameters.get("bias") is not None
                 or factor._parameters.get("weight") is not weight
                 or weight.data_ptr() != address
             ):

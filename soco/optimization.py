@@ -50,7 +50,8 @@ def optimize(
 
     Raises:
         ValueError: nothing is compressed; a layer's weights are not in memory, or in 8 bits
-            already; unknown ``weights``, or float64 layers with them; the model does not run.
+            already; unknown ``weights``, or a layer that cannot be kept in them (float64, not
+            finite, adapted, with the basis of another one); the model does not run.
     """
     if weights is not None and weights not in EIGHT_BIT:
         raise ValueError(f"weights must be {' or '.join(EIGHT_BIT)}, or None, got {weights!r}")
@@ -61,8 +62,8 @@ def optimize(
     for name, layer in layers.items():
         if layer.down.weight.is_meta or layer.up.weight.is_meta:
             raise ValueError(f"the weights of {name} are offloaded: load the model without that")
-        if weights is not None and layer.down.weight.dtype == torch.float64:
-            raise ValueError(f"{name} is float64, which 8-bit weights are not computed with")
+        if weights is not None:
+            _check_for_eight_bits(name, layer)
     take_apart(model)
     calls = _calls(model, inputs)
     made = {}  # the first layer of each group to the group
@@ -75,6 +76,19 @@ def optimize(
     for block, first, last in _gated_blocks(model, calls, made):
         fuse_gated(block, made[first], last)
     return model
+
+
+def _check_for_eight_bits(name: str, layer: CompressedLinear) -> None:
+    """Refuse a layer whose factors cannot be rounded and taken away."""
+    if not _is_plain(layer):
+        raise ValueError(
+            f"{name} has an adapter, or uses another layer's basis: it cannot be kept in 8 bits"
+        )
+    for factor in (layer.down, layer.up):
+        if factor.weight.dtype == torch.float64:
+            raise ValueError(f"{name} is float64, which 8-bit weights are not computed with")
+        if not factor.weight.isfinite().all():
+            raise ValueError(f"{name} has weights that are not finite: 8 bits have no such numbers")
 
 
 class _Call(NamedTuple):
@@ -103,9 +117,10 @@ def _calls(model: "PreTrainedModel", inputs: Mapping[str, Any] | None) -> list[_
             else:
                 run_model(model, _ids(model))
     except (TypeError, ValueError, RuntimeError) as error:
+        given = "token ids alone" if inputs is None else "these inputs"
         raise ValueError(
-            f"{type(model).__name__} does not run on token ids alone ({error}): give the keyword "
-            "arguments of one run as inputs"
+            f"{type(model).__name__} does not run on {given} ({_first_line(error)}): "
+            "give the keyword arguments of one run as inputs"
         ) from error
     finally:
         for hook in hooks:
@@ -113,6 +128,10 @@ def _calls(model: "PreTrainedModel", inputs: Mapping[str, Any] | None) -> list[_
         for module, training in was_training.items():
             module.training = training
     return found
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _ids(model: "PreTrainedModel") -> Tensor:
@@ -127,7 +146,7 @@ def _ids(model: "PreTrainedModel") -> Tensor:
 def _is_plain(layer: CompressedLinear) -> bool:
     """Whether a layer has both its factors, as they were made."""
     shared = isinstance(layer, LowRankLinear) and layer.basis is not None
-    plain = type(layer.down) is nn.Linear and type(layer.up) is nn.Linear
+    plain = all(type(f) is nn.Linear and f.bias is None for f in (layer.down, layer.up))
     return plain and not shared and layer.down.weight.device == layer.up.weight.device
 
 

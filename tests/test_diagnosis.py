@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from dataclasses import asdict, replace
 
 import pytest
@@ -117,3 +118,18 @@ def test_what_is_wrong_is_said(monkeypatch, imagined, said):
 )
 def test_which_kernels_a_gpu_runs(capability, architectures, runs):
     assert diagnosis.kernels_for(capability, architectures) == runs
+
+
+def test_the_commit_is_that_of_a_clone(tmp_path):
+    assert diagnosis.commit_of(tmp_path) is None
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert diagnosis.commit_of(tmp_path) is None  # nothing is committed yet
+    (tmp_path / "file").write_text("1")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "one"], check=True)
+    found = diagnosis.commit_of(tmp_path)
+    assert found is not None
+    assert len(found) == 12
+    (tmp_path / "file").write_text("2")
+    assert diagnosis.commit_of(tmp_path) == f"{found}-dirty"

@@ -1,6 +1,7 @@
 """soco.ops against plain torch, on every device there is."""
 
 import multiprocessing
+import sys
 
 import pytest
 import torch
@@ -505,13 +506,24 @@ def test_a_forked_child_can_use_the_threads(threads):
     expected = ops.low_rank_linear(*args)
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    child = context.Process(
-        target=lambda: queue.put(bool((ops.low_rank_linear(*args) == expected).all()))
-    )
+
+    def work():
+        queue.put((bool((ops.low_rank_linear(*args) == expected).all()), core.build_record()))
+
+    child = context.Process(target=work)
     child.start()
     child.join(60)
     assert child.exitcode == 0
-    assert queue.get()
+    is_right, record = queue.get()
+    assert is_right
+    assert record["threads"] == "own pool"  # torch's would hang there
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looked up on Linux only")
+def test_loops_run_on_the_threads_of_torch():
+    """Where torch has them: those of its wheels for Linux have."""
+    has = "USE_OPENMP=ON" in torch.__config__.show()
+    assert core.build_record()["threads"] == ("torch's OpenMP" if has else "own pool")
 
 
 def whole(x, down, up, bias, scale, mask):

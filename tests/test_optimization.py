@@ -276,11 +276,21 @@ def test_wrong_arguments_are_named(tmp_path):
         optimize(model, weights="int4")
     with pytest.raises(ValueError, match="no compressed layers"):
         optimize(tiny_model("llama"))
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not run .* give the keyword"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not run on these inputs \("):
         optimize(model, inputs={"nonsense": 1})
     with pytest.raises(ValueError, match=r"is float64, which 8-bit weights"):
         optimize(copy.deepcopy(model).double(), weights="int8")
+    with pytest.raises(ValueError, match=r"uses another layer's basis: it cannot be kept in 8"):
+        optimize(compress_shared(tiny_model("llama")), weights="float8")
     layer = low_rank_layers(model)["model.layers.0.mlp.up_proj"]
+    expected = logits(model)
+    for wrong in (torch.nan, torch.inf):
+        broken = copy.deepcopy(model)
+        low_rank_layers(broken)["model.layers.0.mlp.up_proj"].up.weight.data[2, 1] = wrong
+        with pytest.raises(ValueError, match=r"0.mlp.up_proj has weights that are not finite"):
+            optimize(broken, weights="int8")
+        assert not groups(broken)  # as it was
+    assert torch.equal(logits(model), expected)
     layer.up.weight = nn.Parameter(layer.up.weight.to("meta"))
     with pytest.raises(ValueError, match=r"mlp.up_proj are offloaded"):
         optimize(model)

@@ -221,6 +221,10 @@ def parametrized(layer):
     nn.utils.parametrize.register_parametrization(layer.up, "weight", Double())
 
 
+def bias_of_a_factor(layer):
+    layer.down.bias = nn.Parameter(torch.ones(layer.rank), requires_grad=False)
+
+
 def new_bias(layer):
     layer.bias = nn.Parameter(layer.bias + 1, requires_grad=False)
 
@@ -235,7 +239,8 @@ def pivots_in_place(layer):
 
 CHANGES = [
     change_a_weight_in_place, load_a_state, new_weight, moved_weight, replaced_factor, hook,
-    pre_hook, wrapped_forward, parametrized, new_bias, bias_in_place, pivots_in_place,
+    pre_hook, wrapped_forward, parametrized, bias_of_a_factor, new_bias, bias_in_place,
+    pivots_in_place,
 ]  # fmt: skip
 
 

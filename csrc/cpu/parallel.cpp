@@ -15,23 +15,34 @@
 namespace soco::cpu {
 namespace {
 
+// A loop for several threads: each takes the next task until there is none.
+struct Loop {
+  int64_t tasks;
+  void (*body)(void*, int64_t);
+  void* context;
+  std::atomic<int64_t> next{0};
+
+  static void run(void* self) {
+    Loop& loop = *static_cast<Loop*>(self);
+    for (int64_t task; (task = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.tasks;)
+      loop.body(loop.context, task);
+  }
+};
+
 class Pool {
  public:
   // False if another thread owns the pool at the moment: the caller then does its work alone.
-  bool run(int helpers, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  bool run(int helpers, Loop& loop) {
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       grow(helpers);
-      body_ = body;
-      context_ = context;
-      tasks_ = tasks;
-      next_.store(0, std::memory_order_relaxed);
+      loop_ = &loop;
       seats_ = helpers;
     }
     wake_.notify_all();
-    work(tasks, body, context);
+    Loop::run(&loop);
     // Close the loop to workers that are still asleep, then wait for those that took part.
     std::unique_lock<std::mutex> lock(mutex_);
     seats_ = 0;
@@ -40,22 +51,15 @@ class Pool {
   }
 
  private:
-  void work(int64_t tasks, void (*body)(void*, int64_t), void* context) {
-    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-      body(context, task);
-  }
-
   void serve() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       wake_.wait(lock, [this] { return seats_ > 0; });
       --seats_;
       ++active_;
-      const int64_t tasks = tasks_;
-      const auto body = body_;
-      void* const context = context_;
+      Loop* const loop = loop_;
       lock.unlock();
-      work(tasks, body, context);
+      Loop::run(loop);
       lock.lock();
       if (--active_ == 0) done_.notify_one();
     }
@@ -70,34 +74,22 @@ class Pool {
   }
 
   std::mutex owner_;  // held by the thread whose loop is running
-  std::mutex mutex_;  // guards everything below but next_
+  std::mutex mutex_;  // guards everything below
   std::condition_variable wake_, done_;
   int workers_ = 0;  // threads started
   int seats_ = 0;    // workers that may still join the running loop
   int active_ = 0;   // workers inside the running loop
-  void (*body_)(void*, int64_t) = nullptr;
-  void* context_ = nullptr;
-  int64_t tasks_ = 0;
-  std::atomic<int64_t> next_{0};
+  Loop* loop_ = nullptr;
 };
 
 // Never destroyed: workers may still sleep in it when the process ends.
-std::atomic<Pool*> pool{nullptr};
+std::atomic<Pool*> pool{new Pool};
 std::atomic<bool> forked{false};  // this is the child of a process that may have used either
-
-Pool& the_pool() {
-  static const bool made = [] {
-    pool.store(new Pool);
-    return true;
-  }();
-  static_cast<void>(made);
-  return *pool.load();
-}
 
 // In a child made by fork() no worker exists any more, and locks may be held for ever.
 void after_fork() {
   forked.store(true);
-  if (pool.load() != nullptr) pool.store(new Pool);
+  pool.store(new Pool);
 }
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -126,20 +118,6 @@ OpenMp openmp() {
   return forked.load(std::memory_order_relaxed) ? nullptr : found;
 }
 
-// A loop for a team of threads: each takes the next task until there is none.
-struct Loop {
-  int64_t tasks;
-  void (*body)(void*, int64_t);
-  void* context;
-  std::atomic<int64_t> next{0};
-
-  static void run(void* self) {
-    Loop& loop = *static_cast<Loop*>(self);
-    for (int64_t task; (task = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.tasks;)
-      loop.body(loop.context, task);
-  }
-};
-
 // Lets the processor know that this is a loop that waits.
 void relax() {
 #if defined(__x86_64__)
@@ -167,14 +145,12 @@ void parallel_for(int threads, int64_t tasks, void (*body)(void*, int64_t), void
   constexpr int kMostThreads = 1024;
   int64_t helpers = (threads < kMostThreads ? threads : kMostThreads) - 1;
   if (helpers > tasks - 1) helpers = tasks - 1;
-  const OpenMp team = openmp();
-  if (helpers > 0 && team != nullptr) {
-    Loop loop{tasks, body, context};
+  Loop loop{tasks, body, context};
+  if (helpers < 1) return Loop::run(&loop);
+  if (const OpenMp team = openmp())
     team(Loop::run, &loop, static_cast<unsigned>(helpers + 1), 0);
-    return;
-  }
-  if (helpers > 0 && the_pool().run(static_cast<int>(helpers), tasks, body, context)) return;
-  for (int64_t task = 0; task < tasks; ++task) body(context, task);
+  else if (!pool.load()->run(static_cast<int>(helpers), loop))
+    Loop::run(&loop);
 }
 
 }  // namespace soco::cpu

@@ -1,5 +1,3 @@
-"""``soco-bench``: how fast low-rank layers, decompositions and whole models run, beside what else
-there is.
-"""  # noqa: D205
+"""``soco-bench``: how fast layers, decompositions and models run, beside what else there is."""
 
 from soco.bench.app import main as main

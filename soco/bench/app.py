@@ -6,15 +6,18 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from soco.cli.program import Commands, run_program
+
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Times of low-rank layers, decompositions and whole models, beside what else there is.",
 )  # fmt: skip
 
@@ -263,13 +266,13 @@ class _Bench:
 
     def record(self) -> dict[str, Any]:
         """The run as plain JSON data."""
-        from soco.diagnosis import describe_machine
+        from soco.diagnosis import commit_of, describe_machine
 
         return {
             "kind": self.kind,
             "machine": {**describe_machine(str(self.device)), **_clocks(self.device.type)},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": _commit(),
+            "commit": commit_of(Path(__file__).parents[2]),
             "command": shlex.join(["soco-bench", *_without_paths(sys.argv[1:])]),
             "read_gb_s": self.rate,
             "rows": self.rows,
@@ -281,9 +284,9 @@ def _record(
     kind: str, device: str | None, threads: int | None, output: Path | None
 ) -> Iterator[_Bench]:
     """Inside, a run is measured; behind it, its record is written."""
-    from soco.cli.messages import in_one_line, quiet_libraries
+    from soco.cli.messages import quiet_libraries
 
-    with in_one_line(), quiet_libraries(bars=False):
+    with quiet_libraries(bars=False):
         if output is not None:
             _check_file(output)
         bench = _Bench(kind, device, threads)
@@ -351,21 +354,8 @@ def _sizes(text: str) -> list[tuple[int, int]]:
 
 
 def _without_paths(arguments: list[str]) -> list[str]:
-    """The arguments, with files by their names alone: records say nothing of where a machine keeps
-    them.
-    """  # noqa: D205
+    """The arguments with files by name: a record does not say where a machine keeps them."""
     return [Path(text).name if os.sep in text else text for text in arguments]
-
-
-def _commit() -> str | None:
-    """The commit of the clone this runs from, None elsewhere."""
-    described = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        root = Path(__file__).parents[2]
-        if (root / ".git").exists():
-            found = subprocess.run(described, cwd=root, capture_output=True, text=True, check=True)
-            return found.stdout.strip()
-    return None
 
 
 def _clocks(kind: str) -> dict[str, Any]:
@@ -381,6 +371,6 @@ def _clocks(kind: str) -> dict[str, Any]:
     return {}
 
 
-def main() -> None:
-    """Run the program."""
-    app()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``soco-bench``; see ``run_program``."""
+    return run_program(app, "soco-bench", arguments)

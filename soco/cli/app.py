@@ -1,15 +1,12 @@
 """The commands of ``soco`` and their options."""
 
-import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from soco.cli.messages import FAILED, in_one_line, say
 from soco.cli.options import (
     ENTRY_OPTIONS,
     RUNNING,
@@ -46,31 +43,18 @@ from soco.cli.options import (
     TaskDataOption,
     several_ratios,
 )
+from soco.cli.program import Commands, run_program
 
 # torch, transformers and what needs them are imported in the commands: `soco --help` is quick.
 
 
-class _Commands(TyperGroup):
-    """All commands: whatever goes wrong in one of them is said in one line."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        if ctx.params["debug"]:
-            return super().invoke(ctx)
-        with in_one_line():
-            return super().invoke(ctx)
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-# A command line that makes no sense. Newer typer has its own copy of click, older ones import it.
-_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 @app.callback(invoke_without_command=True)
@@ -509,14 +493,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for what the user can put right, 130 for Ctrl-C.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        code = typer.main.get_command(app).main(given, "soco", standalone_mode=False)
-    except _UsageError as error:
-        context = getattr(error, "ctx", None)
-        command = "soco" if context is None else context.command_path
-        text = " ".join(error.format_message().split())  # type: ignore[attr-defined]
-        text = text.replace("Value error, ", "").rstrip(".")
-        say(f"error: {text}. `{command} --help` lists the options.")
-        return FAILED
-    return code if isinstance(code, int) else 0
+    return run_program(app, "soco", arguments)
