@@ -76,13 +76,14 @@ void bind_low_rank_group(py::module_& m, const char* name,
   m.def(
       name,
       [kernel](const soco::LowRankGroup& plan, uintptr_t x, uintptr_t residual, uintptr_t z,
-               uintptr_t y, int64_t tokens, Passed<Where> where) {
+               uintptr_t y, int64_t tokens, uintptr_t barrier, Passed<Where> where) {
         soco::LowRankGroup group = plan;  // several threads may run the same plan
         group.x = unpass<const void*>(x);
         group.residual = unpass<const void*>(residual);
         group.z = unpass<void*>(z);
         group.y = unpass<void*>(y);
         group.tokens = tokens;
+        group.barrier = unpass<uint32_t*>(barrier);
         kernel(group, unpass<Where>(where));
       },
       py::call_guard<py::gil_scoped_release>());

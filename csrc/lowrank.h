@@ -33,6 +33,8 @@ struct LowRankGroup {
   const void* residual;  // shaped as y, of dtype, or null: added at the end
   void* z;  // (tokens, sum of ranks) of the type of the sums, scratch; may be null for the CPU
   void* y;  // (tokens, sum of outs), or (tokens, out) where gated; of dtype
+  uint32_t* barrier;  // for CUDA: a counter that no other call uses at the same time, zero before
+                      // the first; or null, and then a group takes two launches
   int64_t tokens, in;
   Dtype dtype;         // of x and y
   Dtype weight_dtype;  // the same, or int8 or float8

@@ -9,6 +9,7 @@ class Dtype:
     float16: Dtype
     int8: Dtype
     float8: Dtype
+    value: int
 
 class LowRankPlan:
     def __init__(
@@ -57,7 +58,15 @@ def spectral_scale_backward_cpu(
     /,
 ) -> None: ...
 def low_rank_group_cpu(
-    plan: LowRankPlan, x: int, residual: int, z: int, y: int, tokens: int, threads: int, /
+    plan: LowRankPlan,
+    x: int,
+    residual: int,
+    z: int,
+    y: int,
+    tokens: int,
+    barrier: int,
+    threads: int,
+    /,
 ) -> None: ...
 def gaussian_cpu(omega: int, rows: int, columns: int, seed: int, threads: int, /) -> None: ...
 
@@ -90,7 +99,15 @@ def spectral_scale_backward_cuda(
     /,
 ) -> None: ...
 def low_rank_group_cuda(
-    plan: LowRankPlan, x: int, residual: int, z: int, y: int, tokens: int, stream: int, /
+    plan: LowRankPlan,
+    x: int,
+    residual: int,
+    z: int,
+    y: int,
+    tokens: int,
+    barrier: int,
+    stream: int,
+    /,
 ) -> None: ...
 def gaussian_cuda(omega: int, rows: int, columns: int, seed: int, stream: int, /) -> None: ...
 

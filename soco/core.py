@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ use_simd_level = _C.use_simd_level
 
 library = torch.library.Library("soco", "DEF")
 Run: TypeAlias = Callable[..., None]  # see implement
+Body = TypeVar("Body", bound=Callable[..., Any])
 kernels: dict[str, tuple[str, ...]] = {}  # op to the kinds of device that have a kernel for it
 
 
@@ -79,7 +80,7 @@ def runner(kernel: str, device: str) -> Run | None:
     return run_cpu if device == "cpu" else run_cuda
 
 
-def implement(op: str, kernel: str) -> Callable[[Callable[..., Any]], None]:
+def implement(op: str, kernel: str) -> Callable[[Body], Body]:
     """Register the decorated function as an op's implementation on the CPU and on CUDA.
 
     It gets a first argument ``run``, the :func:`runner` of ``kernel`` for the device.
@@ -91,11 +92,12 @@ def implement(op: str, kernel: str) -> Callable[[Callable[..., Any]], None]:
             "it from source with nvcc on the PATH, or move the tensors to the CPU"
         )
 
-    def register(body: Callable[..., Any]) -> None:
+    def register(body: Body) -> Body:
         on_cuda = runner(kernel, "cuda")
         kernels[op] = ("cpu", "cuda") if on_cuda else ("cpu",)
         library.impl(op, partial(body, runner(kernel, "cpu")), "CPU")
         library.impl(op, partial(body, on_cuda) if on_cuda else refuse, "CUDA")
+        return body
 
     return register
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace soco::cuda {
 
@@ -18,11 +19,20 @@ inline unsigned grid_size(int64_t work, int64_t per_block) {
   return static_cast<unsigned>(blocks < 1 ? 1 : (blocks < kMostBlocks ? blocks : kMostBlocks));
 }
 
-inline void check_launch(const char* kernel) {
-  const cudaError_t status = cudaGetLastError();
+inline void check(cudaError_t status, const char* kernel) {
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("CUDA kernel ") + kernel +
                              " was not launched: " + cudaGetErrorString(status));
+}
+
+template <typename... Parameters, typename... Args>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
+            Args&&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = as_stream(stream);
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), name);
 }
 
 }  // namespace soco::cuda

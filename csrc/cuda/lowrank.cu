@@ -1,6 +1,7 @@
 #include <type_traits>
 
 #include "cuda/launch.cuh"
+#include "cuda/members.cuh"
 #include "lowrank.h"
 
 namespace soco::cuda {
@@ -48,12 +49,6 @@ __global__ void reduce_kernel(const T* __restrict__ x, const W* __restrict__ dow
     }
 }
 
-// The members and where each begins in z and in bias.
-struct Members {
-  Member member[kMostMembers];
-  int64_t z_column[kMostMembers], column[kMostMembers];
-};
-
 // Output `i` of a member with its bias, for up to kTokens tokens, in lane 0.
 template <typename T, typename W>
 __device__ void output(const Members& all, int number, int64_t i, const Accumulate<T>* z,
@@ -83,14 +78,14 @@ __device__ void output(const Members& all, int number, int64_t i, const Accumula
 template <typename T, typename W>
 __global__ void expand_kernel(Members all, const Accumulate<T>* __restrict__ z,
                               const T* __restrict__ bias, const T* __restrict__ residual,
-                              T* __restrict__ y, int64_t tokens, int64_t ranks, int64_t columns,
-                              int members, bool gated) {
+                              T* __restrict__ y, int64_t tokens, int64_t columns, bool gated) {
   using A = Accumulate<T>;
+  const int64_t ranks = all.ranks;
   for (int64_t column = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y; column < columns;
        column += static_cast<int64_t>(gridDim.x) * kWarps) {
     int number = 0;
     if (!gated)
-      while (number + 1 < members && column >= all.column[number + 1]) ++number;
+      while (number + 1 < all.count && column >= all.column[number + 1]) ++number;
     for (int64_t first = static_cast<int64_t>(blockIdx.y) * kTokens; first < tokens;
          first += static_cast<int64_t>(gridDim.y) * kTokens) {
       const int64_t left = tokens - first;
@@ -116,29 +111,19 @@ __global__ void expand_kernel(Members all, const Accumulate<T>* __restrict__ z,
 }
 
 template <typename T, typename W>
-void launch(const LowRankGroup& g, void* stream) {
-  Members all{};
-  int64_t ranks = 0, outs = 0;
-  const int members = static_cast<int>(g.members.size());
-  for (int m = 0; m < members; ++m) {
-    all.member[m] = g.members[m];
-    all.z_column[m] = ranks;
-    all.column[m] = outs;
-    ranks += g.members[m].rank;
-    outs += g.members[m].out;
-  }
-  const int64_t columns = g.gated ? g.members[0].out : outs;
-  const T* const x = static_cast<const T*>(g.x);
-  auto* const z = static_cast<Accumulate<T>*>(g.z);
+void run(const LowRankGroup& g, void* stream) {
+  const Members all = members_of(g);
+  const int64_t columns = g.gated ? g.members[0].out : all.columns;
   const unsigned groups = grid_size(g.tokens, kTokens);
   const dim3 block(kWarp, kWarps);
-  reduce_kernel<T, W><<<dim3(grid_size(ranks, kWarps), groups), block, 0, as_stream(stream)>>>(
-      x, static_cast<const W*>(g.down), g.down_scale, z, g.tokens, g.in, ranks);
-  check_launch("low_rank_group, first product");
-  expand_kernel<T, W><<<dim3(grid_size(columns, kWarps), groups), block, 0, as_stream(stream)>>>(
-      all, z, static_cast<const T*>(g.bias), static_cast<const T*>(g.residual),
-      static_cast<T*>(g.y), g.tokens, ranks, columns, members, g.gated);
-  check_launch("low_rank_group, second product");
+  auto* const z = static_cast<Accumulate<T>*>(g.z);
+  launch("low_rank_group, first product", reduce_kernel<T, W>,
+         dim3(grid_size(all.ranks, kWarps), groups), block, stream, static_cast<const T*>(g.x),
+         static_cast<const W*>(g.down), g.down_scale, z, g.tokens, g.in, all.ranks);
+  launch("low_rank_group, second product", expand_kernel<T, W>,
+         dim3(grid_size(columns, kWarps), groups), block, stream, all, z,
+         static_cast<const T*>(g.bias), static_cast<const T*>(g.residual), static_cast<T*>(g.y),
+         g.tokens, columns, g.gated);
 }
 
 }  // namespace
@@ -146,12 +131,13 @@ void launch(const LowRankGroup& g, void* stream) {
 void low_rank_group(const LowRankGroup& group, void* stream) {
   if (group.members.size() > kMostMembers)
     throw std::invalid_argument("soco: too many layers in one group");
+  if (decode(group, stream)) return;
   visit(group.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    if (group.weight_dtype == group.dtype) return launch<T, T>(group, stream);
+    if (group.weight_dtype == group.dtype) return run<T, T>(group, stream);
     if constexpr (!std::is_same_v<T, double>) {
-      if (group.weight_dtype == Dtype::kInt8) return launch<T, Int8>(group, stream);
-      if (group.weight_dtype == Dtype::kFloat8) return launch<T, Float8>(group, stream);
+      if (group.weight_dtype == Dtype::kInt8) return run<T, Int8>(group, stream);
+      if (group.weight_dtype == Dtype::kFloat8) return run<T, Float8>(group, stream);
     }
     throw std::invalid_argument("soco: weights of this dtype do not go with this input");
   });

@@ -31,9 +31,8 @@ __global__ void gaussian_kernel(float* __restrict__ omega, int64_t rows, int64_t
 void gaussian(float* omega, int64_t rows, int64_t columns, uint64_t seed, void* stream) {
   if (rows == 0 || columns == 0) return;
   const int64_t groups = columns / 4 + (columns % 4 != 0);
-  gaussian_kernel<<<grid_size(rows * groups, kThreads), kThreads, 0, as_stream(stream)>>>(
-      omega, rows, columns, groups, seed);
-  check_launch("gaussian");
+  launch("gaussian", gaussian_kernel, grid_size(rows * groups, kThreads), kThreads, stream, omega,
+         rows, columns, groups, seed);
 }
 
 }  // namespace soco::cuda

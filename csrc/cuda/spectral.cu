@@ -99,10 +99,9 @@ void spectral_scale(const void* x, const void* scale, const uint8_t* mask, void*
   visit_pair(dtype, scale_dtype, [&](auto* tag, auto* scale_tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using S = std::remove_pointer_t<decltype(scale_tag)>;
-    spectral_scale_kernel<T, S><<<grid_size(count, kThreads), kThreads, 0, as_stream(stream)>>>(
-        static_cast<const T*>(x), static_cast<const S*>(scale), mask, static_cast<T*>(y), count,
-        rank);
-    check_launch("spectral_scale");
+    launch("spectral_scale", spectral_scale_kernel<T, S>, grid_size(count, kThreads), kThreads,
+           stream, static_cast<const T*>(x), static_cast<const S*>(scale), mask, static_cast<T*>(y),
+           count, rank);
   });
 }
 
@@ -118,14 +117,14 @@ void spectral_scale_backward(const void* grad, const void* x, const void* scale,
     using A = Accumulate<T>;
     if (tokens > 0) {
       const dim3 grid(grid_size(rank, kColumns), grid_size(partial_rows, 1));
-      spectral_scale_backward_kernel<T, S><<<grid, dim3(kColumns, kLines), 0, as_stream(stream)>>>(
-          static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const S*>(scale), mask,
-          static_cast<T*>(grad_x), static_cast<A*>(partials), tokens, rank, partial_rows);
-      check_launch("spectral_scale_backward");
+      launch("spectral_scale_backward", spectral_scale_backward_kernel<T, S>, grid,
+             dim3(kColumns, kLines), stream, static_cast<const T*>(grad), static_cast<const T*>(x),
+             static_cast<const S*>(scale), mask, static_cast<T*>(grad_x), static_cast<A*>(partials),
+             tokens, rank, partial_rows);
     }
-    spectral_partials_kernel<A, S><<<grid_size(rank, kThreads), kThreads, 0, as_stream(stream)>>>(
-        static_cast<const A*>(partials), mask, static_cast<S*>(grad_scale), partial_rows, rank);
-    check_launch("spectral_partials");
+    launch("spectral_partials", spectral_partials_kernel<A, S>, grid_size(rank, kThreads), kThreads,
+           stream, static_cast<const A*>(partials), mask, static_cast<S*>(grad_scale), partial_rows,
+           rank);
   });
 }
 

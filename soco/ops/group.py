@@ -16,6 +16,7 @@ from soco.core import (
     runner,
     without_autocast,
 )
+from soco.ops.barriers import barrier_for
 from soco.ops.checks import autograd, check, check_dtype, sum_dtype
 from soco.ops.layers import Weights, address, compute, most_tokens, plan_of
 
@@ -207,7 +208,7 @@ class PreparedGroup:
         if not x.is_contiguous():
             x = x.contiguous()
         z = x.new_empty((tokens, self._ranks), dtype=self._sums) if self._ranks else None
-        self._run(x, self._plan, x.data_ptr(), 0, address(z), y.data_ptr(), tokens)
+        self._run(x, self._plan, x.data_ptr(), 0, address(z), y.data_ptr(), tokens, barrier_for(x))
         return y
 
     def __deepcopy__(self, memo: dict) -> "PreparedGroup":

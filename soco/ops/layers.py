@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from soco.core import DTYPES, WEIGHT_DTYPES, LowRankPlan, Run
+from soco.ops.barriers import barrier_for
 from soco.ops.checks import check_size, sum_dtype
 
 # Instructions that multiply 16-bit floats, or with which oneDNN has good products of them.
@@ -122,7 +123,10 @@ def compute(run: Run, x: Tensor, weights: Weights, residual: Tensor | None = Non
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         plan, kept = plan_of(weights, x.dtype)
         z = x.new_empty((tokens, ranks), dtype=sum_dtype(x))
-        run(x, plan, x.data_ptr(), address(residual), z.data_ptr(), y.data_ptr(), tokens)
+        run(
+            x, plan, x.data_ptr(), address(residual), z.data_ptr(), y.data_ptr(), tokens,
+            barrier_for(x),
+        )  # fmt: skip
         del kept
     return y
 

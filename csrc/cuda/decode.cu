@@ -1,0 +1,717 @@
+// Low-rank layers of a group for 1 to 16 tokens in 16 bits: both products in one launch.
+//
+// A block per multiprocessor, all running at once. Each takes as many rows of `down` as the others,
+// and computes their z; all wait at one barrier of the grid; each computes its own outputs.
+//
+// Weights flow through a ring in shared memory that every thread fills for itself, some dozens of
+// copies of 16 bytes ahead of its products. The copies go on from the first product to the second:
+// while blocks wait for each other, the first rows of `up` are on their way.
+//
+// Products are those of the tensor cores, 16 tokens by 8 rows of weight by 16 inputs. A block works
+// on up to three tiles of 8 rows at a time; its warps share the inputs of a row, each a part of
+// them, and their sums are added in order. So a sum runs in an order that depends on the number of
+// inputs alone. z is float32; the second product takes it apart into two numbers of 16 bits, a high
+// and a low part, so it is not rounded between the two products.
+#include <type_traits>
+
+#include "cuda/launch.cuh"
+#include "cuda/members.cuh"
+#include "cuda/ptx.cuh"
+
+namespace soco::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kRows = 8;     // of a tile
+constexpr int kTiles = 3;    // that share one reading of x in the first product
+constexpr int kTokens = 16;  // at most
+constexpr int kLine = 64;    // bytes of a row that a warp reads at a time, 16 per lane
+constexpr int kSums = kTokens * kRows;
+constexpr int kMostSlots = 32;  // of the ring; fewer where shared memory is small
+
+__host__ __device__ constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Shared memory, in bytes from its beginning.
+struct Layout {
+  int ring, partials, high, low, token_scale, parts, added, up_scale, held, residual, place, column;
+  int total;
+};
+
+// What all blocks are told.
+template <typename T, typename W>
+struct Task {
+  Members all;
+  int64_t cost[kMostMembers], costs;  // of a column of y, of all: how y is shared out
+  const T* x;
+  const W* down;
+  const float* down_scale;
+  const T* bias;
+  const T* residual;
+  float* z;
+  T* y;
+  uint32_t* barrier;
+  int64_t in, columns;  // of y
+  int tokens, slots;
+  bool gated;
+  Layout at;
+};
+
+// The first column of y that block `block` computes: they are shared out by what they cost.
+template <typename T, typename W>
+__host__ __device__ int64_t first_column(const Task<T, W>& task, int64_t block, int64_t blocks) {
+  if (task.gated) return task.columns * block / blocks;
+  int64_t left = task.costs * block / blocks;
+  for (int m = 0; m < task.all.count; ++m) {
+    const int64_t own = task.cost[m] * task.all.member[m].out;
+    if (left < own) return task.all.column[m] + left / task.cost[m];
+    left -= own;
+  }
+  return task.columns;
+}
+
+// Columns of y of one member that a block computes.
+struct Part {
+  int member;
+  int columns;     // of y
+  int first;       // of them, among all that the block computes
+  int row, rows;   // of up, that they are
+  int64_t column;  // of the member, the first
+};
+
+// Elements between tokens of z in shared memory: lanes that read at once meet no common bank.
+template <typename W>
+__host__ __device__ constexpr int64_t pitch_of(int64_t rank) {
+  return round_up(rank, kLine) + (sizeof(W) == 1 ? 8 : 32);
+}
+
+// Which lines of 64 bytes of a row are a warp's.
+struct Lines {
+  int begin, end;
+};
+
+__device__ __forceinline__ Lines lines_of(int64_t bytes, int warp) {
+  const int lines = static_cast<int>((bytes + kLine - 1) / kLine);
+  return {lines * warp / kWarps, lines * (warp + 1) / kWarps};
+}
+
+// Two weights, the lower 16 or 32 bits of `bits`, as a pair of T.
+template <typename T, typename W>
+__device__ __forceinline__ uint32_t weight_pair(uint32_t bits) {
+  if constexpr (std::is_same_v<W, Int8>) {
+    // The bits of b + 128 as the last of a float that begins with 2^23 are 2^23 + 128 + b.
+    const float first = bits_float(0x4b000000u | ((bits & 0xffu) ^ 0x80u)) - 8388736.0f;
+    const float second = bits_float(0x4b000000u | ((bits >> 8 & 0xffu) ^ 0x80u)) - 8388736.0f;
+    return narrow_pair<T>(first, second);
+  } else if constexpr (std::is_same_v<W, Float8>) {
+    return float8_pair<T>(bits & 0xffffu);
+  } else {
+    return bits;
+  }
+}
+
+// sums += the products of one line of 8 rows of weight with one line of tokens. The order in which
+// inputs are summed is free as long as both sides have the same: lane q of four has the q-th 16
+// bytes of a row, and takes its inputs in fours.
+template <typename T, typename W, int kHalves>
+__device__ __forceinline__ void multiply_line(float (&sums)[4],
+                                              const uint4 (&tokens)[kHalves][2 / sizeof(W)],
+                                              uint4 weights) {
+  const uint32_t words[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+  for (int step = 0; step < static_cast<int>(4 / sizeof(W)); ++step) {
+    uint32_t a[4] = {0, 0, 0, 0}, b[2];
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const uint4 four = tokens[half][step / 2];
+      a[half] = step % 2 == 0 ? four.x : four.z;
+      a[2 + half] = step % 2 == 0 ? four.y : four.w;
+    }
+    if constexpr (sizeof(W) == 1) {
+      b[0] = weight_pair<T, W>(words[step]);
+      b[1] = weight_pair<T, W>(words[step] >> 16);
+    } else {
+      b[0] = words[2 * step];
+      b[1] = words[2 * step + 1];
+    }
+    multiply<T>(sums, a, b);
+  }
+}
+
+template <typename T, typename W, int kHalves>
+class Worker {
+  static constexpr int kLoads = 2 / sizeof(W);    // of 16 bytes of a token, per line of weight
+  static constexpr int kInputs = 16 / sizeof(W);  // of a lane in a line
+
+ public:
+  __device__ Worker(const Task<T, W>& given, unsigned char* shared)
+      : task(given),
+        memory(shared),
+        ring(reinterpret_cast<uint4*>(shared + given.at.ring)),
+        thread(static_cast<int>(threadIdx.x)),
+        warp(thread / 32),
+        lane(thread % 32),
+        from(given.all.ranks * blockIdx.x / gridDim.x),
+        to(given.all.ranks * (blockIdx.x + 1) / gridDim.x),
+        mine(lines_of(given.in * static_cast<int64_t>(sizeof(W)), warp)) {}
+
+  __device__ void run() {
+    find_parts();
+    begin_first();
+    for (int slot = 1; slot < task.slots; ++slot) copy_next();
+    load_small();
+    first_product();
+    __syncthreads();
+    if (thread == 0) grid_barrier(task.barrier);
+    __syncthreads();
+    for (int p = 0; p < part_count; ++p) {
+      if (p > 0) __syncthreads();  // nobody reads the z of the part before any longer
+      load_z(part(p));
+      identity(part(p));
+      __syncthreads();
+      second_product(part(p));
+    }
+  }
+
+ private:
+  const Task<T, W>& task;
+  unsigned char* const memory;
+  uint4* const ring;
+  const int thread, warp, lane;
+  const int64_t from, to;  // rows of down
+  const Lines mine;        // of them
+  int64_t column = 0;      // the first column of y that is the block's
+  int columns = 0, part_count = 0;
+  // What is copied next: of the first product a line of a token or of a tile, of the second a tile.
+  int copied = 0, taken = 0;
+  int stage = 2, line = 0, step = 0, tiles = 0, tile = 0, at_part = 0;
+  int64_t row = 0;
+  Lines lines{0, 0};
+  int turn = 0;  // which of two buffers the sums of a tile go to
+
+  template <typename V>
+  __device__ V* shared(int offset) const {
+    return reinterpret_cast<V*>(memory + offset);
+  }
+  __device__ Part& part(int number) const { return shared<Part>(task.at.parts)[number]; }
+
+  // Which columns of which members are the block's, and which rows of up they are.
+  __device__ void find_parts() {
+    column = first_column(task, blockIdx.x, gridDim.x);
+    const int64_t last = first_column(task, blockIdx.x + 1, gridDim.x);
+    columns = static_cast<int>(last - column);
+    int first = 0;
+    for (int m = 0; m < task.all.count; ++m) {
+      const int64_t begin = task.gated ? 0 : task.all.column[m];
+      const int64_t end = begin + task.all.member[m].out;
+      const int64_t low = column > begin ? column : begin, high = last < end ? last : end;
+      if (low >= high) continue;
+      const int count = static_cast<int>(high - low);
+      const int64_t at = low - begin;
+      if (thread == 0) {
+        const bool pivoted = task.all.member[m].sources != nullptr;
+        part(part_count) = {
+            m, count, first, static_cast<int>(pivoted ? 0x7fffffff : at), pivoted ? 0 : count, at};
+      }
+      first += count;
+      ++part_count;
+    }
+    __syncthreads();
+    for (int p = 0; p < part_count; ++p) read_sources(part(p));
+    __syncthreads();
+  }
+
+  // Of a pivoted member: which rows of up the columns are, and which numbers of z.
+  __device__ void read_sources(Part& here) {
+    const Member& member = task.all.member[here.member];
+    if (member.sources == nullptr) return;
+    int* const place = shared<int>(task.at.place) + here.first;
+    int* const column_of = shared<int>(task.at.column) + here.first;
+    for (int c = thread; c < here.columns; c += kThreads) {
+      // A source that is wrong gives a wrong output, but nothing outside of up and z is read.
+      int64_t source = member.sources[here.column + c];
+      const int64_t most = member.rank + member.rows - 1;
+      source = source < 0 ? 0 : (source < most ? source : most);
+      place[c] = static_cast<int>(source);
+      column_of[c] = 0;
+      if (source >= member.rank) {
+        atomicMin(&here.row, static_cast<int>(source - member.rank));
+        atomicAdd(&here.rows, 1);
+      }
+    }
+    __syncthreads();
+    const int row_of_first = here.row;
+    for (int c = thread; c < here.columns; c += kThreads) {
+      const int64_t index = place[c] - member.rank - row_of_first;
+      if (place[c] >= member.rank && index < here.columns) column_of[index] = c;
+    }
+    __syncthreads();
+    if (thread == 0) {
+      if (here.rows == 0) here.row = 0;
+      if (here.rows > member.rows - here.row) here.rows = static_cast<int>(member.rows) - here.row;
+    }
+  }
+
+  // ---- copies
+
+  __device__ void begin_first() {
+    stage = 0;
+    row = from;
+    lines = mine;
+    line = lines.begin;
+    step = 0;
+    tiles = tiles_of(to - row);
+    if (row >= to || lines.begin >= lines.end) begin_second();
+  }
+
+  __device__ void begin_second() {
+    stage = 1;
+    at_part = -1;
+    next_part();
+  }
+
+  __device__ void next_part() {
+    while (++at_part < part_count) {
+      const Part& here = part(at_part);
+      lines = lines_of(task.all.member[here.member].rank * static_cast<int64_t>(sizeof(W)), warp);
+      tiles = (here.rows + kRows - 1) / kRows;
+      tile = 0;
+      line = lines.begin;
+      if (tiles > 0 && lines.begin < lines.end) return;
+    }
+    stage = 2;
+  }
+
+  static __device__ int tiles_of(int64_t rows) {
+    const int64_t all = (rows + kRows - 1) / kRows;
+    return static_cast<int>(all < kTiles ? all : kTiles);
+  }
+
+  // Starts the copy of the next 16 bytes of this thread, into the slot that it read last.
+  __device__ void copy_next() {
+    uint4* const slot = ring + (copied++ & (task.slots - 1)) * kThreads + thread;
+    const int64_t input = static_cast<int64_t>(line) * 4 * kInputs + lane % 4 * kInputs;
+    if (stage == 0) {
+      if (step < kHalves * kLoads) {
+        const int token = step / kLoads * 8 + lane / 4;
+        const int64_t at = input + step % kLoads * 8;
+        const bool there = token < task.tokens && at < task.in;
+        copy_16(slot, there ? task.x + token * task.in + at : task.x, there);
+      } else {
+        const int64_t of_row = row + (step - kHalves * kLoads) * kRows + lane / 4;
+        const bool there = of_row < to && input < task.in;
+        copy_16(slot, there ? task.down + of_row * task.in + input : task.down, there);
+      }
+      if (++step == kHalves * kLoads + tiles) {
+        step = 0;
+        if (++line == lines.end) {
+          line = lines.begin;
+          row += kTiles * kRows;
+          tiles = tiles_of(to - row);
+          if (row >= to) begin_second();
+        }
+      }
+    } else if (stage == 1) {
+      const Part& here = part(at_part);
+      const Member& member = task.all.member[here.member];
+      const int64_t of_part = tile * kRows + lane / 4;
+      const bool there = of_part < here.rows && input < member.rank;
+      const W* const up = static_cast<const W*>(member.up);
+      copy_16(slot, there ? up + (here.row + of_part) * member.stride + input : up, there);
+      if (++line == lines.end) {
+        line = lines.begin;
+        if (++tile == tiles) next_part();
+      }
+    }
+    close_copies();
+  }
+
+  // The oldest 16 bytes that are on their way.
+  __device__ uint4 take() {
+    copy_next();
+    switch (task.slots) {
+      case 32:
+        wait_for_copies<31>();
+        break;
+      case 16:
+        wait_for_copies<15>();
+        break;
+      default:
+        wait_for_copies<7>();
+    }
+    return ring[(taken++ & (task.slots - 1)) * kThreads + thread];
+  }
+
+  // ---- products
+
+  // What is read once: bias, scales and residual of the block's columns, long before they are
+  // needed.
+  __device__ void load_small() {
+    for (int p = 0; p < part_count; ++p) {
+      const Part here = part(p);
+      const Member& member = task.all.member[here.member];
+      float* const added = shared<float>(task.at.added) + here.first;
+      float* const scale = shared<float>(task.at.up_scale) + here.first;
+      const int64_t of_bias = task.all.column[here.member] + here.column;
+      for (int c = thread; c < here.columns; c += kThreads) {
+        added[c] = task.bias == nullptr ? 0.0f : widen(task.bias[of_bias + c]);
+        if (c < here.rows)
+          scale[c] = member.up_scale == nullptr ? 1.0f : member.up_scale[here.row + c];
+      }
+    }
+    if (task.residual == nullptr) return;
+    float* const residual = shared<float>(task.at.residual);
+    for (int c = thread; c < columns; c += kThreads)
+      for (int t = 0; t < task.tokens; ++t)
+        residual[t * columns + c] = widen(task.residual[t * task.columns + column + c]);
+  }
+
+  // The sums of a warp for one tile, where the threads that add them find them.
+  __device__ void put(float* tile_sums, const float (&sums)[4]) {
+    float* const own = tile_sums + warp * kSums + lane / 4 * kRows + lane % 4 * 2;
+    own[0] = sums[0];
+    own[1] = sums[1];
+    if (kHalves == 1) return;
+    own[8 * kRows] = sums[2];
+    own[8 * kRows + 1] = sums[3];
+  }
+
+  static __device__ float total(const float* tile_sums, int token, int tile_row) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += tile_sums[w * kSums + token * kRows + tile_row];
+    return sum;
+  }
+
+  __device__ void first_product() {
+    float* const partials = shared<float>(task.at.partials);
+    for (int64_t first = from; first < to; first += kTiles * kRows) {
+      const int count = tiles_of(to - first);
+      const int64_t own = first + lane;  // the row that this lane adds up
+      const bool adds = lane < count * kRows && own < to;
+      const float scale = adds && task.down_scale != nullptr ? task.down_scale[own] : 1.0f;
+      float sums[kTiles][4] = {};
+      for (int l = mine.begin; l < mine.end; ++l) {
+        uint4 tokens[kHalves][kLoads];
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half)
+#pragma unroll
+          for (int load = 0; load < kLoads; ++load) tokens[half][load] = take();
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i)
+          if (i < count) multiply_line<T, W, kHalves>(sums[i], tokens, take());
+      }
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i)
+        if (i < count) put(partials + i * kWarps * kSums, sums[i]);
+      __syncthreads();
+      for (int t = warp; t < task.tokens && adds; t += kWarps)
+        task.z[t * task.all.ranks + own] =
+            total(partials + lane / kRows * kWarps * kSums, t, lane % kRows) * scale;
+      __syncthreads();
+    }
+  }
+
+  // What float16 z of one size up to `top` is multiplied by, so that neither its high part
+  // overflows nor its low part is lost: a power of two.
+  static __device__ float scale_for(float top) {
+    const uint32_t exponent = float_bits(top) >> 23;
+    if (exponent == 0 || exponent == 255) return 1.0f;
+    const uint32_t wanted = 267u - exponent;
+    return bits_float((wanted < 253u ? wanted : 253u) << 23);
+  }
+
+  // z of a part's member into shared memory, in two parts of 16 bits, and zeros behind it.
+  __device__ void load_z(const Part& here) {
+    const int64_t rank = task.all.member[here.member].rank, pitch = pitch_of<W>(rank);
+    const float* const z = task.z + task.all.z_column[here.member];
+    float* const scale = shared<float>(task.at.token_scale);
+    if constexpr (std::is_same_v<T, Float16>) {
+      for (int t = warp; t < task.tokens; t += kWarps) {
+        float top = 0;
+        for (int64_t k = lane; k < rank; k += 32) {
+          const float size = fabsf(load_fresh_one(z + t * task.all.ranks + k));
+          top = size > top ? size : top;
+        }
+        for (int apart = 16; apart > 0; apart /= 2) {
+          const float other = __shfl_xor_sync(0xffffffffu, top, apart);
+          top = other > top ? other : top;
+        }
+        if (lane == 0) scale[t] = scale_for(top);
+      }
+      __syncthreads();
+    }
+    const int fours = static_cast<int>(round_up(rank, kLine) / 4);
+    for (int i = thread; i < fours * task.tokens; i += kThreads) {
+      const int token = i / fours, k = i % fours * 4;
+      float4 four = {0, 0, 0, 0};
+      if (k < rank) four = load_fresh(z + token * task.all.ranks + k);
+      float factor = 1.0f;
+      if constexpr (std::is_same_v<T, Float16>) factor = scale[token];
+      const float values[4] = {four.x * factor, four.y * factor, four.z * factor, four.w * factor};
+      uint32_t high[2], low[2];
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        float rest[2];
+        high[pair] = narrow_pair<T>(values[2 * pair], values[2 * pair + 1]);
+#pragma unroll
+        for (int one = 0; one < 2; ++one) {
+          const float rounded = widen(T{static_cast<uint16_t>(high[pair] >> 16 * one)});
+          const bool finite = (float_bits(rounded) & 0x7f800000u) != 0x7f800000u;
+          rest[one] = finite ? values[2 * pair + one] - rounded : 0.0f;
+        }
+        low[pair] = narrow_pair<T>(rest[0], rest[1]);
+      }
+      const int64_t at = (token * pitch + k) * 2;
+      *reinterpret_cast<uint2*>(memory + task.at.high + at) = {high[0], high[1]};
+      *reinterpret_cast<uint2*>(memory + task.at.low + at) = {low[0], low[1]};
+    }
+  }
+
+  // Outputs of a pivoted member that are numbers of z.
+  __device__ void identity(const Part& here) {
+    const Member& member = task.all.member[here.member];
+    if (member.sources == nullptr) return;
+    const float* const z = task.z + task.all.z_column[here.member];
+    const int* const place = shared<int>(task.at.place) + here.first;
+    for (int c = thread; c < here.columns; c += kThreads)
+      if (place[c] < member.rank)
+        for (int t = 0; t < task.tokens; ++t)
+          finish(here, t, c, load_fresh_one(z + t * task.all.ranks + place[c]));
+  }
+
+  __device__ void second_product(const Part& here) {
+    const Member& member = task.all.member[here.member];
+    const int64_t pitch = pitch_of<W>(member.rank);
+    const Lines own = lines_of(member.rank * static_cast<int64_t>(sizeof(W)), warp);
+    const int count = (here.rows + kRows - 1) / kRows;
+    for (int i = 0; i < count; ++i) {
+      float high[4] = {}, low[4] = {};
+      for (int l = own.begin; l < own.end; ++l) {
+        const int64_t input = static_cast<int64_t>(l) * 4 * kInputs + lane % 4 * kInputs;
+        uint4 highs[kHalves][kLoads], lows[kHalves][kLoads];
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          const int token = half * 8 + lane / 4;
+          const int64_t at = (token * pitch + input) * 2;
+#pragma unroll
+          for (int load = 0; load < kLoads; ++load) {
+            highs[half][load] = lows[half][load] = {0, 0, 0, 0};
+            if (token < task.tokens) {
+              highs[half][load] = shared<uint4>(task.at.high + static_cast<int>(at))[load];
+              lows[half][load] = shared<uint4>(task.at.low + static_cast<int>(at))[load];
+            }
+          }
+        }
+        const uint4 weights = take();
+        multiply_line<T, W, kHalves>(high, highs, weights);
+        multiply_line<T, W, kHalves>(low, lows, weights);
+      }
+      float* const sums = shared<float>(task.at.partials) + turn * kWarps * kSums;
+      turn ^= 1;
+      for (int j = 0; j < 4; ++j) high[j] += low[j];
+      put(sums, high);
+      __syncthreads();  // one per tile: the buffer before this one is not read any longer
+      const int token = thread / kRows, index = i * kRows + thread % kRows;
+      if (token < task.tokens && index < here.rows) {
+        float value = total(sums, token, thread % kRows);
+        value *= shared<float>(task.at.up_scale)[here.first + index];
+        if constexpr (std::is_same_v<T, Float16>)
+          value *= 1.0f / shared<float>(task.at.token_scale)[token];
+        const int at =
+            member.sources == nullptr ? index : shared<int>(task.at.column)[here.first + index];
+        finish(here, token, at, value);
+      }
+    }
+  }
+
+  // Output `c` of a part: bias, gate, residual, and into y.
+  __device__ void finish(const Part& here, int token, int c, float value) {
+    value += shared<float>(task.at.added)[here.first + c];
+    int of_block = here.first + c;
+    if (task.gated) {
+      float* const held = shared<float>(task.at.held) + token * columns + c;
+      if (here.member == 0) {
+        *held = value;
+        return;
+      }
+      value *= *held / (1.0f + expf(-*held));
+      of_block = c;
+    }
+    if (task.residual != nullptr)
+      value += shared<float>(task.at.residual)[token * columns + of_block];
+    task.y[token * task.columns + column + of_block] = narrow<T>(value);
+  }
+};
+
+template <typename T, typename W, int kHalves>
+__global__ void __launch_bounds__(kThreads, 1)
+    decode_kernel(const __grid_constant__ Task<T, W> task) {
+  Worker<T, W, kHalves>(task, shared_memory()).run();
+}
+
+// ---- launch
+
+bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
+// Whether rows can be read by 16 bytes. Ranks of packed layers are such that they can.
+bool fits(const LowRankGroup& g) {
+  const int64_t size = g.weight_dtype == g.dtype ? 2 : 1;
+  bool fit = g.tokens >= 1 && g.tokens <= kTokens && g.barrier != nullptr && aligned(g.x) &&
+             aligned(g.down) && aligned(g.z) && g.in % (16 / size) == 0;
+  for (const Member& member : g.members)
+    fit = fit && aligned(member.up) && member.stride % (16 / size) == 0 &&
+          member.rank % (16 / size) == 0;
+  return fit;
+}
+
+struct Device {
+  int blocks, shared;  // multiprocessors; bytes of shared memory a block may have
+  bool able;
+};
+
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "low_rank_group");
+  check(cudaDeviceGetAttribute(&value, which, device), "low_rank_group");
+  return value;
+}
+
+Device device() {
+  return {attribute(cudaDevAttrMultiProcessorCount),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
+              attribute(cudaDevAttrCooperativeLaunch) != 0};
+}
+
+// Places the parts of shared memory. `most` columns of y are computed by one block.
+template <typename T, typename W>
+Layout layout(const Task<T, W>& task, int tokens, int slots, int64_t most) {
+  int64_t rank = 0;
+  bool pivoted = false;
+  for (int m = 0; m < task.all.count; ++m) {
+    const Member& member = task.all.member[m];
+    rank = member.rank > rank ? member.rank : rank;
+    pivoted = pivoted || member.sources != nullptr;
+  }
+  const int64_t wide = task.gated ? 2 * most : most;
+  int64_t end = 0;
+  const auto place = [&end](int64_t bytes) {
+    const int64_t begin = end;
+    end = round_up(end + bytes, 16);
+    return static_cast<int>(begin < 0x7fffffff ? begin : 0x7fffffff);
+  };
+  Layout at{};
+  at.ring = place(static_cast<int64_t>(slots) * kThreads * 16);
+  at.partials = place(kTiles * kWarps * kSums * 4);
+  at.high = place(tokens * pitch_of<W>(rank) * 2);
+  at.low = place(tokens * pitch_of<W>(rank) * 2);
+  at.token_scale = place(kTokens * 4);
+  at.parts = place(kMostMembers * static_cast<int64_t>(sizeof(Part)));
+  at.added = place(wide * 4);
+  at.up_scale = place(wide * 4);
+  at.held = place(task.gated ? tokens * most * 4 : 0);
+  at.residual = place(task.residual != nullptr ? tokens * most * 4 : 0);
+  at.place = place(pivoted ? wide * 4 : 0);
+  at.column = place(pivoted ? wide * 4 : 0);
+  at.total = place(0);
+  return at;
+}
+
+// Whether it was launched: a context may have fewer multiprocessors than the device.
+template <typename T, typename W, int kHalves>
+bool launch_cooperatively(const Task<T, W>& task, int blocks, void* stream) {
+  const auto kernel = decode_kernel<T, W, kHalves>;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, task.at.total),
+        "low_rank_group");
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(task.at.total);
+  config.stream = as_stream(stream);
+  config.attrs = &together;
+  config.numAttrs = 1;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, task);
+  if (status == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // it is dealt with
+    return false;
+  }
+  check(status, "low_rank_group");
+  return true;
+}
+
+template <typename T, typename W>
+bool run(const LowRankGroup& g, void* stream) {
+  const Device gpu = device();
+  if (!gpu.able) return false;
+  Task<T, W> task{};
+  task.all = members_of(g);
+  task.gated = g.gated;
+  task.columns = g.gated ? g.members[0].out : task.all.columns;
+  for (int m = 0; m < task.all.count; ++m) {
+    const Member& member = g.members[m];
+    task.cost[m] = 1 + (member.out > 0 ? member.rank * member.rows / member.out : 0);
+    task.costs += task.cost[m] * member.out;
+  }
+  task.down = static_cast<const W*>(g.down);
+  task.down_scale = g.down_scale;
+  task.bias = static_cast<const T*>(g.bias);
+  task.barrier = g.barrier;
+  task.in = g.in;
+  int64_t most = 0;
+  for (int block = 0; block < gpu.blocks; ++block) {
+    const int64_t own =
+        first_column(task, block + 1, gpu.blocks) - first_column(task, block, gpu.blocks);
+    most = own > most ? own : most;
+  }
+  // The longest ring that there is memory for; fewer tokens at a time where there is none.
+  task.residual = static_cast<const T*>(g.residual);
+  int at_once = static_cast<int>(g.tokens);
+  for (task.slots = kMostSlots;; task.slots /= 2) {
+    if (task.slots < 8) {
+      if (at_once == 1) return false;
+      at_once = (at_once + 1) / 2;
+      task.slots = kMostSlots;
+    }
+    task.at = layout(task, at_once, task.slots, most);
+    if (task.at.total <= gpu.shared) break;
+  }
+  for (int64_t first = 0; first < g.tokens; first += at_once) {
+    const int64_t left = g.tokens - first;
+    task.tokens = static_cast<int>(left < at_once ? left : at_once);
+    task.x = static_cast<const T*>(g.x) + first * g.in;
+    task.z = static_cast<float*>(g.z) + first * task.all.ranks;
+    task.y = static_cast<T*>(g.y) + first * task.columns;
+    if (g.residual != nullptr)
+      task.residual = static_cast<const T*>(g.residual) + first * task.columns;
+    const bool launched = task.tokens > 8 ? launch_cooperatively<T, W, 2>(task, gpu.blocks, stream)
+                                          : launch_cooperatively<T, W, 1>(task, gpu.blocks, stream);
+    if (!launched) return false;
+  }
+  return true;
+}
+
+template <typename T>
+bool run_weights(const LowRankGroup& group, void* stream) {
+  if (group.weight_dtype == group.dtype) return run<T, T>(group, stream);
+  if (group.weight_dtype == Dtype::kInt8) return run<T, Int8>(group, stream);
+  if (group.weight_dtype == Dtype::kFloat8) return run<T, Float8>(group, stream);
+  return false;
+}
+
+}  // namespace
+
+bool decode(const LowRankGroup& group, void* stream) {
+  const bool half = group.dtype == Dtype::kBFloat16 || group.dtype == Dtype::kFloat16;
+  if (!half || !fits(group)) return false;
+  return group.dtype == Dtype::kBFloat16 ? run_weights<BFloat16>(group, stream)
+                                         : run_weights<Float16>(group, stream);
+}
+
+}  // namespace soco::cuda

@@ -1,0 +1,321 @@
+// CUDA's runtime as far as csrc/cuda/ uses it, for a processor: the kernels, compiled as plain C++,
+// run here, so that they are tested without a GPU.
+//
+// Every thread of a block is a fiber, and the fibers run in an order that is drawn anew all the
+// time. They change at barriers and where a warp computes together, so that a barrier that is
+// missing shows as a wrong result. Blocks of a cooperative launch run at the same time, each in a
+// thread of the system; others run one after the other. Shared memory begins as NaN.
+#pragma once
+#include <math.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ thread_local
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+namespace emulated {
+
+// What a test may set.
+struct Machine {
+  int multiprocessors = 3;
+  int shared = 227 * 1024;
+  int major = 9;
+  bool refuses = false;  // cooperative launches
+  uint64_t seed = 0;
+  int launches = 0;   // counted
+  int forgotten = 0;  // threads that ended with copies on their way
+};
+inline Machine machine;
+
+struct Rendezvous {
+  unsigned size = 0, come = 0, turn = 0;
+};
+
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  int set;
+};
+
+struct Fiber {
+  ucontext_t context;
+  dim3 thread;
+  bool done = false;
+  const Rendezvous* waits = nullptr;  // for its turn to change
+  unsigned turn = 0;
+  bool spins = false;  // waits for another block
+  std::vector<Copy> copies;
+  int sets = 0;
+};
+
+struct Warp {
+  Rendezvous together;
+  uint32_t exchange[32][8];
+};
+
+struct Block {
+  dim3 index, size, grid;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Rendezvous all;
+  std::vector<unsigned char> shared;
+  ucontext_t scheduler;
+  Fiber* now = nullptr;
+  std::mt19937_64 random;
+  std::function<void()> kernel;
+};
+inline thread_local Block* block = nullptr;
+
+[[noreturn]] inline void fail(const char* what) {
+  fprintf(stderr, "emulated CUDA: %s\n", what);
+  abort();
+}
+
+inline void switch_away() {
+  Block& b = *block;
+  swapcontext(&b.now->context, &b.scheduler);
+}
+
+inline void meet(Rendezvous& place) {
+  if (++place.come == place.size) {
+    place.come = 0;
+    ++place.turn;
+    switch_away();
+    return;
+  }
+  Fiber& own = *block->now;
+  own.waits = &place;
+  own.turn = place.turn;
+  switch_away();
+}
+
+inline void spin() {
+  block->now->spins = true;
+  switch_away();
+  block->now->spins = false;
+}
+
+inline unsigned number() {
+  const dim3 t = block->now->thread, s = block->size;
+  return (t.z * s.y + t.y) * s.x + t.x;
+}
+inline Warp& warp() { return block->warps[number() / 32]; }
+
+inline void enter() {
+  Block& b = *block;
+  b.kernel();
+  if (!b.now->copies.empty()) __atomic_add_fetch(&machine.forgotten, 1, __ATOMIC_RELAXED);
+  b.now->done = true;
+  switch_away();
+}
+
+inline void run_block(Block& b) {
+  constexpr size_t kStack = 128 * 1024;
+  block = &b;
+  const size_t count = static_cast<size_t>(b.size.x) * b.size.y * b.size.z;
+  std::unique_ptr<unsigned char[]> stacks(new unsigned char[count * kStack]);
+  b.fibers.resize(count);
+  b.warps.resize((count + 31) / 32);
+  for (size_t w = 0; w < b.warps.size(); ++w)
+    b.warps[w].together.size = static_cast<unsigned>(count - 32 * w < 32 ? count - 32 * w : 32);
+  b.all.size = static_cast<unsigned>(count);
+  for (size_t i = 0; i < count; ++i) {
+    Fiber& fiber = b.fibers[i];
+    fiber.thread =
+        dim3(static_cast<unsigned>(i % b.size.x), static_cast<unsigned>(i / b.size.x % b.size.y),
+             static_cast<unsigned>(i / b.size.x / b.size.y));
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stacks.get() + i * kStack;
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = &b.scheduler;
+    makecontext(&fiber.context, enter, 0);
+  }
+  std::vector<Fiber*> order;
+  for (Fiber& fiber : b.fibers) order.push_back(&fiber);
+  for (size_t left = count; left > 0;) {
+    bool ran = false, spun = false;
+    const size_t begin = b.random() % order.size();
+    const bool backward = b.random() % 2;
+    for (size_t i = 0; i < order.size(); ++i) {
+      Fiber& fiber = *order[(begin + (backward ? order.size() - i : i)) % order.size()];
+      if (fiber.done || (fiber.waits != nullptr && fiber.waits->turn == fiber.turn)) continue;
+      fiber.waits = nullptr;
+      spun = spun || fiber.spins;
+      ran = ran || !fiber.spins;
+      b.now = &fiber;
+      swapcontext(&b.scheduler, &fiber.context);
+      left -= fiber.done;
+    }
+    if (!ran && !spun) fail("threads of a block wait for each other for ever");
+    if (!ran) std::this_thread::yield();
+  }
+  block = nullptr;
+}
+
+inline void launch(dim3 grid, dim3 size, size_t shared, bool together,
+                   const std::function<void()>& kernel) {
+  ++machine.launches;
+  std::vector<Block> blocks(static_cast<size_t>(grid.x) * grid.y * grid.z);
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    Block& b = blocks[i];
+    b.index = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                   static_cast<unsigned>(i / grid.x / grid.y));
+    b.size = size;
+    b.grid = grid;
+    b.shared.assign(shared + 16, 0xff);
+    b.random.seed(machine.seed + 7919 * i);
+    b.kernel = kernel;
+    if (together)
+      threads.emplace_back(run_block, std::ref(b));
+    else
+      run_block(b);
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace emulated
+
+// threadIdx.x and its like, of the fiber that runs.
+template <dim3 (*kWhich)()>
+struct Dimensions {
+  struct X {
+    operator unsigned() const { return kWhich().x; }
+  } x;
+  struct Y {
+    operator unsigned() const { return kWhich().y; }
+  } y;
+  struct Z {
+    operator unsigned() const { return kWhich().z; }
+  } z;
+};
+namespace emulated {
+inline dim3 thread_index() { return block->now->thread; }
+inline dim3 block_index() { return block->index; }
+inline dim3 block_size() { return block->size; }
+inline dim3 grid_size() { return block->grid; }
+}  // namespace emulated
+inline const Dimensions<emulated::thread_index> threadIdx{};
+inline const Dimensions<emulated::block_index> blockIdx{};
+inline const Dimensions<emulated::block_size> blockDim{};
+inline const Dimensions<emulated::grid_size> gridDim{};
+
+inline void __syncthreads() { emulated::meet(emulated::block->all); }
+
+template <typename V>
+V exchanged(V value, unsigned from) {
+  emulated::Warp& w = emulated::warp();
+  const unsigned lane = emulated::number() % 32;
+  memcpy(w.exchange[lane], &value, sizeof(V));
+  emulated::meet(w.together);
+  if (from < w.together.size) memcpy(&value, w.exchange[from], sizeof(V));
+  emulated::meet(w.together);
+  return value;
+}
+template <typename V>
+V __shfl_down_sync(unsigned, V value, unsigned delta) {
+  return exchanged(value, emulated::number() % 32 + delta);
+}
+template <typename V>
+V __shfl_xor_sync(unsigned, V value, unsigned mask) {
+  return exchanged(value, (emulated::number() % 32) ^ mask);
+}
+inline int atomicMin(int* at, int value) {
+  const int before = *at;
+  if (value < before) *at = value;
+  return before;
+}
+inline int atomicAdd(int* at, int value) {
+  const int before = *at;
+  *at += value;
+  return before;
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorCooperativeLaunchTooLarge = 82 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrCooperativeLaunch
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  switch (which) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulated::machine.multiprocessors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emulated::machine.shared;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = emulated::machine.major;
+      break;
+    case cudaDevAttrCooperativeLaunch:
+      *value = 1;
+  }
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  if (bytes > emulated::machine.shared) emulated::fail("more shared memory than there is");
+  return cudaSuccess;
+}
+template <typename... Parameters, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Args&&... args) {
+  const bool together = config->numAttrs > 0 && config->attrs->val.cooperative != 0;
+  if (together && emulated::machine.refuses) return cudaErrorCooperativeLaunchTooLarge;
+  emulated::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, together,
+                   [&] { kernel(static_cast<Parameters>(args)...); });
+  return cudaSuccess;
+}

@@ -1,0 +1,316 @@
+"""The CUDA kernels without a GPU, see tests/emulation.py.
+
+The order in which their threads run is drawn anew in every run; what they must not touch ends the
+process.
+"""
+
+import re
+import shutil
+
+import pytest
+import torch
+
+import emulation
+import reference
+from soco.ops import low_rank_group, sketch, spectral
+from test_ops_group import DTYPES, EIGHT, GROUPS, TOLERANCE, in_eight_bits, made
+
+HALF = [torch.bfloat16, torch.float16]
+# As GROUPS, with rows that begin at multiples of 16 bytes, in 8 bits, too.
+ALIGNED = {
+    "one": (3, 64, [(16, 24, False)]),
+    "one token": (1, 1040, [(128, 257, False)]),
+    "qkv": (5, 144, [(32, 70, False), (16, 31, False), (16, 31, False)]),
+    "pivoted": (2, 192, [(64, 150, True), (32, 40, True)]),
+    "mixed": (8, 80, [(32, 60, True), (48, 41, False), (16, 17, True)]),
+    "wide": (16, 320, [(48, 90, True), (80, 33, False)]),
+    "many rows": (9, 32, [(240, 260, False)]),
+    "rank 16": (2, 16, [(16, 1, False), (16, 300, False)]),
+    "no outputs": (2, 32, [(16, 0, False), (16, 5, False)]),
+    "all identity": (2, 32, [(16, 16, True), (16, 30, True)]),
+}
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    if not emulation.compiler():
+        pytest.skip("no C++ compiler")
+    return emulation.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def cuda(library):
+    library.machine()
+    return library
+
+
+def close(y, args, rtol):
+    expected = reference.low_rank_group(**args)
+    assert y.shape == expected.shape
+    atol = rtol * float(expected.abs().max()) if expected.numel() else 0
+    torch.testing.assert_close(y, expected, rtol=rtol, atol=atol)
+
+
+def weighted(args, weights):
+    return args if weights is None else in_eight_bits(args, weights)
+
+
+# two launches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in GROUPS if not name.startswith("no ")])
+def test_plain_kernels(cuda, name, dtype):
+    args = made(*GROUPS[name], dtype=dtype)
+    close(cuda.low_rank_group(**args), args, TOLERANCE[dtype])
+    assert cuda.launches() == 2
+    if dtype != torch.float64:
+        for weights in EIGHT:
+            args = in_eight_bits(made(*GROUPS[name], dtype=dtype), weights)
+            close(cuda.low_rank_group(**args), args, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("group", "machine", "barrier"),
+    [
+        (ALIGNED["one"], {}, False),  # no counter
+        (ALIGNED["one"], {"major": 7}, True),
+        (ALIGNED["one"], {"refuses": 1}, True),  # fewer multiprocessors than the device says
+        (ALIGNED["one"], {"shared": 16 * 1024}, True),
+        ((3, 60, [(16, 24, False)]), {}, True),  # rows of down are not aligned
+        ((3, 64, [(12, 24, False)]), {}, True),  # rows of up are not
+        ((17, 64, [(16, 24, False)]), {}, True),  # too many tokens
+    ],
+)
+def test_two_launches_where_one_is_not_possible(cuda, group, machine, barrier):
+    args = made(*group, dtype=torch.bfloat16)
+    cuda.machine(**machine)
+    close(cuda.low_rank_group(**args, barrier=barrier), args, TOLERANCE[torch.bfloat16])
+    assert cuda.launches() == 2
+
+
+def test_float32_takes_two_launches(cuda):
+    args = made(*ALIGNED["one"])
+    close(cuda.low_rank_group(**args), args, TOLERANCE[torch.float32])
+    assert cuda.launches() == 2
+
+
+# one launch ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, *EIGHT])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ALIGNED)
+def test_one_launch(cuda, name, dtype, weights):
+    args = weighted(made(*ALIGNED[name], dtype=dtype), weights)
+    for blocks in (1, 3, 8):
+        cuda.machine(multiprocessors=blocks)
+        close(cuda.low_rank_group(**args), args, TOLERANCE[dtype])
+        assert cuda.launches() == 1
+    plain = {**args, "bias": None, "residual": None}
+    close(cuda.low_rank_group(**plain), plain, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("weights", [None, *EIGHT])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [(48, 90, False), (32, 90, False)],
+        [(48, 90, True), (32, 90, True)],
+        [(48, 90, True), (32, 90, False)],
+    ],
+)
+def test_gated(cuda, layers, dtype, weights):
+    for tokens in (1, 5, 12):
+        args = made(tokens, 96, layers, dtype=dtype, gated=True)
+        args["residual"] = args["residual"][:, :90].contiguous()
+        args["down"] = args["down"] / 8  # so that silu is where it is neither 0 nor the identity
+        args = weighted(args, weights)
+        close(cuda.low_rank_group(**args), args, TOLERANCE[dtype])
+    assert cuda.launches() == 3
+
+
+@pytest.mark.parametrize("weights", [None, *EIGHT])
+@pytest.mark.parametrize("dtype", HALF)
+def test_same_bits_whatever_is_not_of_the_sum(cuda, dtype, weights):
+    """For any grid, order of threads, length of the ring, number of tokens, and company."""
+    layers = [(48, 90, True), (80, 133, False)]
+    args = weighted(made(11, 336, layers, dtype=dtype), weights)
+    expected = cuda.low_rank_group(**args)
+    for seed in range(12):
+        shared = (99, 163, 227)[seed % 3] * 1024
+        cuda.machine(seed, multiprocessors=seed % 5 + 1, shared=shared)
+        assert torch.equal(cuda.low_rank_group(**args), expected)
+        assert cuda.launches() == 1
+    for token in (0, 8, 10):
+        one = {name: args[name][token : token + 1] for name in ("x", "residual")}
+        assert torch.equal(cuda.low_rank_group(**{**args, **one})[0], expected[token])
+    alone = {
+        "x": args["x"], "down": args["down"][48:], "ups": args["ups"][1:],
+        "bias": args["bias"][90:], "residual": args["residual"][:, 90:],
+    }  # fmt: skip
+    if weights is not None:
+        alone.update(down_scale=args["down_scale"][48:], up_scales=args["up_scales"][1:])
+    assert torch.equal(cuda.low_rank_group(**alone), expected[:, 90:])
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_fewer_tokens_at_a_time_where_memory_is_small(cuda, dtype):
+    args = made(15, 64, [(512, 40, False)], dtype=dtype)
+    expected = cuda.low_rank_group(**args)
+    assert cuda.launches() == 1
+    for shared, launches in [(72, 2), (56, 4), (50, 8)]:
+        cuda.machine(shared=shared * 1024)
+        assert torch.equal(cuda.low_rank_group(**args), expected)
+        assert cuda.launches() == launches
+
+
+def test_counter_is_ready_for_the_next_grid(cuda):
+    args = made(*ALIGNED["one"], dtype=torch.bfloat16)
+    expected = cuda.low_rank_group(**args)
+    for blocks in (3, 1, 7, 2, 2):
+        before = cuda.counter.value
+        cuda.machine(multiprocessors=blocks)
+        assert torch.equal(cuda.low_rank_group(**args), expected)
+        assert (cuda.counter.value - before) % 2**32 == 2**31
+
+
+def test_rows_that_lie_apart(cuda):
+    """What is between them is NaN."""
+    args = made(3, 64, [(16, 24, False), (32, 50, True)], dtype=torch.bfloat16)
+    expected = cuda.low_rank_group(**args)
+    assert torch.equal(cuda.low_rank_group(**args, steps=[24, 48]), expected)
+    assert cuda.launches() == 2
+
+
+@pytest.mark.parametrize("weights", EIGHT)
+@pytest.mark.parametrize("dtype", HALF)
+def test_every_eight_bit_number(cuda, dtype, weights):
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(weights)
+    known = codes.float()
+    numbers = torch.where(known.isnan(), 0, known)
+    one = torch.ones(256)
+    args = {
+        "x": torch.eye(16, dtype=dtype), "down": torch.eye(16).to(weights),
+        "down_scale": torch.ones(16), "ups": [codes.view(16, 16).mT.contiguous()],
+        "up_scales": [one[:16]],
+    }  # fmt: skip
+    y = cuda.low_rank_group(**args)  # token i, row j: number 16 i + j, and 0 times the others
+    finite = ~known.view(16, 16).isnan().any(0)  # rows with NaN are NaN
+    assert torch.equal(y[:, finite], numbers.view(16, 16)[:, finite].to(dtype))
+    assert y[:, ~finite].isnan().all()
+    codes = numbers.to(weights).view(16, 16)
+    first = {**args, "down": codes, "ups": [torch.eye(16).to(weights)]}
+    y = cuda.low_rank_group(**first)  # token i, row j: number 16 j + i
+    assert torch.equal(y, codes.mT.to(dtype))
+    assert cuda.launches() == 2
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-3, 1.0, 1e3, 3e4])
+def test_float16_between_the_products(cuda, size):
+    """Numbers larger than any float16, and so small that float16 has few digits of them."""
+    args = made(5, 64, [(32, 40, False)], dtype=torch.float16, bias=None, residual=None)
+    args["x"] = (args["x"] / 4).clamp(-1, 1)
+    args["down"] = args["down"].clamp(-2, 2) * size
+    args["ups"] = [args["ups"][0] / max(size, 1e-4)]
+    assert size < 1e4 or (args["x"].double() @ args["down"].double().mT).abs().max() > 65504
+    close(cuda.low_rank_group(**args), args, TOLERANCE[torch.float16])
+    assert cuda.launches() == 1
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_numbers_that_are_not_finite(cuda, dtype):
+    args = made(4, 32, [(16, 24, False)], dtype=dtype, bias=None, residual=None)
+    args["x"][1, 3] = float("nan")
+    args["x"][2, 5] = float("inf")
+    y = cuda.low_rank_group(**args)
+    plain = cuda.low_rank_group(**args, barrier=False)
+    assert torch.equal(y.isnan(), plain.isnan())
+    assert torch.equal(y[[0, 3]].isfinite(), torch.ones(2, 24, dtype=torch.bool))
+    assert y[1].isnan().all()
+    assert not y[2].isfinite().any()
+
+
+@pytest.mark.parametrize("wrong", [-1, -(2**62), 40, 2**62, 16, 39])
+def test_wrong_sources_touch_nothing_else(cuda, wrong):
+    args = made(2, 32, [(16, 40, True), (16, 5, False)], dtype=torch.bfloat16)
+    args["sources"][0] = torch.full((40,), wrong)
+    right = made(2, 32, [(16, 40, True), (16, 5, False)], dtype=torch.bfloat16)
+    y, expected = cuda.low_rank_group(**args), cuda.low_rank_group(**right)
+    assert torch.equal(y[:, 40:], expected[:, 40:])
+
+
+@pytest.mark.parametrize("weights", [None, torch.int8])
+@pytest.mark.parametrize("dtype", HALF)
+def test_error_beside_the_cpu_kernel(cuda, dtype, weights):
+    args = weighted(made(8, 512, [(96, 300, True), (80, 200, False)], dtype=dtype), weights)
+    exact = reference.low_rank_group(**{**args, "x": args["x"].double()})
+    error = (cuda.low_rank_group(**args) - exact).norm()
+    assert error < 1.01 * (low_rank_group(**args) - exact).norm()
+
+
+# what the emulation notices -----------------------------------------------------------------------
+
+MISTAKES = {  # what of decode.cu is left out, or becomes something else
+    "the barrier of the grid": ("if (thread == 0) grid_barrier(task.barrier);", ""),
+    "the wait for copies": ("wait_for_copies<31>();", "wait_for_copies<32>();"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_emulation_shows_mistakes(mistake, tmp_path, library):
+    line, instead = MISTAKES[mistake]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(emulation.ROOT / "csrc", csrc)
+    source = csrc / "cuda" / "decode.cu"
+    text = source.read_text()
+    assert len(re.findall(re.escape(line), text)) == 1
+    source.write_text(text.replace(line, instead))
+    wrong = emulation.build(tmp_path, csrc)
+    args = made(*ALIGNED["qkv"], dtype=torch.bfloat16)
+    expected = library.low_rank_group(**args)
+    found = []
+    for seed in range(4):
+        wrong.machine(seed)
+        try:
+            found.append(wrong.low_rank_group(**args))
+        except AssertionError as error:  # copies on their way
+            found.append(error)
+    assert any(not isinstance(y, torch.Tensor) or not torch.equal(y, expected) for y in found)
+
+
+# the other kernels --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_spectral_scale(cuda, dtype):
+    for tokens, rank in [(1, 1), (3, 5), (300, 70), (7, 0), (0, 7)]:
+        x, grad = (torch.randn(tokens, rank).to(dtype) for _ in range(2))
+        for scale in (torch.randn(rank).to(dtype), torch.randn(rank)):
+            if dtype == torch.float64 and scale.dtype != dtype:
+                continue
+            mask = torch.rand(rank) < 0.7
+            y = spectral._spectral_scale(cuda.runner("spectral_scale"), x, scale, mask)
+            assert torch.equal(y, reference.spectral_scale(x, scale, mask))
+            grads = spectral._spectral_scale_backward(
+                cuda.runner("spectral_scale_backward"), grad, x, scale, mask
+            )
+            expected = reference.spectral_scale_backward(grad, x, scale, mask)
+            assert torch.equal(grads[0], expected[0])
+            rtol = max(1e-5, torch.finfo(scale.dtype).eps)
+            torch.testing.assert_close(grads[1], expected[1], rtol=rtol, atol=1e-4)
+
+
+def test_gaussian(cuda):
+    for rows, columns in [(1, 1), (5, 7), (40, 33)]:
+        omega = torch.empty(rows, columns)
+        cuda.runner("gaussian")(omega, omega.data_ptr(), rows, columns, 2**40 + 7)
+        expected = torch.from_numpy(reference.gaussian(rows, columns, 2**40 + 7)).float()
+        torch.testing.assert_close(omega, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_empty_sketch(cuda):
+    cuda.runner("gaussian")(None, 0, 0, 5, 1)
+    assert cuda.launches() == 0
+    assert sketch.gaussian_sketch(torch.ones(0, 3), 2, 1).shape == (0, 2)
