@@ -2,11 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import soco
 from soco.bench.app import app, main
 from soco.bench.lowrank import Weights, ways
 from soco.bench.model import random_model
@@ -99,6 +101,17 @@ def test_pivoted_layers_are_the_same_products():
         (48 + 64 - r) * r if i == 0 else (32 + 64 - r) * r for i, r in enumerate(weights.ranks)
     )
     assert weights.pivoted_bytes == 4 * stored
+
+
+def test_a_record_says_how_it_was_made(tmp_path, monkeypatch):
+    given = ["lowrank", "--shapes", "tiny", "--kept", "0.5", "--tokens", "1", "--repeats", "1",
+             "--ways", "pairs", "--output", str(tmp_path / "it.json")]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["soco-bench", *given])
+    monkeypatch.setattr("soco.diagnosis.commit_of", lambda folder: f"that of {folder.name}")
+    assert run(*given).exit_code == 0
+    written = record(tmp_path / "it.json")
+    assert written["command"] == "soco-bench " + " ".join([*given[:-1], "it.json"])
+    assert written["commit"] == f"that of {Path(soco.__file__ or '').parents[1].name}"
 
 
 def test_lowrank(tmp_path):

@@ -286,6 +286,15 @@ def test_pivoted_dtypes(dtype, device):
     torch.testing.assert_close(y.float(), wide, rtol=0.05, atol=0.1)
 
 
+@torch.no_grad()
+def test_pivoted_is_one_op_without_gradients(device, monkeypatch):
+    seen, group = [], ops.low_rank_group
+    monkeypatch.setattr(ops, "low_rank_group", lambda *a, **k: seen.append(1) or group(*a, **k))
+    made, x = pivoted(device=device), inputs(4, 6, device=device)
+    torch.testing.assert_close(made(x), made.to_linear()(x))
+    assert len(seen) == 1
+
+
 def test_pivoted_trains(device):
     made, x = pivoted(device=device), inputs(4, 6, device=device).requires_grad_()
     twin, z = copy.deepcopy(made), inputs(4, 6, device=device).requires_grad_()

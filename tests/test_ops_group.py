@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference  # tests/reference.py
 from soco import core, ops
@@ -306,6 +307,35 @@ def test_wrong_sources_read_nothing_else(wrong, device):
         [torch.full((5, 4), 2.0, device=device)], sources=[sources],
     )  # fmt: skip
     assert set(y.flatten().tolist()) <= {0.0, 1.0, 8.0}
+
+
+def prepared(args, **changed):
+    options = {name: args[name] for name in ("sources", "bias")}
+    return ops.PreparedGroup(args["down"], args["ups"], args["x"].dtype, **{**options, **changed})
+
+
+def test_a_prepared_group_has_no_derivative(device):
+    args = made(3, 10, [(4, 7, False)], device)
+    group = prepared(args)
+    y = group(args["x"].requires_grad_())
+    with pytest.raises(RuntimeError, match="low_rank_group is for inference"):
+        y.sum().backward()
+
+
+@torch.no_grad()
+def test_a_prepared_group_is_seen_by_who_follows_ops(device):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    args = made(3, 10, [(4, 7, True)], device)
+    group = prepared(args)
+    with Seen():
+        y = group(args["x"])
+    assert "soco.low_rank_group.default" in names
+    assert torch.equal(group(args["x"]), y)
 
 
 def test_has_no_derivative(device):

@@ -181,6 +181,16 @@ def test_two_threads_may_run_one_model():
         assert all(torch.equal(logits, one) for logits in many)
 
 
+def test_layers_that_are_called_more_than_once_stay_alone():
+    """Which inputs they share is another question at every call."""
+    model = compress(tiny_model("albert"))
+    expected = logits(model)
+    optimize(model)
+    assert groups(model)
+    assert all(len(group) == 1 for group in groups(model))
+    torch.testing.assert_close(logits(model), expected)
+
+
 def test_compiles_as_a_whole():
     model = optimize(compress_pivoted(tiny_model("llama")))
     expected = logits(model)

@@ -200,6 +200,19 @@ def replaced_factor(layer):
     layer.up.get_parameter("0.weight").data.mul_(2)
 
 
+def another_factor(layer):
+    was, layer.up = layer.up, nn.Linear(*layer.up.weight.T.shape, bias=False).requires_grad_(False)
+    layer.up.weight.copy_(was.weight * 2)
+
+
+def another_class(layer):
+    class Double(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    layer.down.__class__ = Double
+
+
 def hook(layer):
     layer.down.register_forward_hook(lambda module, args, output: output * 2)
 
@@ -238,7 +251,8 @@ def pivots_in_place(layer):
 
 
 CHANGES = [
-    change_a_weight_in_place, load_a_state, new_weight, moved_weight, replaced_factor, hook,
+    change_a_weight_in_place, load_a_state, new_weight, moved_weight, replaced_factor, another_factor,
+    another_class, hook,
     pre_hook, wrapped_forward, parametrized, bias_of_a_factor, new_bias, bias_in_place,
     pivots_in_place,
 ]  # fmt: skip
@@ -356,6 +370,16 @@ def test_compiles_in_one_graph(tokens, backend, device):
         expected = torch.cat([layer(x) for layer in made], -1)
         torch.testing.assert_close(run(x), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(run(x + 1), torch.cat([f(x + 1) for f in made], -1))
+
+
+def test_an_exported_program_holds_plain_layers(calls):
+    made = layers(SETS["qkv"])
+    LayerGroup(made)
+    with torch.no_grad():
+        program = torch.export.export(nn.Sequential(made[0]), (inputs(3),))
+    ops_of = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "soco.low_rank_group.default" not in ops_of
+    torch.testing.assert_close(program.module()(inputs(3)), made[0](inputs(3)))
 
 
 class Block(nn.Module):
