@@ -251,10 +251,9 @@ def pivots_in_place(layer):
 
 
 CHANGES = [
-    change_a_weight_in_place, load_a_state, new_weight, moved_weight, replaced_factor, another_factor,
-    another_class, hook,
-    pre_hook, wrapped_forward, parametrized, bias_of_a_factor, new_bias, bias_in_place,
-    pivots_in_place,
+    change_a_weight_in_place, load_a_state, new_weight, moved_weight, replaced_factor,
+    another_factor, another_class, hook, pre_hook, wrapped_forward, parametrized,
+    bias_of_a_factor, new_bias, bias_in_place, pivots_in_place,
 ]  # fmt: skip
 
 

@@ -162,8 +162,7 @@ class Worker {
     begin_first();
     for (int slot = 1; slot < task.slots; ++slot) copy_next();
     load_small();
-    first_product();
-    __syncthreads();
+    first_product();  // and a barrier of the block
     if (thread == 0) grid_barrier(task.barrier);
     __syncthreads();
     for (int p = 0; p < part_count; ++p) {

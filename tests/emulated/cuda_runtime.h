@@ -2,9 +2,10 @@
 // run here, so that they are tested without a GPU.
 //
 // Every thread of a block is a fiber, and the fibers run in an order that is drawn anew all the
-// time. They change at barriers and where a warp computes together, so that a barrier that is
-// missing shows as a wrong result. Blocks of a cooperative launch run at the same time, each in a
-// thread of the system; others run one after the other. Shared memory begins as NaN.
+// time. They change at barriers and where a warp computes together, and a warp that is drawn now
+// and then stands still for a while, so that a barrier that is missing shows as a wrong result.
+// Blocks of a cooperative launch run at the same time, each in a thread of the system; others run
+// one after the other. Shared memory begins as NaN.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -79,6 +80,7 @@ struct Fiber {
 
 struct Warp {
   Rendezvous together;
+  int sleeps = 0;  // rounds that it is not run for
   uint32_t exchange[32][8];
 };
 
@@ -162,11 +164,17 @@ inline void run_block(Block& b) {
   std::vector<Fiber*> order;
   for (Fiber& fiber : b.fibers) order.push_back(&fiber);
   for (size_t left = count; left > 0;) {
-    bool ran = false, spun = false;
+    bool ran = false, spun = false, slept = false;
+    for (Warp& one : b.warps) one.sleeps -= one.sleeps > 0;
+    if (b.random() % 8 == 0) b.warps[b.random() % b.warps.size()].sleeps = b.random() % 64;
     const size_t begin = b.random() % order.size();
     const bool backward = b.random() % 2;
     for (size_t i = 0; i < order.size(); ++i) {
       Fiber& fiber = *order[(begin + (backward ? order.size() - i : i)) % order.size()];
+      if (b.warps[static_cast<size_t>(&fiber - b.fibers.data()) / 32].sleeps > 0) {
+        slept = true;
+        continue;
+      }
       if (fiber.done || (fiber.waits != nullptr && fiber.waits->turn == fiber.turn)) continue;
       fiber.waits = nullptr;
       spun = spun || fiber.spins;
@@ -175,7 +183,7 @@ inline void run_block(Block& b) {
       swapcontext(&b.scheduler, &fiber.context);
       left -= fiber.done;
     }
-    if (!ran && !spun) fail("threads of a block wait for each other for ever");
+    if (!ran && !spun && !slept) fail("threads of a block wait for each other for ever");
     if (!ran) std::this_thread::yield();
   }
   block = nullptr;
