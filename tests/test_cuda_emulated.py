@@ -13,22 +13,9 @@ import torch
 import emulation
 import reference
 from soco.ops import low_rank_group, sketch, spectral
-from test_ops_group import DTYPES, EIGHT, GROUPS, TOLERANCE, in_eight_bits, made
+from test_ops_group import ALIGNED, DTYPES, EIGHT, GROUPS, TOLERANCE, in_eight_bits, made
 
 HALF = [torch.bfloat16, torch.float16]
-# As GROUPS, with rows that begin at multiples of 16 bytes, in 8 bits, too.
-ALIGNED = {
-    "one": (3, 64, [(16, 24, False)]),
-    "one token": (1, 1040, [(128, 257, False)]),
-    "qkv": (5, 144, [(32, 70, False), (16, 31, False), (16, 31, False)]),
-    "pivoted": (2, 192, [(64, 150, True), (32, 40, True)]),
-    "mixed": (8, 80, [(32, 60, True), (48, 41, False), (16, 17, True)]),
-    "wide": (16, 320, [(48, 90, True), (80, 33, False)]),
-    "many rows": (9, 32, [(240, 260, False)]),
-    "rank 16": (2, 16, [(16, 1, False), (16, 300, False)]),
-    "no outputs": (2, 32, [(16, 0, False), (16, 5, False)]),
-    "all identity": (2, 32, [(16, 16, True), (16, 30, True)]),
-}
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,20 @@ GROUPS = {
     "no inputs": (2, 0, [(2, 3, False)]),
 }
 
+# As GROUPS, with rows that begin at multiples of 16 bytes, in 8 bits, too.
+ALIGNED = {
+    "one": (3, 64, [(16, 24, False)]),
+    "one token": (1, 1040, [(128, 257, False)]),
+    "qkv": (5, 144, [(32, 70, False), (16, 31, False), (16, 31, False)]),
+    "pivoted": (2, 192, [(64, 150, True), (32, 40, True)]),
+    "mixed": (8, 80, [(32, 60, True), (48, 41, False), (16, 17, True)]),
+    "wide": (16, 320, [(48, 90, True), (80, 33, False)]),
+    "many rows": (9, 32, [(240, 260, False)]),
+    "rank 16": (2, 16, [(16, 1, False), (16, 300, False)]),
+    "no outputs": (2, 32, [(16, 0, False), (16, 5, False)]),
+    "all identity": (2, 32, [(16, 16, True), (16, 30, True)]),
+}
+
 
 def randn(*shape, seed, device="cpu", dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
@@ -129,6 +143,49 @@ def test_matches_reference(name, dtype, device, side):
     rtol = TOLERANCE[dtype] if side == "kernel" or dtype.itemsize > 2 else 4 * TOLERANCE[dtype]
     close(args, rtol)
     close({**args, "sources": args["sources"], "bias": None, "residual": None}, rtol)
+
+
+@pytest.mark.parametrize("weights", [None, *EIGHT])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ALIGNED)
+def test_rows_of_16_bytes(name, dtype, weights, device):
+    """On CUDA these take one launch."""
+    args = made(*ALIGNED[name], "cpu", dtype)
+    args = args if weights is None else in_eight_bits(args, weights)
+    args = {k: _to(v, device) for k, v in args.items()}
+    close(args, TOLERANCE[dtype])
+    y = ops.low_rank_group(**args)
+    for _ in range(100):
+        assert torch.equal(ops.low_rank_group(**args), y)
+
+
+@torch.no_grad()
+def test_in_cuda_graphs(device):
+    """Recorded on one stream, replayed side by side on two."""
+    if device == "cpu":
+        pytest.skip("graphs are of CUDA")
+    groups, graphs, outputs, expected = [], [], [], []
+    for seed in range(2):
+        args = made(4, 1024, [(256, 900, True), (512, 800, False)], device, torch.bfloat16)
+        args["x"] = randn(4, 1024, seed=50 + seed, device=device, dtype=torch.bfloat16)
+        group = prepared(args)
+        expected.append(group(args["x"]))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = args["x"]
+            for _ in range(20):
+                y = group(args["x"])
+        groups.append((group, args["x"]))
+        graphs.append(graph)
+        outputs.append(y)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(50):
+        for graph, stream, y in zip(graphs, streams, outputs, strict=True):
+            with torch.cuda.stream(stream):
+                y.zero_()
+                graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, e) for y, e in zip(outputs, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
