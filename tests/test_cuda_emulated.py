@@ -219,6 +219,24 @@ def test_numbers_that_are_not_finite(cuda, dtype):
     assert not y[2].isfinite().any()
 
 
+def test_infinity_between_the_products(cuda):
+    args = made(2, 32, [(16, 24, False)], dtype=torch.bfloat16, bias=None, residual=None)
+    args["x"][0, 3], args["down"][:, 3] = 3e38, 0
+    args["down"][5, 3] = 100
+    y = cuda.low_rank_group(**args)
+    assert torch.equal(y[0], args["ups"][0][:, 5] * float("inf"))
+    assert y[1].isfinite().all()
+
+
+def test_scales_near_the_ends_of_float32(cuda):
+    args = made(3, 32, [(16, 24, False)], dtype=torch.float16, bias=None, residual=None)
+    args = in_eight_bits(args, torch.int8)
+    args["down_scale"] *= 2.0**-120
+    args["up_scales"][0] *= 2.0**120
+    close(cuda.low_rank_group(**args), args, TOLERANCE[torch.float16])
+    assert cuda.launches() == 1
+
+
 @pytest.mark.parametrize("wrong", [-1, -(2**62), 40, 2**62, 16, 39])
 def test_wrong_sources_touch_nothing_else(cuda, wrong):
     args = made(2, 32, [(16, 40, True), (16, 5, False)], dtype=torch.bfloat16)

@@ -516,9 +516,9 @@ class Worker {
       const int token = thread / kRows, index = i * kRows + thread % kRows;
       if (token < task.tokens && index < here.rows) {
         float value = total(sums, token, thread % kRows);
-        value *= shared<float>(task.at.up_scale)[here.first + index];
         if constexpr (std::is_same_v<T, Float16>)
           value *= 1.0f / shared<float>(task.at.token_scale)[token];
+        value *= shared<float>(task.at.up_scale)[here.first + index];
         const int at =
             member.sources == nullptr ? index : shared<int>(task.at.column)[here.first + index];
         finish(here, token, at, value);
