@@ -69,7 +69,6 @@ class Guarded:
         if size == 0:
             return 0
         address = self._library.guarded(c_size_t(size))
-        ctypes.memset(address, 0xFF, size)
         self._held.append((address, size))
         return address
 

@@ -246,6 +246,15 @@ def test_wrong_sources_touch_nothing_else(cuda, wrong):
     assert torch.equal(y[:, 40:], expected[:, 40:])
 
 
+def test_sources_in_no_order_touch_nothing_else(cuda):
+    args = made(2, 32, [(16, 400, True)], dtype=torch.bfloat16)
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        args["sources"] = [torch.randint(-40, 440, (400,), generator=generator)]
+        cuda.machine(seed, multiprocessors=seed % 3 + 1)
+        assert cuda.low_rank_group(**args).shape == (2, 400)
+
+
 @pytest.mark.parametrize("weights", [None, torch.int8])
 @pytest.mark.parametrize("dtype", HALF)
 def test_error_beside_the_cpu_kernel(cuda, dtype, weights):

@@ -9,7 +9,9 @@
 #pragma once
 #include <math.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdint>
@@ -89,13 +91,35 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Rendezvous all;
-  std::vector<unsigned char> shared;
+  void* shared = nullptr;
   ucontext_t scheduler;
   Fiber* now = nullptr;
   std::mt19937_64 random;
   std::function<void()> kernel;
 };
 inline thread_local Block* block = nullptr;
+
+// Memory that ends where a page begins that must not be touched, and begins behind such a page. It
+// is all ones: NaN in any floating-point type.
+inline size_t pages_for(size_t bytes) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return ((bytes + 15) / 16 * 16 + page - 1) / page + 1;
+}
+inline void* guarded(size_t bytes) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), pages = pages_for(bytes);
+  auto* const begin = static_cast<unsigned char*>(mmap(
+      nullptr, (pages + 1) * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  mprotect(begin, page, PROT_NONE);
+  mprotect(begin + pages * page, page, PROT_NONE);
+  auto* const memory = begin + pages * page - (bytes + 15) / 16 * 16;
+  memset(memory, 0xff, bytes);
+  return memory;
+}
+inline void release(void* memory, size_t bytes) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), pages = pages_for(bytes);
+  munmap(static_cast<unsigned char*>(memory) + (bytes + 15) / 16 * 16 - pages * page,
+         (pages + 1) * page);
+}
 
 [[noreturn]] inline void fail(const char* what) {
   fprintf(stderr, "emulated CUDA: %s\n", what);
@@ -200,7 +224,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared, bool together,
                    static_cast<unsigned>(i / grid.x / grid.y));
     b.size = size;
     b.grid = grid;
-    b.shared.assign(shared + 16, 0xff);
+    b.shared = guarded(shared);
     b.random.seed(machine.seed + 7919 * i);
     b.kernel = kernel;
     if (together)
@@ -209,6 +233,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared, bool together,
       run_block(b);
   }
   for (std::thread& thread : threads) thread.join();
+  for (Block& b : blocks) release(b.shared, shared);
 }
 
 }  // namespace emulated

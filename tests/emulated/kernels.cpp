@@ -1,7 +1,5 @@
 // What tests call: the CUDA kernels, compiled as C++ with the headers here in the place of CUDA's.
 #include <cuda_runtime.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "lowrank.h"
 #include "sketch.h"
@@ -9,22 +7,8 @@
 
 extern "C" {
 
-// Memory that ends where a page begins that must not be touched.
-void* guarded(size_t bytes) {
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  const size_t padded = (bytes + 15) / 16 * 16, pages = (padded + page - 1) / page + 1;
-  auto* const begin = static_cast<unsigned char*>(mmap(
-      nullptr, (pages + 1) * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  mprotect(begin, page, PROT_NONE);
-  mprotect(begin + pages * page, page, PROT_NONE);
-  return begin + pages * page - padded;
-}
-
-void release(void* memory, size_t bytes) {
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  const size_t padded = (bytes + 15) / 16 * 16, pages = (padded + page - 1) / page + 1;
-  munmap(static_cast<unsigned char*>(memory) + padded - pages * page, (pages + 1) * page);
-}
+void* guarded(size_t bytes) { return emulated::guarded(bytes); }
+void release(void* memory, size_t bytes) { emulated::release(memory, bytes); }
 
 void set_machine(int multiprocessors, int shared, int major, bool refuses, uint64_t seed) {
   emulated::machine = {multiprocessors, shared, major, refuses, seed, 0, 0};

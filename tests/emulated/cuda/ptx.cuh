@@ -10,8 +10,7 @@
 namespace soco::cuda {
 
 inline unsigned char* shared_memory() {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(emulated::block->shared.data());
-  return reinterpret_cast<unsigned char*>((begin + 15) / 16 * 16);
+  return static_cast<unsigned char*>(emulated::block->shared);
 }
 
 inline void done(const emulated::Copy& copy) {
