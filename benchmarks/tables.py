@@ -245,10 +245,16 @@ def layers_timed(records: list[dict]) -> str:
                 f"{' | '.join(cells)} | {ours['times_faster_than']['pairs']:.2f}x | "
                 f"{ours['of_roofline']:.0%} |"
             )
-    rates = " and ".join(
-        f"{r['read_gb_s']:.1f} GB/s with {r['machine']['threads']} thread(s)" for r in records
+    rates = " and ".join(_rates(record) for record in records)
+    text = (
+        f"Milliseconds; the roofline is memory read in the same rounds, {rates}. {_made(records)}"
     )
-    return "\n".join([*lines, "", f"Milliseconds. Memory was read at {rates}. {_made(records)}"])
+    return "\n".join([*lines, "", text])
+
+
+def _rates(record: dict) -> str:
+    found = sorted(row["read_gb_s"] for row in record["rows"])
+    return f"{found[0]:.1f} to {found[-1]:.1f} GB/s with {record['machine']['threads']} thread(s)"
 
 
 def generation_timed(record: dict) -> str:

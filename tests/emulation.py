@@ -72,14 +72,18 @@ class Guarded:
         self._held.append((address, size))
         return address
 
-    def copy(self, tensor: Tensor | None, step: int | None = None) -> int:
-        """The address of a copy; of its rows, ``step`` elements apart, if that is given."""
+    def copy(self, tensor: Tensor | None, step: int | None = None, shift: int = 0) -> int:
+        """The address of a copy.
+
+        Its rows are ``step`` elements apart, if that is given; it begins ``shift`` bytes behind a
+        multiple of 16.
+        """
         if tensor is None or tensor.numel() == 0:
             return 0
         flat = tensor.contiguous()
         size = flat.element_size()
         if step is None or step == flat.shape[1]:
-            address = self.space(flat.numel() * size)
+            address = self.space(flat.numel() * size + shift) + shift
             ctypes.memmove(address, flat.data_ptr(), flat.numel() * size)
             return address
         address = self.space(((len(flat) - 1) * step + flat.shape[1]) * size)
@@ -127,10 +131,15 @@ class Emulation:
         *,
         residual: Tensor | None = None,
         barrier: bool = True,
+        shift: int = 0,
         steps: Sequence[int] | None = None,
         **options: Any,
     ) -> Tensor:
-        """``soco.ops.low_rank_group``; ``steps``: elements between rows of each of ``ups``."""
+        """``soco.ops.low_rank_group``, with and without a counter.
+
+        ``shift``: bytes that x begins behind a multiple of 16; ``steps``: elements between rows of
+        each of ``ups``.
+        """
         weights = Weights(down, ups, **options)
         count, tokens = len(ups), len(x)
         y = x.new_empty(tokens, weights.width)
@@ -147,7 +156,7 @@ class Emulation:
                     up.shape[1], len(up), out,
                 )  # fmt: skip
             ranks = len(down)
-            given_x, given_down = memory.copy(x), memory.copy(down)
+            given_x, given_down = memory.copy(x, shift=shift), memory.copy(down)
             given_residual = memory.copy(residual)
             z = memory.space(tokens * ranks * sum_dtype(x).itemsize)
             size = y.numel() * y.element_size()

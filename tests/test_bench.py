@@ -13,7 +13,7 @@ from soco.bench.app import app, main
 from soco.bench.lowrank import Weights, ways
 from soco.bench.model import random_model
 from soco.bench.shapes import SHAPES, rank_for
-from soco.bench.timing import MOST, copies_for, percentiles, read_rate, side_by_side
+from soco.bench.timing import MOST, Memory, copies_for, percentiles, read_rate, side_by_side
 from soco.packing import weight_bytes
 
 CPU = torch.device("cpu")
@@ -49,6 +49,15 @@ def test_enough_copies_for_the_cache():
 
 def test_memory_is_read_at_some_rate():
     assert 0.1 < read_rate(CPU) < 10_000
+
+
+def test_memory_is_read_whole():
+    memory = Memory(3 * 2**24 + 5)
+    assert memory.nbytes == 3 * 2**24
+    with torch.inference_mode():
+        sums = {memory.read(number).item() for number in range(40)}
+    assert sums == {memory.nbytes / 4}  # of ones
+    assert Memory(1).nbytes == 2**24
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != "tiny"])
@@ -132,6 +141,8 @@ def test_lowrank(tmp_path):
     assert row["ways"]["soco"]["bytes"] == 4 * 16 * (128 + 96 + 96)
     assert row["ways"]["dense"]["bytes"] == 4 * 64 * 128
     ours = row["ways"]["soco"]
+    assert ours["of_roofline"] == pytest.approx(ours["gb_s"] / row["read_gb_s"], abs=1e-3)
+    assert "read" not in row["ways"]
     ratio = row["ways"]["pairs"]["median_us"] / ours["median_us"]
     assert ours["times_faster_than"]["pairs"] == pytest.approx(ratio, abs=1e-3)
     assert ours["p10_us"] <= ours["median_us"] <= ours["p90_us"]

@@ -76,6 +76,12 @@ def test_two_launches_where_one_is_not_possible(cuda, group, machine, barrier):
     assert cuda.launches() == 2
 
 
+def test_an_input_that_begins_anywhere_takes_two_launches(cuda):
+    args = made(*ALIGNED["one"], dtype=torch.bfloat16)
+    close(cuda.low_rank_group(**args, shift=2), args, TOLERANCE[torch.bfloat16])
+    assert cuda.launches() == 2
+
+
 def test_float32_takes_two_launches(cuda):
     args = made(*ALIGNED["one"])
     close(cuda.low_rank_group(**args), args, TOLERANCE[torch.float32])

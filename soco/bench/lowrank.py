@@ -9,10 +9,11 @@ from torch.nn.functional import linear
 
 from soco import ops
 from soco.bench.shapes import SHAPES, rank_for
-from soco.bench.timing import Run, copies_for, side_by_side
+from soco.bench.timing import Memory, Run, copies_for, side_by_side
 from soco.packing import EIGHT_BIT, round_rows
 
 ALIGN = 16  # ranks are rounded up to multiples of this, for all ways alike
+READ = "read"  # memory, in turn with the ways
 BASELINE = "pairs"  # two linear layers for every one: what everybody runs
 
 
@@ -137,16 +138,24 @@ def measure(
     roofline: float,
     repeats: int,
 ) -> Iterator[dict[str, Any]]:
-    """One row per shape, group of layers, fraction kept, dtype and number of tokens."""
+    """One row per shape, group of layers, fraction kept, dtype and number of tokens.
+
+    On the CPU ``roofline`` is measured anew for every row, in turn with what is timed.
+    """
     for shape in shapes:
         for group, layers in SHAPES[shape].groups.items():
             for fraction in kept:
                 for dtype in dtypes:
                     weights = Weights(layers, fraction, dtype, device, "dense" in names)
+                    memory = Memory(weights.nbytes) if device.type == "cpu" else None
                     for count in tokens:
                         x = torch.randn(count, weights.inner, device=device).to(dtype)
                         runs = ways(weights, x, names)
+                        if memory is not None:
+                            runs[READ] = memory.read
                         times = side_by_side(runs, weights.copies, device, repeats)
+                        if memory is not None:
+                            roofline = memory.nbytes / times.pop(READ)["median_us"] / 1e3
                         yield {
                             "shape": shape,
                             "group": group,
@@ -155,6 +164,7 @@ def measure(
                             "ranks": weights.ranks,
                             "dtype": str(dtype).removeprefix("torch."),
                             "tokens": count,
+                            "read_gb_s": round(roofline, 2),
                             "ways": {
                                 name: _with_rates(name, found, times, weights, roofline, dtype)
                                 for name, found in times.items()

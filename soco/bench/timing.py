@@ -15,6 +15,8 @@ Run = Callable[[int], Any]  # does the work with the weights of that number
 CACHES = 4  # weights are cycled through until they are this many times the last-level cache
 MOST = 128  # copies: layers so small that more are needed are cached in a model, too
 CALLS = 50  # in a CUDA graph, at least
+READ_AT_LEAST = 2**24  # bytes, in a call that shows how fast memory is
+CPU = torch.device("cpu")
 DEFAULT_CACHE = 64 * 2**20  # bytes, where the size of the cache is not known
 
 
@@ -106,6 +108,28 @@ def _by_graphs(runs: Mapping[str, Run], copies: int, repeats: int) -> dict[str, 
             if turn >= 3:
                 times[name].append(begin.elapsed_time(end) / 1e3 / calls)
     return {name: percentiles(found) for name, found in times.items()}
+
+
+class Memory:
+    """Reads memory on the CPU and does nothing else.
+
+    It runs our own float32 kernel on a vector, which reads several streams at once and gets more
+    than a sum or a product by torch. What memory gives depends on who else reads it, and changes
+    from one minute to the next: timed in turn with what reads ``nbytes``, this is the roofline.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        rows = max(nbytes, READ_AT_LEAST) // 4096
+        self.nbytes = rows * 4096  # that a call reads
+        buffers = [torch.ones(rows, 1024) for _ in range(copies_for(self.nbytes, CPU))]
+        self._groups = [
+            ops.PreparedGroup(buffer, [torch.ones(1, rows)], torch.float32) for buffer in buffers
+        ]
+        self._vector = torch.ones(1, 1024)
+
+    def read(self, number: int) -> Any:
+        """Read one of several buffers that no cache holds together."""
+        return self._groups[number % len(self._groups)](self._vector)
 
 
 def read_rate(device: torch.device) -> float:
