@@ -158,9 +158,12 @@ class Worker {
         mine(lines_of(given.in * static_cast<int64_t>(sizeof(W)), warp)) {}
 
   __device__ void run() {
-    find_parts();
     begin_first();
-    for (int slot = 1; slot < task.slots; ++slot) copy_next();
+    int slot = 1;
+    for (; slot < task.slots && stage == kFirst; ++slot) copy_next();
+    find_parts();  // while the first weights are on their way
+    if (stage == kBetween) begin_second();
+    for (; slot < task.slots; ++slot) copy_next();
     load_small();
     first_product();  // and a barrier of the block
     if (thread == 0) grid_barrier(task.barrier);
@@ -183,9 +186,12 @@ class Worker {
   const Lines mine;        // of them
   int64_t column = 0;      // the first column of y that is the block's
   int columns = 0, part_count = 0;
+  bool knows_parts = false;
   // What is copied next: of the first product a line of a token or of a tile, of the second a tile.
+  enum Stage { kFirst, kBetween, kSecond, kNone };
+  Stage stage = kNone;
   int copied = 0, taken = 0;
-  int stage = 2, line = 0, step = 0, tiles = 0, tile = 0, at_part = 0;
+  int line = 0, step = 0, tiles = 0, tile = 0, at_part = 0;
   int64_t row = 0;
   Lines lines{0, 0};
   int turn = 0;  // which of two buffers the sums of a tile go to
@@ -220,6 +226,7 @@ class Worker {
     __syncthreads();
     for (int p = 0; p < part_count; ++p) read_sources(part(p));
     __syncthreads();
+    knows_parts = true;
   }
 
   // Of a pivoted member: which rows of up the columns are, and which numbers of z.
@@ -256,17 +263,22 @@ class Worker {
   // ---- copies
 
   __device__ void begin_first() {
-    stage = 0;
+    stage = kFirst;
     row = from;
     lines = mine;
     line = lines.begin;
     step = 0;
     tiles = tiles_of(to - row);
-    if (row >= to || lines.begin >= lines.end) begin_second();
+    if (row >= to || lines.begin >= lines.end) end_first();
+  }
+
+  __device__ void end_first() {
+    stage = kBetween;
+    if (knows_parts) begin_second();
   }
 
   __device__ void begin_second() {
-    stage = 1;
+    stage = kSecond;
     at_part = -1;
     next_part();
   }
@@ -280,7 +292,7 @@ class Worker {
       line = lines.begin;
       if (tiles > 0 && lines.begin < lines.end) return;
     }
-    stage = 2;
+    stage = kNone;
   }
 
   static __device__ int tiles_of(int64_t rows) {
@@ -292,7 +304,7 @@ class Worker {
   __device__ void copy_next() {
     uint4* const slot = ring + (copied++ & (task.slots - 1)) * kThreads + thread;
     const int64_t input = static_cast<int64_t>(line) * 4 * kInputs + lane % 4 * kInputs;
-    if (stage == 0) {
+    if (stage == kFirst) {
       if (step < kHalves * kLoads) {
         const int token = step / kLoads * 8 + lane / 4;
         const int64_t at = input + step % kLoads * 8;
@@ -309,10 +321,10 @@ class Worker {
           line = lines.begin;
           row += kTiles * kRows;
           tiles = tiles_of(to - row);
-          if (row >= to) begin_second();
+          if (row >= to) end_first();
         }
       }
-    } else if (stage == 1) {
+    } else if (stage == kSecond) {
       const Part& here = part(at_part);
       const Member& member = task.all.member[here.member];
       const int64_t of_part = tile * kRows + lane / 4;
@@ -685,7 +697,7 @@ bool run(const LowRankGroup& g, void* stream) {
     const int64_t left = g.tokens - first;
     task.tokens = static_cast<int>(left < at_once ? left : at_once);
     task.x = static_cast<const T*>(g.x) + first * g.in;
-    task.z = static_cast<float*>(g.z) + first * task.all.ranks;
+    task.z = static_cast<float*>(g.z);
     task.y = static_cast<T*>(g.y) + first * task.columns;
     if (g.residual != nullptr)
       task.residual = static_cast<const T*>(g.residual) + first * task.columns;
