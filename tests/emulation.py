@@ -52,25 +52,26 @@ def build(folder: Path, csrc: Path = ROOT / "csrc") -> "Emulation":
 
 
 class Guarded:
-    """Copies of tensors, each between two pages that must not be touched."""
+    """Copies of tensors between pages that must not be touched: behind each, or before it."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, at_the_beginning: bool) -> None:
         self._library, self._held = library, []
+        self._at_the_beginning = c_bool(at_the_beginning)
 
     def __enter__(self) -> "Guarded":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for address, size in self._held:
-            self._library.release(c_void_p(address), c_size_t(size))
+        for guarded in self._held:
+            self._library.release(c_void_p(guarded))
 
     def space(self, size: int) -> int:
         """The address of ``size`` bytes, all ones: NaN in any floating-point type."""
         if size == 0:
             return 0
-        address = self._library.guarded(c_size_t(size))
-        self._held.append((address, size))
-        return address
+        guarded = self._library.guarded(c_size_t(size), self._at_the_beginning)
+        self._held.append(guarded)
+        return self._library.memory_of(c_void_p(guarded))
 
     def copy(self, tensor: Tensor | None, step: int | None = None, shift: int = 0) -> int:
         """The address of a copy.
@@ -97,7 +98,8 @@ class Emulation:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
-        library.guarded.restype = c_void_p
+        library.guarded.restype = library.memory_of.restype = c_void_p
+        self.at_the_beginning = False  # where arrays have a page that must not be touched
         self.counter = c_uint32(0)
         self.machine()
 
@@ -143,7 +145,7 @@ class Emulation:
         weights = Weights(down, ups, **options)
         count, tokens = len(ups), len(x)
         y = x.new_empty(tokens, weights.width)
-        with Guarded(self.library) as memory:
+        with Guarded(self.library, self.at_the_beginning) as memory:
             sources = weights.sources or [None] * count
             scales = weights.up_scales or [None] * count
             members = (Member * count)()

@@ -28,6 +28,7 @@ def library(tmp_path_factory):
 @pytest.fixture
 def cuda(library):
     library.machine()
+    library.at_the_beginning = False
     return library
 
 
@@ -243,8 +244,10 @@ def test_scales_near_the_ends_of_float32(cuda):
     assert cuda.launches() == 1
 
 
+@pytest.mark.parametrize("at_the_beginning", [False, True])
 @pytest.mark.parametrize("wrong", [-1, -(2**62), 40, 2**62, 16, 39])
-def test_wrong_sources_touch_nothing_else(cuda, wrong):
+def test_wrong_sources_touch_nothing_else(cuda, wrong, at_the_beginning):
+    cuda.at_the_beginning = at_the_beginning
     args = made(2, 32, [(16, 40, True), (16, 5, False)], dtype=torch.bfloat16)
     args["sources"][0] = torch.full((40,), wrong)
     right = made(2, 32, [(16, 40, True), (16, 5, False)], dtype=torch.bfloat16)
@@ -252,7 +255,9 @@ def test_wrong_sources_touch_nothing_else(cuda, wrong):
     assert torch.equal(y[:, 40:], expected[:, 40:])
 
 
-def test_sources_in_no_order_touch_nothing_else(cuda):
+@pytest.mark.parametrize("at_the_beginning", [False, True])
+def test_sources_in_no_order_touch_nothing_else(cuda, at_the_beginning):
+    cuda.at_the_beginning = at_the_beginning
     args = made(2, 32, [(16, 400, True)], dtype=torch.bfloat16)
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)

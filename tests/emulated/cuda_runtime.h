@@ -59,6 +59,28 @@ struct Machine {
 };
 inline Machine machine;
 
+// Memory between two pages that must not be touched: it ends where the one begins, or begins where
+// the other ends. It is all ones: NaN in any floating-point type.
+struct Guarded {
+  size_t bytes, size;
+  unsigned char* pages;
+  unsigned char* memory;
+
+  Guarded(size_t bytes_, bool at_the_beginning) : bytes((bytes_ + 15) / 16 * 16) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    size = ((bytes + page - 1) / page + 2) * page;
+    pages = static_cast<unsigned char*>(
+        mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(pages, page, PROT_NONE);
+    mprotect(pages + size - page, page, PROT_NONE);
+    memory = at_the_beginning ? pages + page : pages + size - page - bytes;
+    memset(memory, 0xff, bytes);
+  }
+  ~Guarded() { munmap(pages, size); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+};
+
 struct Rendezvous {
   unsigned size = 0, come = 0, turn = 0;
 };
@@ -91,35 +113,13 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Rendezvous all;
-  void* shared = nullptr;
+  std::unique_ptr<Guarded> shared;
   ucontext_t scheduler;
   Fiber* now = nullptr;
   std::mt19937_64 random;
   std::function<void()> kernel;
 };
 inline thread_local Block* block = nullptr;
-
-// Memory that ends where a page begins that must not be touched, and begins behind such a page. It
-// is all ones: NaN in any floating-point type.
-inline size_t pages_for(size_t bytes) {
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return ((bytes + 15) / 16 * 16 + page - 1) / page + 1;
-}
-inline void* guarded(size_t bytes) {
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), pages = pages_for(bytes);
-  auto* const begin = static_cast<unsigned char*>(mmap(
-      nullptr, (pages + 1) * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  mprotect(begin, page, PROT_NONE);
-  mprotect(begin + pages * page, page, PROT_NONE);
-  auto* const memory = begin + pages * page - (bytes + 15) / 16 * 16;
-  memset(memory, 0xff, bytes);
-  return memory;
-}
-inline void release(void* memory, size_t bytes) {
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), pages = pages_for(bytes);
-  munmap(static_cast<unsigned char*>(memory) + (bytes + 15) / 16 * 16 - pages * page,
-         (pages + 1) * page);
-}
 
 [[noreturn]] inline void fail(const char* what) {
   fprintf(stderr, "emulated CUDA: %s\n", what);
@@ -224,7 +224,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared, bool together,
                    static_cast<unsigned>(i / grid.x / grid.y));
     b.size = size;
     b.grid = grid;
-    b.shared = guarded(shared);
+    b.shared.reset(new Guarded(shared, false));
     b.random.seed(machine.seed + 7919 * i);
     b.kernel = kernel;
     if (together)
@@ -233,7 +233,6 @@ inline void launch(dim3 grid, dim3 size, size_t shared, bool together,
       run_block(b);
   }
   for (std::thread& thread : threads) thread.join();
-  for (Block& b : blocks) release(b.shared, shared);
 }
 
 }  // namespace emulated

@@ -7,8 +7,11 @@
 
 extern "C" {
 
-void* guarded(size_t bytes) { return emulated::guarded(bytes); }
-void release(void* memory, size_t bytes) { emulated::release(memory, bytes); }
+void* guarded(size_t bytes, bool at_the_beginning) {
+  return new emulated::Guarded(bytes, at_the_beginning);
+}
+void* memory_of(void* guarded) { return static_cast<emulated::Guarded*>(guarded)->memory; }
+void release(void* guarded) { delete static_cast<emulated::Guarded*>(guarded); }
 
 void set_machine(int multiprocessors, int shared, int major, bool refuses, uint64_t seed) {
   emulated::machine = {multiprocessors, shared, major, refuses, seed, 0, 0};

@@ -9,9 +9,7 @@
 
 namespace soco::cuda {
 
-inline unsigned char* shared_memory() {
-  return static_cast<unsigned char*>(emulated::block->shared);
-}
+inline unsigned char* shared_memory() { return emulated::block->shared->memory; }
 
 inline void done(const emulated::Copy& copy) {
   if (copy.from == nullptr)
