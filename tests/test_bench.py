@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,16 @@ def test_pivoted_layers_are_the_same_products():
         (48 + 64 - r) * r if i == 0 else (32 + 64 - r) * r for i, r in enumerate(weights.ranks)
     )
     assert weights.pivoted_bytes == 4 * stored
+
+
+@torch.inference_mode()
+def test_every_shape_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", mode=None))
+    for tokens in (1, 2, 3):
+        weights = Weights([(8, 16)], 0.5, torch.float32, CPU, dense=False)
+        ways(weights, torch.randn(tokens, 16), ["compiled"])["compiled"](0)
 
 
 def test_a_record_says_how_it_was_made(tmp_path, monkeypatch):

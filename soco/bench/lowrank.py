@@ -71,6 +71,7 @@ def ways(weights: Weights, x: Tensor, names: Sequence[str]) -> dict[str, Run]:
         turned = [_pivoted(weights, i, dtype) for i in range(weights.copies)]
         made["pivoted"] = lambda i: turned[i](x)
     if "compiled" in names:
+        torch.compiler.reset()  # else, from the ninth shape on, it is not compiled any longer
         compiled = torch.compile(_pairs, mode="max-autotune-no-cudagraphs", dynamic=False)
         made["compiled"] = lambda i: compiled(x, apart[i], weights.ups[i])
     for name in EIGHT_BIT:
