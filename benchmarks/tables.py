@@ -340,8 +340,14 @@ def main() -> None:
     if comparisons:
         write_comparisons(comparisons)
     performance = ROOT / "docs" / "performance.md"
-    if found := [part for _, part in parts if part.get("kind") == "lowrank"]:
-        insert(performance, "lowrank", layers_timed(found))
+    layers = [part for _, part in parts if part.get("kind") == "lowrank"]
+    compiled = [part for part in layers if "compiled" in part["rows"][0]["ways"]]
+    for marker, found in (
+        ("lowrank", [part for part in layers if part not in compiled]),
+        ("compiled", compiled),
+    ):
+        if found:
+            insert(performance, marker, layers_timed(found))
     if found := [part for _, part in parts if part.get("kind") == "model"]:
         insert(performance, "model", models_timed(found))
     for _, part in parts:
