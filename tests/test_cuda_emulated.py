@@ -277,7 +277,7 @@ def test_error_beside_the_cpu_kernel(cuda, dtype, weights):
 
 # what the emulation notices -----------------------------------------------------------------------
 
-MISTAKES = {  # what of decode.cu is left out, or becomes something else
+MISTAKES = {  # what of decode.cuh is left out, or becomes something else
     "the barrier of the grid": ("if (thread == 0) grid_barrier(task.barrier);", ""),
     "the wait for copies": ("wait_for_copies<31>();", "wait_for_copies<32>();"),
 }
@@ -288,7 +288,7 @@ def test_emulation_shows_mistakes(mistake, tmp_path, library):
     line, instead = MISTAKES[mistake]
     csrc = tmp_path / "csrc"
     shutil.copytree(emulation.ROOT / "csrc", csrc)
-    source = csrc / "cuda" / "decode.cu"
+    source = csrc / "cuda" / "decode.cuh"
     text = source.read_text()
     assert len(re.findall(re.escape(line), text)) == 1
     source.write_text(text.replace(line, instead))
