@@ -491,7 +491,9 @@ class Worker {
 template <typename T, typename W, int kHalves>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ Task<T, W> task) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // others have not its instructions
   Worker<T, W, kHalves>(task, shared_memory()).run();
+#endif
 }
 
 }  // namespace soco::cuda::decoding
