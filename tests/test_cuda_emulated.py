@@ -83,6 +83,13 @@ def test_an_input_that_begins_anywhere_takes_two_launches(cuda):
     assert cuda.launches() == 2
 
 
+def test_ranks_that_end_between_16_bytes_take_two_launches(cuda):
+    """Their rows begin at multiples of 16 bytes, and what is behind them is NaN."""
+    args = made(3, 64, [(12, 24, False)], dtype=torch.bfloat16)
+    close(cuda.low_rank_group(**args, steps=[16]), args, TOLERANCE[torch.bfloat16])
+    assert cuda.launches() == 2
+
+
 def test_float32_takes_two_launches(cuda):
     args = made(*ALIGNED["one"])
     close(cuda.low_rank_group(**args), args, TOLERANCE[torch.float32])
