@@ -114,9 +114,8 @@ def test_pivoted_layers_are_the_same_products():
 
 
 @torch.inference_mode()
+@torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)
 def test_every_shape_is_compiled(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", mode=None))
     for tokens in (1, 2, 3):
         weights = Weights([(8, 16)], 0.5, torch.float32, CPU, dense=False)
