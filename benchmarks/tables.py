@@ -11,9 +11,9 @@ model between the ``compare`` markers of docs/methods.md, a short one of all mod
 ``results`` markers of README.md, docs/images/compare-MODEL.png, and docs/images/readme.png with the
 methods of the short table on the first model.
 
-    python benchmarks/tables.py benchmarks/results/resize.json
+    python benchmarks/tables.py benchmarks/results/resize.json benchmarks/results/resize-fine.json
 
-writes a table between the ``resize`` markers of docs/methods.md.
+writes tables between the markers of these names in docs/methods.md.
 
     python benchmarks/tables.py benchmarks/results/lowrank-*.json benchmarks/results/decode.json \
         benchmarks/results/model-*.json
@@ -350,11 +350,11 @@ def main() -> None:
             insert(performance, marker, layers_timed(found))
     if found := [part for _, part in parts if part.get("kind") == "model"]:
         insert(performance, "model", models_timed(found))
-    for _, part in parts:
+    for path, part in parts:
         if any("times_faster_than_dense" in row for row in part["rows"]):
             insert(performance, "decode", generation_timed(part))
         if any("own_training" in row for row in part["rows"]):
-            insert(ROOT / "docs" / "methods.md", "resize", sized(part))
+            insert(ROOT / "docs" / "methods.md", path.stem, sized(part))
 
 
 def write_studies(studies: list[dict]) -> None:
