@@ -419,57 +419,6 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-class Snapshot:
-    """How a compressed layer was, to see at little cost whether it still is.
-
-    What is looked at is all that a call without gradients depends on, but for the values: the
-    factors and whether anything is attached to them (an adapter, a hook, a parametrization,
-    accelerate's wrapping of forward), and where weights and bias lie.
-    """
-
-    def __init__(self, layer: CompressedLinear) -> None:
-        self._factors = [
-            (name, factor, factor.weight, factor.weight.data_ptr())
-            for name, factor in (("down", layer.down), ("up", layer.up))
-        ]
-        self._modules, self._parameters = layer._modules, layer._parameters
-        self._buffers = layer._buffers
-        self._bias = layer.bias
-        self._bias_address = 0 if layer.bias is None else layer.bias.data_ptr()
-        self._pivots = layer._buffers.get("pivots")
-        self._version = 0 if self._pivots is None else version_of(self._pivots)
-
-    def holds(self) -> bool:
-        """Whether the layer is as it was.
-
-        A compiler cannot follow addresses: it asks once, while it compiles.
-        """
-        return self._constant() if torch.compiler.is_compiling() else self._found()
-
-    @torch.compiler.assume_constant_result
-    def _constant(self) -> bool:
-        return self._found()
-
-    def _found(self) -> bool:
-        """Look. It reads dictionaries, since attributes of modules are slow."""
-        for name, factor, weight, address in self._factors:
-            if (
-                self._modules.get(name) is not factor
-                or type(factor) is not nn.Linear
-                or factor._forward_hooks
-                or factor._forward_pre_hooks
-                or "forward" in factor.__dict__
-                or factor._parameters.get("bias") is not None
-                or factor._parameters.get("weight") is not weight
-                or weight.data_ptr() != address
-            ):
-                return False
-        bias, pivots = self._parameters.get("bias"), self._buffers.get("pivots")
-        if bias is not self._bias or (bias is not None and bias.data_ptr() != self._bias_address):
-            return False
-        return pivots is self._pivots and (pivots is None or version_of(pivots) == self._version)
-
-
 def version_of(x: Tensor) -> int:
     """What changes when somebody writes into ``x``; where torch does not tell, 0."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version

@@ -107,7 +107,7 @@ bool run(const LowRankGroup& g, void* stream) {
   Task<T, W> task{};
   task.all = members_of(g);
   task.gated = g.gated;
-  task.columns = g.gated ? g.members[0].out : task.all.columns;
+  task.columns = task.all.width;
   for (int m = 0; m < task.all.count; ++m) {
     const Member& member = g.members[m];
     task.cost[m] = 1 + (member.out > 0 ? member.rank * member.rows / member.out : 0);
@@ -151,21 +151,16 @@ bool run(const LowRankGroup& g, void* stream) {
   return true;
 }
 
-template <typename T>
-bool run_weights(const LowRankGroup& group, void* stream) {
-  if (group.weight_dtype == group.dtype) return run<T, T>(group, stream);
-  if (group.weight_dtype == Dtype::kInt8) return run<T, Int8>(group, stream);
-  if (group.weight_dtype == Dtype::kFloat8) return run<T, Float8>(group, stream);
-  return false;
-}
-
 }  // namespace
 
 bool decode(const LowRankGroup& group, void* stream) {
-  const bool half = group.dtype == Dtype::kBFloat16 || group.dtype == Dtype::kFloat16;
-  if (!half || !fits(group)) return false;
-  return group.dtype == Dtype::kBFloat16 ? run_weights<BFloat16>(group, stream)
-                                         : run_weights<Float16>(group, stream);
+  bool launched = false;
+  visit_types(group, [&](auto* tag, auto* weight_tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    using W = std::remove_pointer_t<decltype(weight_tag)>;
+    if constexpr (sizeof(T) == 2) launched = fits(group) && run<T, W>(group, stream);
+  });
+  return launched;
 }
 
 }  // namespace soco::cuda

@@ -78,9 +78,9 @@ __device__ void output(const Members& all, int number, int64_t i, const Accumula
 template <typename T, typename W>
 __global__ void expand_kernel(Members all, const Accumulate<T>* __restrict__ z,
                               const T* __restrict__ bias, const T* __restrict__ residual,
-                              T* __restrict__ y, int64_t tokens, int64_t columns, bool gated) {
+                              T* __restrict__ y, int64_t tokens, bool gated) {
   using A = Accumulate<T>;
-  const int64_t ranks = all.ranks;
+  const int64_t ranks = all.ranks, columns = all.width;
   for (int64_t column = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y; column < columns;
        column += static_cast<int64_t>(gridDim.x) * kWarps) {
     int number = 0;
@@ -113,7 +113,6 @@ __global__ void expand_kernel(Members all, const Accumulate<T>* __restrict__ z,
 template <typename T, typename W>
 void run(const LowRankGroup& g, void* stream) {
   const Members all = members_of(g);
-  const int64_t columns = g.gated ? g.members[0].out : all.columns;
   const unsigned groups = grid_size(g.tokens, kTokens);
   const dim3 block(kWarp, kWarps);
   auto* const z = static_cast<Accumulate<T>*>(g.z);
@@ -121,9 +120,9 @@ void run(const LowRankGroup& g, void* stream) {
          dim3(grid_size(all.ranks, kWarps), groups), block, stream, static_cast<const T*>(g.x),
          static_cast<const W*>(g.down), g.down_scale, z, g.tokens, g.in, all.ranks);
   launch("low_rank_group, second product", expand_kernel<T, W>,
-         dim3(grid_size(columns, kWarps), groups), block, stream, all, z,
+         dim3(grid_size(all.width, kWarps), groups), block, stream, all, z,
          static_cast<const T*>(g.bias), static_cast<const T*>(g.residual), static_cast<T*>(g.y),
-         g.tokens, columns, g.gated);
+         g.tokens, g.gated);
 }
 
 }  // namespace
@@ -132,14 +131,9 @@ void low_rank_group(const LowRankGroup& group, void* stream) {
   if (group.members.size() > kMostMembers)
     throw std::invalid_argument("soco: too many layers in one group");
   if (decode(group, stream)) return;
-  visit(group.dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    if (group.weight_dtype == group.dtype) return run<T, T>(group, stream);
-    if constexpr (!std::is_same_v<T, double>) {
-      if (group.weight_dtype == Dtype::kInt8) return run<T, Int8>(group, stream);
-      if (group.weight_dtype == Dtype::kFloat8) return run<T, Float8>(group, stream);
-    }
-    throw std::invalid_argument("soco: weights of this dtype do not go with this input");
+  visit_types(group, [&](auto* tag, auto* weight_tag) {
+    run<std::remove_pointer_t<decltype(tag)>, std::remove_pointer_t<decltype(weight_tag)>>(group,
+                                                                                           stream);
   });
 }
 

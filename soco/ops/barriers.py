@@ -56,5 +56,6 @@ def barrier_for(x: Tensor) -> int:
     """The address of a counter for a call on ``x`` on its device's current stream; 0 for none."""
     if not x.is_cuda or x.dtype.itemsize != 2:
         return 0
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    return counters(x.device).address(stream, torch.cuda.is_current_stream_capturing())
+    with torch.cuda.device(x.device):  # whose current stream may be recorded
+        stream = torch.cuda.current_stream().cuda_stream
+        return counters(x.device).address(stream, torch.cuda.is_current_stream_capturing())
