@@ -60,6 +60,7 @@ def learn_scores(
     *,
     pivoted: bool,
     progress: bool | None,
+    written: Tensor | None = None,
     held_out: int = 0,
 ) -> Learned:
     """Train the scores of all layers.
@@ -73,15 +74,17 @@ def learn_scores(
         budgets: parameters that may be kept, one or several, descending.
         pivoted: whether factors will be pivoted, which hold less.
         progress: whether to show a bar.
+        written: token ids (sequences, length) that are trained on beside the calibration.
         held_out: so many of the calibration's last sequences are not trained on: a refinement that
             follows measures itself by them.
     """
     windows = cast(Tensor, shared.windows)
     windows = windows[: len(windows) - held_out]
+    windows = windows if written is None else torch.cat([windows, written])
     settings = method.settings()
     if len(windows) < settings.batch_size:
         warnings.warn(
-            f"the calibration has {len(windows)} sequences, fewer than one batch of "
+            f"there are {len(windows)} sequences to train on, fewer than one batch of "
             f"{settings.batch_size}: training goes on with batches of {len(windows)}",
             stacklevel=3,
         )
@@ -91,7 +94,7 @@ def learn_scores(
     asked, steps = (each.steps_in_all(len(budgets)) for each in (wanted, settings))
     if steps < asked:
         warnings.warn(
-            f"the calibration has {len(windows)} sequences: {steps} steps are trained instead of "
+            f"there are {len(windows)} sequences to train on: {steps} steps are made instead of "
             f"{asked}, for more than {settings.passes:g} passes over them for one size would "
             f"over-fit (samples= and longer texts give more)",
             stacklevel=3,

@@ -45,8 +45,8 @@ from soco.ranks import check_ratio, parameter_budget
 from soco.refinement import Refinement
 from soco.refinement import refine as refine_factors
 from soco.reporting import Report
-from soco.sampling import sample_from_model, writes_text
 from soco.sizes import params_for_bytes, parse_bytes
+from soco.stages import TrainingSettings
 from soco.steps import Step
 from soco.surgeon import SVDSurgeon, rescale
 from soco.surgery import bias_of, fused_experts, is_linear, shape_of, weight_of
@@ -283,10 +283,11 @@ def _factor(
         spectra = shared.spectra(method.components, groups)
     if isinstance(method, TrainedMethod):
         later = choices.refinement
+        written = _written(run, method.settings())
         with clock("training"), noted(run.notes):
             learned = learn_scores(
                 run.model, method, run.targets, spectra, shared, run.budgets,
-                pivoted=pivoted, progress=progress,
+                pivoted=pivoted, progress=progress, written=written,
                 held_out=later.held_out_of(len(run.windows)) if later else 0,
             )  # fmt: skip
         spectrum = None
@@ -397,20 +398,12 @@ def _with_biases(run: _Run, found: Mapping[str, Factors | None]) -> Placed:
     return {name: (found[name], bias_of(module)) for name, module in run.targets.items()}
 
 
-def _written(run: _Run, settings: Refinement | None) -> Tensor | None:
-    """Sequences of the dense model's own for the refinement, where it wants and can have any."""
-    if settings is None or not writes_text(run.model):
+def _written(run: _Run, settings: TrainingSettings | Refinement | None) -> Tensor | None:
+    """Sequences of the dense model's own to be trained on, where they are wanted; while it is."""
+    if settings is None or not settings.written:
         return None
-    count, length = round(settings.written * len(run.windows)), run.windows.shape[1]
-    if not count:
-        return None
-    with (
-        run.clock("written text"),
-        progress_bar(count, "sampling from the model", run.progress) as bar,
-    ):
-        return sample_from_model(
-            run.model, count, length, keep_start=True, seed=settings.seed, on_batch=bar
-        )
+    with run.clock("written text"):
+        return run.shared.written(settings.written, settings.seed)
 
 
 def _refine(

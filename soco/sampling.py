@@ -6,6 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+CACHE_ROOM = 4 * 2**30  # bytes that the keys and values of a batch may take
+
 
 def sample_from_model(
     model: nn.Module,
@@ -15,7 +17,7 @@ def sample_from_model(
     start: int | None = None,
     keep_start: bool = False,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_batch: Callable[[int], None] = lambda sequences: None,
 ) -> Tensor:
     """Calibration text written by the model itself, for when there is none.
@@ -28,7 +30,7 @@ def sample_from_model(
             not name as special.
         keep_start: whether it is the first token of the sequence, or comes before it.
         seed: the same seed gives the same text; the global random state is left alone.
-        batch_size: sequences at a time.
+        batch_size: sequences at a time; None: 64, or as many as ``CACHE_ROOM`` has room for.
         on_batch: called with the number of sequences done, after each batch.
 
     Returns:
@@ -47,6 +49,7 @@ def sample_from_model(
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     ordinary = torch.tensor(sorted(set(range(vocabulary)) - _special_ids(model)))
     generator = torch.Generator().manual_seed(seed)
+    batch_size = batch_size or _batch_size(model, length)
     parts = []
     own = model.generation_config
     plain = type(own)(  # type: ignore[operator]
@@ -80,6 +83,26 @@ def sample_from_model(
         finally:
             model.generation_config = own
     return torch.cat(parts)
+
+
+def _batch_size(model: nn.Module, length: int) -> int:
+    """Sequences whose keys and values have room, 64 at most.
+
+    >>> from types import SimpleNamespace
+    >>> model = nn.Linear(1, 1, dtype=torch.bfloat16)
+    >>> model.config = SimpleNamespace(num_hidden_layers=32, hidden_size=4096)  # Llama-2-7B's
+    >>> _batch_size(model, 2048)  # half a mebibyte per token
+    4
+    """
+    config = getattr(model.config, "text_config", model.config)
+    layers = getattr(config, "num_hidden_layers", None) or 1
+    hidden = getattr(config, "hidden_size", None) or 1
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = (getattr(config, "num_key_value_heads", None) or heads) * (
+        getattr(config, "head_dim", None) or hidden // heads
+    )
+    each = 2 * layers * width * next(model.parameters()).element_size() * length
+    return max(1, min(64, CACHE_ROOM // max(1, each)))
 
 
 def writes_text(model: nn.Module) -> bool:

@@ -100,9 +100,12 @@ class TrainingSettings:
     stages: tuple[Stage, ...] = STAGES
     steps: int = 240  # optimizer steps over all stages
     later_steps: int | None = None  # over all stages of a second and later budget; None: half
-    spacing: float | None = 0.05  # ratios of one training that are further apart get others between
-    # them, so that no step between two is larger than this; None: those that are given, alone
-    passes: float | None = 16.0  # over the calibration, at most: on few sequences more of them
+    later_rate: float = 0.25  # learning rate of those, as a multiple: they begin near their end
+    spacing: float | None = 0.125  # ratios of one training get others between them, so that none is
+    # larger than the one before by more than this fraction of it; None: those given, alone
+    written: float = 0.5  # sequences that the dense model writes itself, to be trained on beside
+    # the calibration's, as a multiple of those; models that do not generate text have none
+    passes: float | None = 16.0  # over all these sequences, at most: on few of them more passes
     # over-fit; None: all steps, whatever there is
     criterion: Literal["fisher", "score"] = "fisher"  # what a component is kept for
     offered: float | None = None  # at the start every layer has at most so many components, as a
@@ -136,6 +139,10 @@ class TrainingSettings:
             raise ValueError(f"later_steps must be at least 1, or None, got {self.later_steps}")
         if self.spacing is not None and not self.spacing >= 0.01:
             raise ValueError(f"spacing must be at least 0.01, or None, got {self.spacing}")
+        if not 0 <= self.written < math.inf:
+            raise ValueError(f"written must be at least 0, got {self.written}")
+        if not self.later_rate > 0:
+            raise ValueError(f"later_rate must be positive, got {self.later_rate}")
         if self.passes is not None and not self.passes > 0:
             raise ValueError(f"passes must be positive, or None, got {self.passes}")
         if self.offered is not None and not self.offered > 0:
@@ -160,13 +167,16 @@ class TrainingSettings:
         return replace(self, steps=min(self.steps, most), later_steps=later)
 
     def stations(self, ratios: Sequence[float]) -> tuple[float, ...]:
-        """The ratios that are trained for: those given, ascending, and others evenly between."""
+        """The ratios that are trained for: those given, ascending, and others between them.
+
+        They are evenly spaced in their logarithm, since the loss grows with a power of the ratio.
+        """
         found = list(ratios[:1])
         for low, high in pairwise(ratios):
             parts = 1
             if self.spacing is not None:
-                parts = max(1, math.ceil((high - low) / self.spacing - 1e-6))
-            found += [round(low + (high - low) * part / parts, 6) for part in range(1, parts)]
+                parts = max(1, math.ceil(math.log(high / low) / math.log1p(self.spacing) - 1e-6))
+            found += [round(low * (high / low) ** (part / parts), 6) for part in range(1, parts)]
             found.append(high)
         return tuple(found)
 

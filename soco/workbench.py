@@ -17,6 +17,7 @@ from soco.linalg import Factors, Spectrum
 from soco.methods import Basis
 from soco.modules import LowRankLinear
 from soco.objectives import Objective, objective_for
+from soco.sampling import sample_from_model, writes_text
 from soco.surgery import bias_of, replaced, shape_of, weight_of
 
 Groups = Sequence[tuple[str, ...]]  # layers that share a basis, each under its first name
@@ -51,6 +52,7 @@ class Workbench:
     _statistics: dict[str, Statistics] = field(default_factory=dict)
     _spectra: dict[tuple, Spectrum] = field(default_factory=dict)
     _probed: dict[tuple, float] = field(default_factory=dict)
+    _written: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (count, seed)
     _dense: list[Tensor] = field(default_factory=list)  # outputs for the probe's windows
     _unseen: set[str] = field(default_factory=set)  # layers that no calibration token went through
     _objective: Objective | None = None
@@ -103,6 +105,31 @@ class Workbench:
         if self.directory is not None and key is not None:
             store(self.directory, key, self._statistics)
         return self._statistics
+
+    def written(self, share: float, seed: int) -> Tensor | None:
+        """Sequences that the model writes itself, to train on beside the calibration.
+
+        Args:
+            share: how many, as a multiple of the calibration's.
+            seed: of what is drawn.
+
+        Returns:
+            Token ids (sequences, length), on the CPU; None where there are none to be: the model
+            does not write text of the kind that it reads, or the share is 0.
+        """
+        count = round(share * len(self.windows)) if self.windows is not None else 0
+        if not count or self.windows is None or not writes_text(self.model):
+            return None
+        key = count, seed
+        if key not in self._written:
+            # Calibration that the model wrote with the same seed would come again.
+            again = self.source.get("source") == "self"
+            with self._bar(count, "sampling from the model") as bar:
+                self._written[key] = sample_from_model(
+                    self.model, count, self.windows.shape[1], keep_start=True, seed=seed + again,
+                    on_batch=bar,
+                )  # fmt: skip
+        return self._written[key]
 
     def forget(self) -> None:
         """Drop all that was collected and computed; what is asked for again is made again."""

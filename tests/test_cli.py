@@ -184,9 +184,9 @@ def test_compress_writes_a_model_that_transformers_loads(run, place):
 @pytest.mark.parametrize(
     ("words", "stations"),
     [
-        (["--spacing", "0.15"], [0.2, 0.3, 0.4, 0.5, 0.6]),
+        (["--spacing", "0.45"], [0.2, 0.282843, 0.4, 0.489898, 0.6]),
         (["--spacing", "1"], [0.2, 0.4, 0.6]),
-        ([], [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]),
+        ([], [0.2 * 2 ** (i / 6) for i in range(6)] + [0.4 * 1.5 ** (i / 4) for i in range(5)]),
     ],
 )
 def test_several_sizes_of_one_training(run, place, words, stations):
@@ -207,7 +207,8 @@ def test_several_sizes_of_one_training(run, place, words, stations):
         params.append(done.model_params_after)
         assert (folder / "tokenizer.json").exists()
         assert (folder / SPECTRUM).exists() == (name == "ratio-0.2")
-    assert list(ElasticSpectrum.load(place / "out" / names[0] / SPECTRUM).ratios) == stations
+    found = ElasticSpectrum.load(place / "out" / names[0] / SPECTRUM).ratios
+    assert found == pytest.approx(stations, abs=1e-6)
     assert params == sorted(params, reverse=True)
     code, out, _ = run("resize", "out/ratio-0.2", "--ratio", "0.3", "--output", "between")
     assert code == 0
@@ -253,6 +254,7 @@ def test_a_size_in_bytes_where_the_cpu_computes_in_another_dtype(run, place, mon
         (["--effort", "fast"], SoCo.preset("fast")),
         (["--effort", "balanced"], SoCo()),
         (["--preset", "paper"], SoCo.preset("paper")),
+        (["--written", "0"], SoCo(written=0.0)),
     ],
 )
 def test_efforts_and_presets(run, place, words, settings):
@@ -679,6 +681,8 @@ OUT = ["--output", "out"]
             ["dense", *OUT, "-c", "self", "--allocator", "energy"],
             "--allocator is for other methods",
         ),
+        (["dense", *OUT, "--written", "-1", "-c", "self"], "Invalid value for '--written'"),
+        (["dense", *OUT, "--method", "svd", "--written", "1"], "--written is for method soco"),
         (["dense", *OUT, "--method", "svd", "--steps", "3"], "--steps is for method soco"),
         (["dense", *OUT, "--method", "svd", "--include", "*x*"], "matches no linear layer"),
         (["dense", *OUT, "--method", "svd", "--device", "none"], "device 'none' cannot be used"),

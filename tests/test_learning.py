@@ -97,7 +97,7 @@ def test_positions(bench):
 def test_a_short_calibration_is_told(bench):
     bench.windows = WINDOWS[:3]
     budget = parameter_budget(bench.shapes, 0.5)
-    with pytest.warns(UserWarning, match="3 sequences, fewer than one batch of 8"):
+    with pytest.warns(UserWarning, match="3 sequences to train on, fewer than one batch of 8"):
         learn_scores(
             bench.model, SoCo(steps=3, fisher_warmup=1), bench.targets, spectra(bench), bench,
             [budget], pivoted=False, progress=False,
@@ -107,7 +107,7 @@ def test_a_short_calibration_is_told(bench):
 def test_few_sequences_are_not_gone_over_for_ever(bench):
     budget = parameter_budget(bench.shapes, 0.5)
     method = SoCo(steps=20, batch_size=4, fisher_warmup=1, passes=3)
-    with pytest.warns(UserWarning, match="8 sequences: 6 steps are trained instead of 20, for mo"):
+    with pytest.warns(UserWarning, match="8 sequences to train on: 6 steps are made instead of"):
         learned = learn_scores(
             bench.model, method, bench.targets, spectra(bench), bench, [budget], pivoted=False,
             progress=False,
@@ -115,7 +115,7 @@ def test_few_sequences_are_not_gone_over_for_ever(bench):
     assert len(learned.history) == 6
     budgets = [budget, budget // 2]
     method = SoCo(steps=4, later_steps=9, batch_size=4, fisher_warmup=1, passes=3)
-    with pytest.warns(UserWarning, match="8 sequences: 10 steps are trained instead of 13"):
+    with pytest.warns(UserWarning, match="8 sequences to train on: 10 steps are made in"):
         learned = learn_scores(
             bench.model, method, bench.targets, spectra(bench), bench, budgets, pivoted=False,
             progress=False,
@@ -205,3 +205,22 @@ def test_the_bar_counts_the_steps_of_all_budgets(bench, monkeypatch):
         pivoted=False, progress=False,
     )  # fmt: skip
     assert totals == [10 + 5 + 5] == [len(learned.history)]
+
+
+def test_written_text_is_trained_on_beside_the_calibration(bench, monkeypatch):
+    """All of it, but for what is held out of the calibration; passes count both."""
+    seen = []
+
+    def spy(model, layers, windows, *arguments, **options):
+        seen.append(windows)
+        return train_scores(model, layers, windows, *arguments, **options)
+
+    monkeypatch.setattr("soco.learning.train_scores", spy)
+    written = torch.randint(3, 96, (5, WINDOWS.shape[1]))
+    with pytest.warns(UserWarning, match="11 sequences to train on: 3 steps are made instead of 9"):
+        learn_scores(
+            bench.model, SoCo(steps=9, batch_size=4, fisher_warmup=1, passes=1), bench.targets,
+            spectra(bench), bench, [parameter_budget(bench.shapes, 0.5)], pivoted=False,
+            progress=False, written=written, held_out=2,
+        )  # fmt: skip
+    assert torch.equal(seen[0], torch.cat([WINDOWS[:-2], written]))

@@ -88,6 +88,7 @@ def test_paper_preset():
     assert paper.stages == SOFT_STAGES
     assert not any(stage.hard for stage in paper.stages)
     assert paper.steps == 9
+    assert not paper.written
     assert SoCo.preset("paper").settings().within_passes(256).steps == 600  # as long as it is
 
 
@@ -95,6 +96,7 @@ def test_fast_preset_spends_few_sequences():
     fast, default = SoCo.preset("fast"), SoCo()
     assert fast.sampled
     assert not default.sampled
+    assert (fast.written, default.written) == (0, 0.5)  # generating takes longer than it all
     seen = [each.batch_size * (each.fisher_warmup + each.steps) for each in (fast, default)]
     assert seen == [72, 1952]  # sequences, of which effort fast has a prior to see fewer
     assert fast.fisher_prior == 2 * fast.fisher_warmup

@@ -4,6 +4,8 @@ import importlib
 import itertools
 import json
 import math
+from dataclasses import replace
+from functools import partial
 
 import datasets
 import pytest
@@ -386,13 +388,13 @@ def test_compressed_twice():
 
 
 def test_too_little_data_is_a_warning_with_numbers():
-    model = tiny_model("llama")
+    model, quick = tiny_model("llama"), replace(QUICK, written=0.0)
     with pytest.warns(UserWarning, match="fewer") as caught:
-        compress(model, 0.4, method=QUICK, calibration=tokens(3, 6), samples=16)
+        compress(model, 0.4, method=quick, calibration=tokens(3, 6), samples=16)
     texts = [str(warning.message) for warning in caught]
     assert any("3 windows of 6, fewer than the 16 asked for" in text for text in texts)
     assert any("saw fewer calibration tokens than they have inputs" in text for text in texts)
-    assert any("3 sequences, fewer than one batch of 4" in text for text in texts)
+    assert any("3 sequences to train on, fewer than one batch of 4" in text for text in texts)
     assert list(report(model).warnings) == texts
 
 
@@ -609,6 +611,43 @@ def test_refine_has_text_of_the_dense_models_own(name, count, monkeypatch):
     expected = sample_from_model(tiny_model(name), count, length, keep_start=True, seed=3)
     assert torch.equal(seen[0], expected)
     assert report(model).seconds["written text"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "count"), [("llama", 1.0, 24), ("llama", 0.0, 0), ("t5", 1.0, 0)]
+)
+def test_scores_are_trained_on_text_of_the_dense_models_own(name, written, count, monkeypatch):
+    model, seen = tiny_model(name), []
+    train = pipeline.learn_scores
+
+    def spy(*arguments, written, **options):
+        seen.append(written)
+        return train(*arguments, written=written, **options)
+
+    monkeypatch.setattr(pipeline, "learn_scores", spy)
+    method = SoCo(steps=1, batch_size=2, fisher_warmup=1, written=written, seed=3)
+    compress(model, 0.5, method=method, calibration=tokens(24), samples=24)
+    assert report(model).settings["written"] == written
+    if not count:
+        assert seen == [None]
+        assert ("written text" in report(model).seconds) == bool(written)
+        return
+    length = report(model).calibration["length"]
+    expected = sample_from_model(tiny_model(name), count, length, keep_start=True, seed=3)
+    assert torch.equal(seen[0], expected)
+    assert report(model).seconds["written text"] > 0
+
+
+def test_the_choice_of_effort_best_sees_no_written_text(monkeypatch):
+    """Its refinement does; the choice is made for the calibration."""
+    monkeypatch.setattr(pipeline, "_refine", lambda *arguments: [])
+    monkeypatch.setattr(pipeline, "learn_scores", partial(_without_written, pipeline.learn_scores))
+    compress(tiny_model("llama"), 0.5, effort="best", calibration=tokens(24), samples=24)
+
+
+def _without_written(train, *arguments, written, **options):
+    assert written is None
+    return train(*arguments, written=written, **options)
 
 
 def windows_of(model, windows):

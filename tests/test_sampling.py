@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from soco import sampling
 from soco.sampling import sample_from_model, writes_text
 from tiny_models import tiny_model
 
@@ -169,3 +170,20 @@ def test_who_writes_text_of_the_kind_that_it_reads():
     written = [writes_text(tiny_model(name)) for name in ("llama", "gpt2", "t5", "bert")]
     assert written == [True, True, False, False]
     assert not writes_text(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "each"),
+    [
+        ("llama", 2 * 2 * (2 * 8) * 4),  # two layers, two heads for keys and values of 8, float32
+        ("gpt2", 2 * 2 * 32 * 4),
+    ],
+)
+def test_a_batch_has_room_for_keys_and_values(name, each, monkeypatch):
+    model, done = tiny_model(name), []
+    monkeypatch.setattr(sampling, "CACHE_ROOM", 4 * each * 10 - 1)
+    sample_from_model(model, 7, 10, on_batch=done.append)
+    assert done == [3, 6, 7]
+    monkeypatch.setattr(sampling, "CACHE_ROOM", 1)  # one sequence is always written
+    sample_from_model(model, 2, 10, on_batch=done.append)
+    assert done[3:] == [1, 2]

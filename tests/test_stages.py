@@ -37,6 +37,7 @@ def test_rate_follows_a_cosine():
         ("learning_rate", 0.0, "learning_rate must be positive, got 0.0"),
         ("criterion", "size", 'criterion must be "fisher" or "score", got \'size\''),
         ("later_steps", 0, "later_steps must be at least 1, or None, got 0"),
+        ("later_rate", 0.0, "later_rate must be positive, got 0.0"),
         ("spacing", 0.0, "spacing must be at least 0.01, or None, got 0.0"),
         ("passes", 0.0, "passes must be positive, or None, got 0.0"),
         ("fisher_prior", -1.0, "fisher_prior must be at least 0, got -1.0"),
@@ -54,10 +55,11 @@ def test_settings_are_checked(field, value, text):
     ("spacing", "ratios", "expected"),
     [
         (0.1, (0.2,), (0.2,)),
-        (0.1, (0.2, 0.25), (0.2, 0.25)),
-        (0.1, (0.2, 0.3, 0.6), (0.2, 0.3, 0.4, 0.5, 0.6)),  # a gap of 0.1 is not above it
-        (0.1, (0.2, 0.45), (0.2, 0.283333, 0.366667, 0.45)),  # evenly
-        (0.04, (0.5, 0.6), (0.5, 0.533333, 0.566667, 0.6)),
+        (0.25, (0.2, 0.25), (0.2, 0.25)),  # a step of a quarter is not above it
+        (0.24, (0.2, 0.25), (0.2, 0.223607, 0.25)),
+        (1.0, (0.1, 0.2, 0.8), (0.1, 0.2, 0.4, 0.8)),
+        (0.9, (0.1, 0.8), (0.1, 0.168179, 0.282843, 0.475683, 0.8)),  # evenly, 2^(3/4) each
+        (0.5, (0.001, 0.002), (0.001, 0.001414, 0.002)),
         (None, (0.2, 0.6), (0.2, 0.6)),
     ],
 )

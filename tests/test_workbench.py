@@ -8,6 +8,7 @@ from soco.calibration import collect
 from soco.linalg import whitened_svd
 from soco.methods import Plain, TwoSided, Whitened
 from soco.objectives import TokenDistribution
+from soco.sampling import sample_from_model
 from soco.surgery import find_linears, weight_of
 from soco.workbench import PROBE_WINDOWS, Workbench
 from tiny_models import tiny_model
@@ -95,6 +96,36 @@ def test_statistics_go_with_the_decomposition_unless_kept(bench):
     bench.spectra(Whitened(), singles(bench))
     assert not bench._statistics
     assert not bench._spectra
+
+
+def test_text_is_written_once_by_the_model_itself(bench, monkeypatch):
+    runs = []
+
+    def watched(*arguments, **options):
+        runs.append(options["seed"])
+        return sample_from_model(*arguments, **options)
+
+    monkeypatch.setattr(soco.workbench, "sample_from_model", watched)
+    text = bench.written(0.5, 3)
+    assert text is bench.written(0.5, 3)
+    assert runs == [3]
+    expected = sample_from_model(bench.model, 6, WINDOWS.shape[1], keep_start=True, seed=3)
+    assert torch.equal(text, expected)
+    assert len(bench.written(2.0, 3)) == 24
+    assert not torch.equal(bench.written(0.5, 4), text)
+    bench.source["source"] = "self"  # that was drawn with the seed, and would be drawn again
+    assert torch.equal(bench.written(0.5, 2), expected)
+    assert runs[-1] == 3
+
+
+def test_who_does_not_write():
+    """Too few to be one; no text at all; a model that translates, or cannot generate."""
+    for name, windows, share in (
+        ("llama", WINDOWS, 0.0), ("llama", WINDOWS, 0.01), ("llama", None, 1.0),
+        ("t5", WINDOWS, 1.0), ("bert", WINDOWS, 1.0),
+    ):  # fmt: skip
+        model = tiny_model(name)
+        assert Workbench(model, find_linears(model), windows).written(share, 0) is None
 
 
 def test_a_probe_is_the_divergence_with_one_layer_cut(bench):

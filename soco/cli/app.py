@@ -41,6 +41,7 @@ from soco.cli.options import (
     StepsOption,
     SurgeonOption,
     TaskDataOption,
+    WrittenOption,
     several_ratios,
 )
 from soco.cli.program import Commands, run_program
@@ -136,6 +137,7 @@ def compress(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
+    written: WrittenOption = None,
     spacing: SpacingOption = None,
     basis: BasisOption = None,
     deviation: DeviationOption = None,
@@ -155,6 +157,7 @@ def compress(
     """Compress a model and write it to a folder that transformers loads."""
     training = {
         "steps": steps,
+        "written": written,
         "spacing": spacing,
         "basis": None if basis is None else basis.value,
         "deviation": None if deviation is None else deviation.value,

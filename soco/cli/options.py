@@ -218,14 +218,26 @@ StepsOption = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Steps.", show_default="240", rich_help_panel=TRAINING),
 ]
+WrittenOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="X",
+        help="Train on text that the dense model writes itself, too: so many times the samples; "
+        "0: on none, which spares the time to write it.",
+        show_default="0.5 (--effort fast: 0)",
+        rich_help_panel=TRAINING,
+    ),
+]
 SpacingOption = Annotated[
     float | None,
     typer.Option(
         min=0.01,
         metavar="X",
-        help="With --ratios: train for others between them, no further apart than this, so that "
-        "soco resize is close everywhere; 1: for none, which is quicker.",
-        show_default="0.05",
+        help="With --ratios: train for others between them, so that none is larger than the one "
+        "before by more than this fraction of it, and soco resize is close everywhere; a large "
+        "number: for none, which is quicker.",
+        show_default="0.125",
         rich_help_panel=TRAINING,
     ),
 ]

@@ -96,6 +96,7 @@ class SoCo(TrainingSettings, ClosedForm):
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {
         "sampled": True,
+        "written": 0.0,
         "batch_size": 4,
         "fisher_warmup": 4,
         "fisher_prior": 8.0,
@@ -104,6 +105,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     "balanced": {},
     "best": {
+        "written": 0.0,
         "fisher_warmup": 32,
         "steps": 1,
         "stages": CHOICE_STAGES,
@@ -117,6 +119,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "channels": False,
         "deviation": "vector",
         "pivoted": False,
+        "written": 0.0,
         "steps": 600,
         "passes": None,
     },
