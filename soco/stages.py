@@ -100,7 +100,6 @@ class TrainingSettings:
     stages: tuple[Stage, ...] = STAGES
     steps: int = 240  # optimizer steps over all stages
     later_steps: int | None = None  # over all stages of a second and later budget; None: half
-    later_rate: float = 0.25  # learning rate of those, as a multiple: they begin near their end
     spacing: float | None = 0.125  # ratios of one training get others between them, so that none is
     # larger than the one before by more than this fraction of it; None: those given, alone
     written: float = 0.5  # sequences that the dense model writes itself, to be trained on beside
@@ -141,8 +140,6 @@ class TrainingSettings:
             raise ValueError(f"spacing must be at least 0.01, or None, got {self.spacing}")
         if not 0 <= self.written < math.inf:
             raise ValueError(f"written must be at least 0, got {self.written}")
-        if not self.later_rate > 0:
-            raise ValueError(f"later_rate must be positive, got {self.later_rate}")
         if self.passes is not None and not self.passes > 0:
             raise ValueError(f"passes must be positive, or None, got {self.passes}")
         if self.offered is not None and not self.offered > 0:

@@ -131,7 +131,6 @@ def train_scores(
     snapshots = []
     for position, budget in enumerate(budgets):
         run.rate = settings.learning_rate or _measured_rate(run, budget)
-        run.rate *= settings.later_rate if position else 1.0
         optimizer = _optimizer(run)
         for stage, steps in settings.stages_for(position):
             _run_stage(run, stage, steps, batches, begin, budget, optimizer, losses)

@@ -389,28 +389,6 @@ def test_a_later_budget_begins_from_the_one_before_it():
     assert 0.5 < kept[10] < 0.75  # and not at once
 
 
-@pytest.mark.parametrize("later", [1.0, 0.3])
-def test_a_later_budget_has_a_rate_of_its_own(later, monkeypatch):
-    """It begins near its end: large steps would undo what is there."""
-    rates = []
-
-    class Adam(torch.optim.Adam):
-        def step(self):
-            rates.append([group["lr"] for group in self.param_groups])
-            super().step()
-
-    monkeypatch.setattr(training.torch.optim, "Adam", Adam)
-    model, layers, windows = toy(channels=True)
-    settings = TrainingSettings(
-        steps=4, later_steps=3, batch_size=4, stages=(Stage("only", 1.0),), learning_rate=0.1,
-        channel_rate=0.5, later_rate=later,
-    )  # fmt: skip
-    budgets = [int(kept * total(layers)) for kept in (0.8, 0.6, 0.4)]
-    train_scores(model, layers, windows, budgets, TokenDistribution(), settings)
-    first, others = [0.1, 0.05, 0.05], [0.1 * later, 0.05 * later, 0.05 * later]
-    assert rates == [pytest.approx(each) for each in [first] * 4 + [others] * 6]
-
-
 @torch.no_grad()
 def untrained(layers):
     """Let every component live, with a score of 1.3."""
