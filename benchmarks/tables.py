@@ -11,9 +11,9 @@ model between the ``compare`` markers of docs/methods.md, a short one of all mod
 ``results`` markers of README.md, docs/images/compare-MODEL.png, and docs/images/readme.png with the
 methods of the short table on the first model.
 
-    python benchmarks/tables.py benchmarks/results/resize.json benchmarks/results/resize-fine.json
+    python benchmarks/tables.py benchmarks/results/resize.json
 
-writes tables between the markers of these names in docs/methods.md.
+writes the table between the markers of that name in docs/methods.md.
 
     python benchmarks/tables.py benchmarks/results/lowrank-*.json benchmarks/results/decode.json \
         benchmarks/results/model-*.json

@@ -1,4 +1,4 @@
-"""What compressions of one model have in common: statistics, decompositions, sensitivities."""
+"""What compressions of one model share: statistics, decompositions, sensitivities, its own text."""
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
