@@ -36,7 +36,7 @@ from soco.reporting import format_bytes
 
 ROOT = Path(__file__).parents[1]
 # Studies in which text of another kind is half of the question.
-OUTSIDE_TOO = ("calibration", "refine")
+OUTSIDE_TOO = ("calibration", "refine", "written")
 # The columns of the short table: what there was, the best closed forms, and what is trained.
 BRIEF = (
     "svd", "svd-llm", "kfac-svd", "kfac-svd@lems", "kfac-svd+pivoted", "dobi-svd", "soco:fast",
