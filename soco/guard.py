@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from soco.surgery import bias_of
+from soco.surgery import bias_of, text_config
 
 
 @contextmanager
@@ -80,12 +80,13 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time a phase."""
+        """Time a phase, which may come in several parts."""
         begin = time.perf_counter()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[phase] = round(time.perf_counter() - begin, 3)
+        seconds = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
+        self.seconds[phase] = round(seconds, 3)
 
     def peak(self) -> tuple[int, str]:
         """Bytes, and of what: the CUDA device's allocations, or the process's resident memory.
@@ -113,7 +114,5 @@ def _flags(module: nn.Module) -> tuple[bool, bool]:
 def _configs(model: nn.Module) -> list[object]:
     """The configs of a model and its parts, each once."""
     found = [getattr(module, "config", None) for module in model.modules()]
-    getter = getattr(getattr(model, "config", None), "get_text_config", None)
-    if getter is not None:
-        found.append(getter(decoder=True))
+    found.append(text_config(model))
     return list({id(config): config for config in found if config is not None}.values())

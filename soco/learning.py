@@ -154,6 +154,7 @@ def learn_ranks(
     method = SoCo(seed=shared.seed, fisher_prior=0.0)  # the components may be in any unit
     model, targets = shared.model, shared.targets
     learned = learn_scores(
-        model, method, targets, dict(spectra), shared, [budget], pivoted=pivoted, progress=progress
-    )
+        model, method, targets, dict(spectra), shared, [budget], pivoted=pivoted, progress=progress,
+        written=shared.written(method.written, method.seed),
+    )  # fmt: skip
     return {name: int(layer.mask.sum()) for name, layer in learned.layers.items()}

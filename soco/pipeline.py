@@ -400,7 +400,7 @@ def _with_biases(run: _Run, found: Mapping[str, Factors | None]) -> Placed:
 
 def _written(run: _Run, settings: TrainingSettings | Refinement | None) -> Tensor | None:
     """Sequences of the dense model's own to be trained on, where they are wanted; while it is."""
-    if settings is None or not settings.written:
+    if settings is None or not settings.written or not run.shared.writes:
         return None
     with run.clock("written text"):
         return run.shared.written(settings.written, settings.seed)

@@ -6,6 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from soco.surgery import text_config
+
 CACHE_ROOM = 4 * 2**30  # bytes that the keys and values of a batch may take
 
 
@@ -86,15 +88,8 @@ def sample_from_model(
 
 
 def _batch_size(model: nn.Module, length: int) -> int:
-    """Sequences whose keys and values have room, 64 at most.
-
-    >>> from types import SimpleNamespace
-    >>> model = nn.Linear(1, 1, dtype=torch.bfloat16)
-    >>> model.config = SimpleNamespace(num_hidden_layers=32, hidden_size=4096)  # Llama-2-7B's
-    >>> _batch_size(model, 2048)  # half a mebibyte per token
-    4
-    """
-    config = getattr(model.config, "text_config", model.config)
+    """Sequences whose keys and values have room, 64 at most."""
+    config = text_config(model)
     layers = getattr(config, "num_hidden_layers", None) or 1
     hidden = getattr(config, "hidden_size", None) or 1
     heads = getattr(config, "num_attention_heads", None) or 1

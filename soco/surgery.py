@@ -97,7 +97,7 @@ def fused_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
         parameter name to shape, in the tree's order.
     """
     prefixes = tuple(f"{name}." for name in _block_lists(model))
-    counts = _expert_counts(getattr(_text_config(model), "__dict__", {}))
+    counts = _expert_counts(getattr(text_config(model), "__dict__", {}))
     found = {}
     for path, module in model.named_modules():
         if not path.startswith(prefixes):
@@ -274,7 +274,7 @@ def untie_head(model: nn.Module) -> None:
     for key, parameter in list(head.named_parameters(recurse=False)):
         own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
         setattr(head, key, own)
-    for each in (model.config, _text_config(model)):
+    for each in (model.config, text_config(model)):
         setattr(each, "tie_word_embeddings", False)  # noqa: B010 - of whatever class it is
     ties = getattr(model, "all_tied_weights_keys", None)  # transformers 5
     if ties is not None:
@@ -288,7 +288,7 @@ def context_length(model: nn.Module) -> int | None:
 
     Tables with a padding row (RoBERTa's) lose the rows up to it, which no token uses.
     """
-    config = _text_config(model)
+    config = text_config(model)
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
     length = next((v for n in names if isinstance(v := getattr(config, n, None), int)), None)
     if length is None or length < 1:
@@ -356,7 +356,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"{type(model).__name__} has no module {name}") from error
 
 
-def _text_config(model: nn.Module) -> object:
+def text_config(model: nn.Module) -> object:
     """The config of the language model in ``model``: of its decoder where it has several."""
     config = getattr(model, "config", None)
     getter = getattr(config, "get_text_config", None)

@@ -106,6 +106,11 @@ class Workbench:
             store(self.directory, key, self._statistics)
         return self._statistics
 
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes text of the kind that it reads."""
+        return writes_text(self.model)
+
     def written(self, share: float, seed: int) -> Tensor | None:
         """Sequences that the model writes itself, to train on beside the calibration.
 
@@ -117,8 +122,8 @@ class Workbench:
             Token ids (sequences, length), on the CPU; None where there are none to be: the model
             does not write text of the kind that it reads, or the share is 0.
         """
-        count = round(share * len(self.windows)) if self.windows is not None else 0
-        if not count or self.windows is None or not writes_text(self.model):
+        count = 0 if self.windows is None else round(share * len(self.windows))
+        if not count or self.windows is None or not self.writes:
             return None
         key = count, seed
         if key not in self._written:

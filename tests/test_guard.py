@@ -308,8 +308,13 @@ def test_seconds_of_each_phase():
         pass
     with clock("long"):
         time.sleep(0.05)
+    with clock("short"):
+        pass
     assert list(clock.seconds) == ["short", "long"]
     assert 0 <= clock.seconds["short"] < 0.05 <= clock.seconds["long"] < 5
+    with clock("long"):
+        time.sleep(0.05)
+    assert clock.seconds["long"] >= 0.1
 
 
 def test_peak_memory(device):

@@ -37,6 +37,18 @@ def kept(bench, ranks, pivoted=False):
     return sum(layer_params(bench.shapes[name], rank, pivoted) for name, rank in ranks.items())
 
 
+def windows_trained_on(monkeypatch):
+    """A list to which every training of scores adds its windows."""
+    seen = []
+
+    def spy(model, layers, windows, *arguments, **options):
+        seen.append(windows)
+        return train_scores(model, layers, windows, *arguments, **options)
+
+    monkeypatch.setattr("soco.learning.train_scores", spy)
+    return seen
+
+
 @pytest.mark.parametrize("pivoted", [False, True])
 def test_scores_meet_the_budget_and_the_model_is_back(bench, pivoted):
     before, places = logits(bench.model), dict(bench.model.named_modules())
@@ -76,10 +88,12 @@ def test_learned_ranks(bench, monkeypatch):
         "soco.learning.SoCo",
         lambda seed, **fields: SoCo(steps=6, fisher_warmup=1, seed=seed, **fields),
     )
+    seen = windows_trained_on(monkeypatch)
     budget = parameter_budget(bench.shapes, 0.5)
     ranks = learn_ranks(bench, spectra(bench), budget, pivoted=False, progress=False)
     assert list(ranks) == list(bench.targets)
     assert kept(bench, ranks) <= budget
+    assert torch.equal(seen[0], torch.cat([WINDOWS, bench.written(SoCo().written, bench.seed)]))
 
 
 def test_positions(bench):
@@ -209,13 +223,7 @@ def test_the_bar_counts_the_steps_of_all_budgets(bench, monkeypatch):
 
 def test_written_text_is_trained_on_beside_the_calibration(bench, monkeypatch):
     """All of it, but for what is held out of the calibration; passes count both."""
-    seen = []
-
-    def spy(model, layers, windows, *arguments, **options):
-        seen.append(windows)
-        return train_scores(model, layers, windows, *arguments, **options)
-
-    monkeypatch.setattr("soco.learning.train_scores", spy)
+    seen = windows_trained_on(monkeypatch)
     written = torch.randint(3, 96, (5, WINDOWS.shape[1]))
     with pytest.warns(UserWarning, match="11 sequences to train on: 3 steps are made instead of 9"):
         learn_scores(

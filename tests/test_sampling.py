@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from soco import sampling
 from soco.sampling import sample_from_model, writes_text
@@ -187,3 +188,16 @@ def test_a_batch_has_room_for_keys_and_values(name, each, monkeypatch):
     monkeypatch.setattr(sampling, "CACHE_ROOM", 1)  # one sequence is always written
     sample_from_model(model, 2, 10, on_batch=done.append)
     assert done[3:] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("heads", "length", "sequences"), [(32, 2048, 4), (8, 2048, 16), (8, 16, 64)]
+)
+def test_a_batch_of_a_large_model(heads, length, sequences):
+    """Llama-2-7B in bfloat16 keeps half a mebibyte for every token; GQA with 8 heads a quarter."""
+    config = LlamaConfig(
+        num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=heads
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    assert sampling._batch_size(model, length) == sequences
