@@ -199,5 +199,5 @@ def test_a_batch_of_a_large_model(heads, length, sequences):
         num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=heads
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = LlamaForCausalLM(config).bfloat16()
     assert sampling._batch_size(model, length) == sequences
