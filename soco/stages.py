@@ -139,7 +139,7 @@ class TrainingSettings:
         if self.spacing is not None and not self.spacing >= 0.01:
             raise ValueError(f"spacing must be at least 0.01, or None, got {self.spacing}")
         if not 0 <= self.written < math.inf:
-            raise ValueError(f"written must be at least 0, got {self.written}")
+            raise ValueError(f"written must be at least 0 and finite, got {self.written}")
         if self.passes is not None and not self.passes > 0:
             raise ValueError(f"passes must be positive, or None, got {self.passes}")
         if self.offered is not None and not self.offered > 0:

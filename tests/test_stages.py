@@ -1,6 +1,7 @@
 """What a training can be told, and what is refused."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -37,7 +38,8 @@ def test_rate_follows_a_cosine():
         ("learning_rate", 0.0, "learning_rate must be positive, got 0.0"),
         ("criterion", "size", 'criterion must be "fisher" or "score", got \'size\''),
         ("later_steps", 0, "later_steps must be at least 1, or None, got 0"),
-        ("written", -0.5, "written must be at least 0, got -0.5"),
+        ("written", -0.5, "written must be at least 0 and finite, got -0.5"),
+        ("written", math.inf, "written must be at least 0 and finite, got inf"),
         ("spacing", 0.0, "spacing must be at least 0.01, or None, got 0.0"),
         ("passes", 0.0, "passes must be positive, or None, got 0.0"),
         ("fisher_prior", -1.0, "fisher_prior must be at least 0, got -1.0"),
