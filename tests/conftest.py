@@ -75,10 +75,22 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["kernel", "library"])
-def side(request, monkeypatch):
-    """Both sides of most_tokens, for any number of tokens."""
-    most = 10**9 if request.param == "kernel" else -1
+def always_by(side, monkeypatch):
+    """One side of most_tokens, for any number of tokens."""
+    most = 10**9 if side == "kernel" else -1
     for module in (layers, group):
         monkeypatch.setattr(module, "most_tokens", lambda *_: most)
-    return request.param
+    return side
+
+
+@pytest.fixture(params=["kernel", "library"])
+def side(request, monkeypatch):
+    """Both sides of most_tokens."""
+    return always_by(request.param, monkeypatch)
+
+
+@pytest.fixture
+def on_cpu_by_kernel(request, monkeypatch):
+    """Kernels of the CPU also where this processor's library would take so many tokens."""
+    if request.node.callspec.params.get("device", "cpu") == "cpu":
+        always_by("kernel", monkeypatch)

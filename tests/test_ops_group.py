@@ -148,6 +148,7 @@ def test_matches_reference(name, dtype, device, side):
 @pytest.mark.parametrize("weights", [None, *EIGHT])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ALIGNED)
+@pytest.mark.usefixtures("on_cpu_by_kernel")
 def test_rows_of_16_bytes(name, dtype, weights, device):
     """On CUDA these take one launch."""
     args = made(*ALIGNED[name], "cpu", dtype)
@@ -212,6 +213,20 @@ def test_eight_bit_weights(name, dtype, weights, device, side):
     args = in_eight_bits(made(*GROUPS[name], "cpu", dtype), weights)
     args = {k: _to(v, device) for k, v in args.items()}
     close(args, TOLERANCE[dtype] if side == "kernel" else 4 * TOLERANCE[dtype])
+
+
+def test_eight_bit_weights_do_not_overflow_in_float16(side, monkeypatch):
+    """Without their factors, the sums of these would be 20 times what float16 holds."""
+    monkeypatch.setattr(layers, "is_slow", lambda *_: False)  # the library computes in float16
+    for weights, top in ((torch.int8, 127.0), (torch.float8_e4m3fn, 448.0)):
+        down = torch.full((3, 3000), top).to(weights)
+        ups = [torch.full((2, 3), top).to(weights)]
+        y = ops.low_rank_group(
+            torch.ones(1, 3000, dtype=torch.float16), down, ups,
+            down_scale=torch.full((3,), 1 / (3000 * top)), up_scales=[torch.full((2,), 1 / top)],
+        )  # fmt: skip
+        expected = torch.full((1, 2), 3.0, dtype=torch.float16)
+        torch.testing.assert_close(y, expected, rtol=4 * TOLERANCE[torch.float16], atol=0)
 
 
 def _to(value, device) -> Any:

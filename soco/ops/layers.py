@@ -20,6 +20,7 @@ LIBRARY = {
     torch.float16: {"avx512_fp16", "amx_fp16", "avx_ne_convert"},
 }
 PIECE = 1024  # rows of a weight that are widened at a time
+LARGEST = {torch.int8: 128, torch.float8_e4m3fn: 512}  # powers of two that their numbers are below
 
 
 class Weights(NamedTuple):
@@ -91,13 +92,18 @@ def products(
 ) -> Tensor:
     """``x @ weight.T``, times ``scale``, plus ``bias``, by torch's matrix library.
 
-    Of ``x``'s dtype; a weight in fewer bits is widened, not all of it at once.
+    Of ``x``'s dtype; a weight in fewer bits is widened, not all of it at once, and divided by a
+    power of two, which is exact and keeps the sums in the range of float16.
     """
     if x.dtype == weight.dtype:
         return linear(x, weight, bias)
-    y = torch.cat([linear(x, piece.to(x.dtype)) for piece in weight.split(PIECE)], -1)
-    if scale is not None:
-        y = y * scale.to(y.dtype)
+    pieces = (piece.to(x.dtype) for piece in weight.split(PIECE))
+    if scale is None:
+        y = torch.cat([linear(x, piece) for piece in pieces], -1)
+    else:
+        largest = LARGEST[weight.dtype]
+        y = torch.cat([linear(x, piece / largest) for piece in pieces], -1)
+        y = y * (scale * largest).to(y.dtype)
     return y if bias is None else y + bias
 
 
