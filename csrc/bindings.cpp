@@ -18,6 +18,7 @@
 #include "philox.h"
 #include "sketch.h"
 #include "spectral.h"
+#include "svd.h"
 
 namespace py = pybind11;
 
@@ -89,6 +90,25 @@ void bind_low_rank_group(py::module_& m, const char* name,
       py::call_guard<py::gil_scoped_release>());
 }
 
+// The matrices of a batch and where their decompositions go.
+soco::SvdBatch svd_batch(uintptr_t matrices, uintptr_t left, uintptr_t values, uintptr_t right,
+                         uintptr_t sweeps, int64_t batch, int64_t rows, int64_t columns,
+                         int64_t row_stride, int64_t column_stride, Dtype dtype,
+                         bool sign_by_right) {
+  return {unpass<const void*>(matrices),
+          unpass<void*>(left),
+          unpass<void*>(values),
+          unpass<void*>(right),
+          unpass<int32_t*>(sweeps),
+          batch,
+          rows,
+          columns,
+          row_stride,
+          column_stride,
+          dtype,
+          sign_by_right};
+}
+
 // Single functions of the kernels, for tests against known answers.
 void bind_parts(py::module_& m) {
   m.def("philox", [](std::vector<uint32_t> counter, uint32_t key0, uint32_t key1) {
@@ -120,15 +140,32 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::class_<soco::LowRankGroup>(m, "LowRankPlan").def(py::init(&make_plan));
   m.attr("most_members") = soco::kMostMembers;
   m.def("spectral_partials", &soco::spectral_partials);
+  m.attr("most_sweeps") = soco::kMostSweeps;
+  m.def("svd_scratch", [](int64_t batch, int64_t rows, int64_t columns) {
+    return soco::svd_blocks(batch, rows, columns) * soco::svd_scratch(rows, columns);
+  });
   bind(m, "spectral_scale_cpu", soco::cpu::spectral_scale);
   bind(m, "spectral_scale_backward_cpu", soco::cpu::spectral_scale_backward);
   bind_low_rank_group(m, "low_rank_group_cpu", soco::cpu::low_rank_group);
   bind(m, "gaussian_cpu", soco::cpu::gaussian);
+  py::class_<soco::SvdBatch>(m, "SvdBatch").def(py::init(&svd_batch));
+  m.def(
+      "batched_svd_cpu",
+      [](const soco::SvdBatch& batch, uintptr_t, int threads) {
+        soco::cpu::batched_svd(batch, threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
 #ifdef SOCO_HAS_CUDA
   bind(m, "spectral_scale_cuda", soco::cuda::spectral_scale);
   bind(m, "spectral_scale_backward_cuda", soco::cuda::spectral_scale_backward);
   bind_low_rank_group(m, "low_rank_group_cuda", soco::cuda::low_rank_group);
   bind(m, "gaussian_cuda", soco::cuda::gaussian);
+  m.def(
+      "batched_svd_cuda",
+      [](const soco::SvdBatch& batch, uintptr_t scratch, uintptr_t stream) {
+        soco::cuda::batched_svd(batch, unpass<void*>(scratch), unpass<void*>(stream));
+      },
+      py::call_guard<py::gil_scoped_release>());
 #endif
   bind_parts(m);
 

@@ -26,8 +26,27 @@ class LowRankPlan:
     ) -> None:
         """Each of members is up, stride, up_scale, sources, rank, rows and out."""
 
+class SvdBatch:
+    def __init__(
+        self,
+        matrices: int,
+        left: int,
+        values: int,
+        right: int,
+        sweeps: int,
+        batch: int,
+        rows: int,
+        columns: int,
+        row_stride: int,
+        column_stride: int,
+        dtype: Dtype,
+        sign_by_right: bool,
+        /,
+    ) -> None: ...
+
 build_record: dict[str, str]
 most_members: int
+most_sweeps: int
 
 def spectral_partials(tokens: int, /) -> int: ...
 def spectral_scale_cpu(
@@ -69,6 +88,8 @@ def low_rank_group_cpu(
     /,
 ) -> None: ...
 def gaussian_cpu(omega: int, rows: int, columns: int, seed: int, threads: int, /) -> None: ...
+def svd_scratch(batch: int, rows: int, columns: int, /) -> int: ...
+def batched_svd_cpu(batch: SvdBatch, scratch: int, threads: int, /) -> None: ...
 
 # Only in a build with CUDA:
 def spectral_scale_cuda(
@@ -110,6 +131,7 @@ def low_rank_group_cuda(
     /,
 ) -> None: ...
 def gaussian_cuda(omega: int, rows: int, columns: int, seed: int, stream: int, /) -> None: ...
+def batched_svd_cuda(batch: SvdBatch, scratch: int, stream: int, /) -> None: ...
 
 # Single functions of the kernels, for tests:
 def philox(counter: Sequence[int], key0: int, key1: int, /) -> list[int]: ...

@@ -29,8 +29,11 @@ WEIGHT_DTYPES = {  # what weights of a low-rank layer may be in
     torch.float8_e4m3fn: _C.Dtype.float8,
 }
 MOST_MEMBERS = _C.most_members  # low-rank layers in one call
+MOST_SWEEPS = _C.most_sweeps  # of an SVD that did not converge
 LowRankPlan = _C.LowRankPlan
+SvdBatch = _C.SvdBatch
 spectral_partials = _C.spectral_partials
+svd_scratch = _C.svd_scratch
 simd_levels = _C.simd_levels
 use_simd_level = _C.use_simd_level
 

@@ -9,6 +9,7 @@ from ctypes import byref, c_bool, c_int, c_int64, c_size_t, c_uint32, c_uint64, 
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from soco.core import WEIGHT_DTYPES
@@ -124,6 +125,31 @@ class Emulation:
     def launches(self) -> int:
         """How many kernels were launched since the machine was set."""
         return self.library.launches()
+
+    def batched_svd(self, matrices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``soco.ops.batched_svd``, and how many sweeps each matrix took."""
+        count, m, n = matrices.shape
+        rows, columns, tall = max(m, n), min(m, n), m >= n
+        made = [
+            matrices.new_empty(count, columns, rows), matrices.new_empty(count, columns),
+            matrices.new_empty(count, columns, columns),
+            matrices.new_empty(count, dtype=torch.int32),
+        ]  # fmt: skip
+        self.library.svd_scratch.restype = c_int64
+        scratch = self.library.svd_scratch(c_int64(count), c_int64(rows), c_int64(columns))
+        with Guarded(self.library, self.at_the_beginning) as memory:
+            sizes = [tensor.numel() * tensor.element_size() for tensor in made]
+            places = [memory.space(size) for size in sizes]
+            given, room = memory.copy(matrices), memory.space(scratch * matrices.element_size())
+            self.library.batched_svd(
+                c_void_p(given), *(c_void_p(place) for place in places), c_void_p(room),
+                c_int64(count), c_int64(rows), c_int64(columns), c_int64(n if tall else 1),
+                c_int64(1 if tall else n), _code(matrices), c_bool(not tall),
+            )  # fmt: skip
+            for tensor, place, size in zip(made, places, sizes, strict=True):
+                ctypes.memmove(tensor.data_ptr(), place, size)
+        long, S, short, sweeps = made
+        return (long.mT, S, short, sweeps) if tall else (short.mT, S, long, sweeps)
 
     def low_rank_group(
         self,

@@ -12,6 +12,8 @@ import torch
 
 import emulation
 import reference
+import test_ops_svd
+from soco import ops
 from soco.ops import low_rank_group, sketch, spectral
 from test_ops_group import ALIGNED, DTYPES, EIGHT, GROUPS, TOLERANCE, in_eight_bits, made
 
@@ -346,3 +348,59 @@ def test_empty_sketch(cuda):
     cuda.runner("gaussian")(None, 0, 0, 5, 1)
     assert cuda.launches() == 0
     assert sketch.gaussian_sketch(torch.ones(0, 3), 2, 1).shape == (0, 2)
+
+
+# batched_svd --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "shared"),
+    [
+        ((2, 1, 1), 10**6), ((3, 5, 3), 10**6), ((3, 3, 5), 10**6), ((1, 9, 9), 2000),
+        ((1, 40, 6), 10**6), ((1, 6, 40), 2000), ((1, 34, 33), 10**6),
+    ],
+)  # fmt: skip
+def test_batched_svd(cuda, shape, shared, dtype):
+    """In shared memory and beside it; one warp and several; more lanes than entries, and fewer."""
+    cuda.machine(shared=shared, seed=shape[1])
+    for at_the_beginning in (False, True):
+        cuda.at_the_beginning = at_the_beginning
+        matrices = test_ops_svd.randn(*shape, dtype=dtype)
+        U, S, Vh, sweeps = cuda.batched_svd(matrices)
+        test_ops_svd.check(matrices, U, S, Vh)
+        assert (sweeps < 10).all()
+        for part, expected in zip((U, S, Vh), ops.batched_svd(matrices), strict=True):
+            tolerance = 1e3 * torch.finfo(dtype).eps
+            torch.testing.assert_close(part, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["zero", "rank 2", "orthogonal", "graded", "tiny"])
+def test_batched_svd_of_difficult_matrices(cuda, kind):
+    matrix = test_ops_svd.randn(9, 7, seed=1)
+    if kind == "zero":
+        matrix = torch.zeros(9, 7, dtype=torch.float64)
+    elif kind == "rank 2":
+        matrix = test_ops_svd.randn(9, 2, seed=1) @ test_ops_svd.randn(2, 7, seed=2)
+    elif kind == "orthogonal":
+        matrix = torch.linalg.qr(matrix).Q
+    elif kind == "graded":
+        matrix = 10 ** torch.linspace(-100, 0, 9, dtype=torch.float64)[:, None] * matrix
+    else:
+        matrix = matrix * 2.0**-1030  # subnormal
+    U, S, Vh, _ = cuda.batched_svd(matrix[None])
+    scale = 2.0**1020 if kind == "tiny" else 1.0
+    test_ops_svd.check(matrix[None] * scale, U, S * scale, Vh)
+    expected = ops.batched_svd(matrix)[1]
+    torch.testing.assert_close(S[0], expected, rtol=1e-12, atol=1e-15 * float(expected[0]))
+    if kind == "graded":  # every digit of the smallest
+        torch.testing.assert_close(S[0], expected, rtol=1e-12, atol=0)
+
+
+def test_batched_svd_gives_the_same_again(cuda):
+    matrices = test_ops_svd.randn(2, 11, 8, dtype=torch.float32)
+    first = cuda.batched_svd(matrices)
+    for seed in range(1, 6):  # another order of the threads
+        cuda.machine(seed=seed)
+        for part, before in zip(cuda.batched_svd(matrices), first, strict=True):
+            assert torch.equal(part, before)

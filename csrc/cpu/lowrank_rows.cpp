@@ -1,6 +1,7 @@
 // Skinny products: a few rows of x against many rows of weight, several of each per pass, so that
 // every weight is read and widened once for all of these tokens.
 #include "cpu/rows.h"
+#include "cpu/vectors.h"
 
 #if SOCO_LEVEL > 0
 #include <immintrin.h>
@@ -9,35 +10,7 @@
 namespace soco::cpu {
 namespace {
 
-// One register: 16, 32 or 64 bytes, in the vector extension of GCC and Clang.
-constexpr int kBytes = 16 << SOCO_LEVEL;
 constexpr int kMostTokens = SOCO_LEVEL == 2 ? 8 : 4;  // AVX-512 has 32 registers, the others 16
-
-template <typename A>
-struct VecOf;
-template <>
-struct VecOf<float> {
-  typedef float type __attribute__((vector_size(kBytes)));
-};
-template <>
-struct VecOf<double> {
-  typedef double type __attribute__((vector_size(kBytes)));
-};
-template <typename A>
-using Vec = typename VecOf<A>::type;
-template <typename A>
-constexpr int kLanes = kBytes / static_cast<int>(sizeof(A));
-
-SOCO_SHARED Vec<float> load(const float* from) {
-  Vec<float> v;
-  memcpy(&v, from, sizeof(v));
-  return v;
-}
-SOCO_SHARED Vec<double> load(const double* from) {
-  Vec<double> v;
-  memcpy(&v, from, sizeof(v));
-  return v;
-}
 
 typedef uint32_t Bits32 __attribute__((vector_size(kBytes)));
 
@@ -113,15 +86,6 @@ SOCO_SHARED auto load_some(const T* from, int64_t count) {
   T padded[kLanes<Accumulate<T>>] = {};
   for (int64_t k = 0; k < count; ++k) padded[k] = from[k];
   return load(padded);
-}
-
-template <typename A>
-SOCO_SHARED A total(Vec<A> v) {
-  A lanes[kLanes<A>];
-  memcpy(lanes, &v, sizeof(v));
-  for (int width = kLanes<A> / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
 }
 
 // dots[t][r] = dot(x[t], w[r]) for kTokens rows of x and kRows rows of w. One accumulator per pair

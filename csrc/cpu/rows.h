@@ -4,6 +4,7 @@
 
 #include "cpu/level.h"
 #include "dtype.h"
+#include "svd.h"
 
 namespace soco::cpu {
 
@@ -30,5 +31,11 @@ void dot_rows(const void* x,       // (tokens, inner), rows x_stride apart, of t
 // sketch_rows.cpp: rows begin .. end-1 of omega (.., columns)
 template <Level>
 void gaussian_rows(float* omega, int64_t columns, int64_t begin, int64_t end, uint64_t seed);
+
+// svd_rows.cpp: one matrix of a batch, and the scratch it takes, aligned to 64 bytes
+template <Level>
+int64_t svd_matrix_bytes(int64_t rows, int64_t columns, Dtype dtype);
+template <Level>
+void svd_matrix(const SvdBatch& batch, int64_t number, void* scratch);
 
 }  // namespace soco::cpu

@@ -18,8 +18,10 @@ from soco.ops.layers import widened as widened
 from soco.ops.lowrank import low_rank_linear, low_rank_linear_backward
 from soco.ops.sketch import gaussian_sketch, gaussian_sketch_backward
 from soco.ops.spectral import spectral_scale, spectral_scale_backward
+from soco.ops.svd import batched_svd
 
 __all__ = [
+    "batched_svd",
     "gaussian_sketch",
     "gaussian_sketch_backward",
     "low_rank_group",

@@ -262,6 +262,7 @@ inline const Dimensions<emulated::block_size> blockDim{};
 inline const Dimensions<emulated::grid_size> gridDim{};
 
 inline void __syncthreads() { emulated::meet(emulated::block->all); }
+inline void __syncwarp() { emulated::meet(emulated::warp().together); }
 
 template <typename V>
 V exchanged(V value, unsigned from) {

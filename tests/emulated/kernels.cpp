@@ -4,6 +4,7 @@
 #include "lowrank.h"
 #include "sketch.h"
 #include "spectral.h"
+#include "svd.h"
 
 extern "C" {
 
@@ -68,6 +69,27 @@ void spectral_scale_backward(const void* grad, const void* x, const void* scale,
 
 void gaussian(float* omega, int64_t rows, int64_t columns, uint64_t seed) {
   soco::cuda::gaussian(omega, rows, columns, seed, nullptr);
+}
+
+void batched_svd(const void* matrices, void* left, void* values, void* right, int32_t* sweeps,
+                 void* scratch, int64_t batch, int64_t rows, int64_t columns, int64_t row_stride,
+                 int64_t column_stride, int dtype, bool sign_by_right) {
+  const soco::SvdBatch given{matrices,
+                             left,
+                             values,
+                             right,
+                             sweeps,
+                             batch,
+                             rows,
+                             columns,
+                             row_stride,
+                             column_stride,
+                             static_cast<soco::Dtype>(dtype),
+                             sign_by_right};
+  soco::cuda::batched_svd(given, scratch, nullptr);
+}
+int64_t svd_scratch(int64_t batch, int64_t rows, int64_t columns) {
+  return soco::svd_blocks(batch, rows, columns) * soco::svd_scratch(rows, columns);
 }
 
 }  // extern "C"
