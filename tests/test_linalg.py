@@ -2,9 +2,23 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from soco import linalg, ops
-from soco.linalg import Factors, Spectrum, truncated_svd, whitened_svd
+from soco.linalg import (
+    Factors,
+    Spectrum,
+    checks,
+    exact,
+    randomized,
+    randomized_svd,
+    subspace,
+    truncated,
+    truncated_svd,
+    whitened_svd,
+)
 
 SHAPES = [(8, 5), (5, 8), (6, 6), (1, 7), (7, 1), (1, 1), (64, 33)]
 BATCHES = [(), (3,), (2, 3)]
@@ -45,17 +59,34 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["as it is", "as if it were large"])
+def size(request, monkeypatch):
+    """Small matrices as they are, and by the ways of large ones."""
+    if request.param == "as if it were large":
+        monkeypatch.setattr(exact, "SMALL", 0)
+    return request.param
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Small matrices go the ways of large ones."""
+    monkeypatch.setattr(exact, "SMALL", 0)
+
+
 # ---- truncated_svd ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("size")
 def test_by_hand(device):
     weight = torch.tensor([[0.0, 0.0, -2.0], [3.0, 0.0, 0.0]], device=device)
-    svd = truncated_svd(weight, 2)
-    assert svd.S.tolist() == [3.0, 2.0]
-    assert svd.U.tolist() == [[0.0, 1.0], [1.0, 0.0]]
-    assert svd.Vh.tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]
+    U, S, Vh = (part.cpu() for part in truncated_svd(weight, 2))
+    torch.testing.assert_close(S, torch.tensor([3.0, 2.0]))
+    torch.testing.assert_close(U, torch.eye(2).flip(1), rtol=0, atol=1e-6)
+    expected = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+    torch.testing.assert_close(Vh, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("size")
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
@@ -73,6 +104,7 @@ def test_agrees_with_torch_at_every_rank(method, shape, batch, device):
         torch.testing.assert_close(loss, values[..., rank:].norm(dim=-1), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("size")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("method", METHODS)
 def test_dtypes(method, dtype, device):
@@ -102,6 +134,7 @@ def test_empty(method, shape, device):
     assert product(svd).shape == shape
 
 
+@pytest.mark.usefixtures("size")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("true_rank", [0, 1, 3])
 def test_rank_deficient_columns_are_completed(method, true_rank, device):
@@ -113,6 +146,7 @@ def test_rank_deficient_columns_are_completed(method, true_rank, device):
     assert svd.S[true_rank:].abs().max() < 1e-12
 
 
+@pytest.mark.usefixtures("size")
 @pytest.mark.parametrize("method", METHODS)
 def test_one_bad_matrix_leaves_its_batch_alone(method, device):
     weight = normal(3, 8, 6, device=device)
@@ -123,6 +157,7 @@ def test_one_bad_matrix_leaves_its_batch_alone(method, device):
             torch.testing.assert_close(got[i], wanted)
 
 
+@pytest.mark.usefixtures("size")
 @pytest.mark.parametrize("decades", [3, 5, 7, 9, 13])
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)], ids=str)
 def test_ill_conditioned(shape, decades, device):
@@ -139,16 +174,17 @@ def test_ill_conditioned(shape, decades, device):
 def stable_calls(monkeypatch):
     """How many matrices each call gave to the stable route."""
     calls = []
-    route = linalg._by_svd
+    route = exact.directly
 
     def counted(matrices, rank, name):
         calls.append(len(matrices))
         return route(matrices, rank, name)
 
-    monkeypatch.setattr(linalg, "_by_svd", counted)
+    monkeypatch.setattr(exact, "directly", counted)
     return calls
 
 
+@pytest.mark.usefixtures("large")
 def test_only_what_squaring_would_lose_takes_the_stable_route(stable_calls, device):
     sigma = torch.logspace(0, -8, 9, dtype=torch.float64)  # a decade each, SQUARING_LIMIT is 1e-6
     weight = with_spectrum((12, 20), sigma).to(device)
@@ -160,9 +196,10 @@ def test_only_what_squaring_would_lose_takes_the_stable_route(stable_calls, devi
     assert stable_calls == [1, 2]
 
 
+@pytest.mark.usefixtures("large")
 def test_failed_eigensolver_takes_the_stable_route(stable_calls, monkeypatch):
     def fails(_):
-        raise linalg.LinAlgError("did not converge")
+        raise LinAlgError("did not converge")
 
     weight = normal(5, 4)
     wanted = truncated_svd(weight, 3)
@@ -171,10 +208,11 @@ def test_failed_eigensolver_takes_the_stable_route(stable_calls, monkeypatch):
         torch.testing.assert_close(got, part)
     assert stable_calls == [1]
     monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: fails(None))
-    with pytest.raises(linalg.LinAlgError, match="no SVD of q converged"):
+    with pytest.raises(LinAlgError, match="no SVD of q converged"):
         truncated_svd(weight, 3, name="q")
 
 
+@pytest.mark.usefixtures("size")
 @pytest.mark.parametrize("exponent", [-150, -60, 60, 150])
 def test_extreme_scales(exponent, device):
     weight = normal(6, 8, device=device)
@@ -182,16 +220,18 @@ def test_extreme_scales(exponent, device):
     torch.testing.assert_close(svd.S * 10.0**-exponent, truncated_svd(weight, 6).S)
 
 
-def test_signs_are_the_same_on_every_route(device):
+def test_signs_are_the_same_on_every_route(device, monkeypatch):
     weight = with_spectrum((30, 20), torch.linspace(2, 1, 20, dtype=torch.float64)).to(device)
-    exact = truncated_svd(weight, 20)
+    small = truncated_svd(weight, 20)
     random = truncated_svd(weight, 20, "randomized")
-    stable = linalg._by_svd(weight[None], 20, "weight")
-    U, Vh = linalg._fix_signs(stable.U[0], stable.Vh[0])
-    for other in (random, linalg.SVD(U, stable.S[0], Vh)):
-        torch.testing.assert_close(other.U, exact.U)
-        torch.testing.assert_close(other.Vh, exact.Vh)
-    assert (exact.U.gather(0, exact.U.abs().argmax(0, keepdim=True)) > 0).all()
+    monkeypatch.setattr(exact, "SMALL", 0)
+    squared = truncated_svd(weight, 20)
+    stable = exact.directly(weight[None], 20, "weight")
+    U, Vh = checks.fix_signs(stable.U[0], stable.Vh[0])
+    for other in (random, squared, linalg.SVD(U, stable.S[0], Vh)):
+        torch.testing.assert_close(other.U, small.U)
+        torch.testing.assert_close(other.Vh, small.Vh)
+    assert (small.U.gather(0, small.U.abs().argmax(0, keepdim=True)) > 0).all()
 
 
 def test_randomized_excess_error(device):
@@ -226,9 +266,9 @@ def test_range_falls_back_to_householder(monkeypatch):
     weight[0, 0, 0] = 3
     weight[1] = normal(12, 10)
     used = []
-    householder = linalg._householder_qr
+    householder = randomized.householder_qr
     monkeypatch.setattr(
-        linalg, "_householder_qr", lambda y: (used.append(len(y)), householder(y))[1]
+        randomized, "householder_qr", lambda y, last=False: (used.append(len(y)), householder(y))[1]
     )
     svd = truncated_svd(weight, 4, "randomized")
     assert set(used) == {1}
@@ -286,7 +326,7 @@ def test_nan_is_refused_before_any_solver(value, method, monkeypatch):
         ({"rank": 4}, "rank must be from 0 to 3 for weight, got 4"),
         ({"rank": -1}, "rank must be from 0 to 3 for weight, got -1"),
         ({"rank": 1.5}, "rank must be a whole number, got 1.5"),
-        ({"method": "fast"}, 'method must be "exact" or "randomized", got \'fast\''),
+        ({"method": "fast"}, "method must be exact, randomized or auto, got 'fast'"),
         ({"oversampling": -0.1}, "oversampling must be a finite number, at least 0, got -0.1"),
         ({"power_iterations": -1}, "power_iterations must be at least 0, got -1"),
         ({"weight": torch.zeros(3)}, r"weight must be \(..., out, in\), got \(3,\)"),
@@ -296,6 +336,262 @@ def test_nan_is_refused_before_any_solver(value, method, monkeypatch):
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         truncated_svd(**{"weight": torch.zeros(3, 4), "rank": 1, **arguments})
+
+
+# ---- the ways of the exact one ------------------------------------------------------------------
+
+SIDE = 160
+PLACES = torch.arange(1, SIDE + 1, dtype=torch.float64)
+SPECTRA = {
+    "flat": torch.linspace(1, 0.9, SIDE, dtype=torch.float64),
+    "like weights": PLACES**-0.5,
+    "falling": 1 / PLACES,
+    "steep": PLACES**-2,
+    "condition 1e3": 1e3 ** -((PLACES - 1) / SIDE),
+    "condition 1e6": 1e6 ** -((PLACES - 1) / SIDE),
+    "outliers": torch.where(PLACES < 4, 30.0, 1.0) * PLACES**-0.3,
+    "large outliers": torch.where(PLACES < 4, 1000.0, 1.0) * PLACES**-0.3,
+    "a step": torch.where(PLACES < 40, 1.0, 0.01 * PLACES**-0.1),
+    "equal ones": torch.where(PLACES < 80, 1.0, 0.5),
+}
+SINGLE = {"flat", "like weights", "condition 1e3", "equal ones"}  # at rank 40
+
+
+def excess(weight, svd, rank):
+    """By how much the error of a truncation is above the least one, in float64."""
+    weight = weight.double()
+    least = torch.linalg.svdvals(weight)[rank:].norm()
+    wide = linalg.SVD(*(part.double() for part in svd))
+    return float((weight - product(wide)).norm() / least - 1)
+
+
+@pytest.mark.parametrize("shape", [(SIDE, SIDE), (SIDE, 300), (300, SIDE)], ids=str)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_whatever_the_spectrum_nothing_is_lost(name, shape, device):
+    for rank in (10, 40, 120):
+        weight = with_spectrum(shape, SPECTRA[name]).to(device, torch.float32)
+        svd = truncated_svd(weight, rank)
+        assert excess(weight, svd, rank) < 1e-6
+        assert away_from_orthonormal(svd.U) < 1e-5
+        assert away_from_orthonormal(svd.Vh.mT) < 1e-5
+        values = torch.linalg.svdvals(weight.double())[:rank]
+        torch.testing.assert_close(svd.S.double(), values, rtol=1e-5, atol=1e-7 * float(values[0]))
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_bound_of_single_precision_holds(name, device, monkeypatch):
+    """What a Gram matrix in float32 costs is below what its eigenvalues say."""
+    monkeypatch.setattr(exact, "SINGLE_EXCESS", 1.0)
+    for shape in ((SIDE, SIDE), (SIDE, 300)):
+        weight = with_spectrum(shape, SPECTRA[name]).to(device, torch.float32)
+        for rank in (10, 40, 120):
+            values = torch.linalg.eigvalsh(weight @ weight.mT).flip(-1)
+            if values[rank - 1] < exact.SINGLE_LIMIT**2 * values[0]:
+                continue
+            bound = float(exact.single_excess(values, rank))
+            svd, _ = exact._by_gram(weight[None], rank)
+            assert svd is not None
+            found = excess(weight, linalg.SVD(*(part[0] for part in svd)), rank)
+            assert found < max(bound, 1e-9)
+
+
+def test_the_way_taken(monkeypatch, device):
+    """Float32 where the eigenvalues allow it, else float64; so if its products may be less."""
+    dtypes = []
+    by_gram = exact._by_gram
+    monkeypatch.setattr(
+        exact, "_by_gram", lambda a, rank: (dtypes.append(a.dtype), by_gram(a, rank))[1]
+    )
+    for name, sigma in SPECTRA.items():
+        dtypes.clear()
+        truncated_svd(with_spectrum((SIDE, SIDE), sigma).to(device, torch.float32), 40)
+        wanted = [torch.float32] + [torch.float64] * (name not in SINGLE)
+        assert dtypes == wanted, name
+    dtypes.clear()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        truncated_svd(with_spectrum((SIDE, SIDE), SPECTRA["flat"]).to(device, torch.float32), 40)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert dtypes == [torch.float64]
+
+
+def test_a_batch_with_a_matrix_for_every_way(stable_calls, device):
+    rows = with_spectrum((SIDE, SIDE), SPECTRA["like weights"])
+    singular = with_spectrum((SIDE, SIDE), PLACES**-0.5 * (PLACES < 30))
+    steep = with_spectrum((SIDE, SIDE), SPECTRA["condition 1e6"])
+    batch = torch.stack([singular, rows, steep, torch.zeros_like(rows)]).to(device, torch.float32)
+    together = truncated_svd(batch, 40)
+    assert stable_calls == [2]  # those without full rank
+    for i, weight in enumerate(batch):
+        for got, wanted in zip(together, truncated_svd(weight, 40), strict=True):
+            torch.testing.assert_close(got[i], wanted)
+
+
+def test_several_at_once(threads, monkeypatch):
+    weight = normal(3, SIDE, SIDE, dtype=torch.float32)
+    monkeypatch.setattr(exact, "WORTH_A_THREAD", 10)
+    threads(1)
+    wanted = truncated_svd(weight, 20)
+    threads(2)
+    for got, part in zip(truncated_svd(weight, 20), wanted, strict=True):
+        torch.testing.assert_close(got, part, rtol=1e-4, atol=1e-5)
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr(torch.linalg, "eigh", _fails)
+    monkeypatch.setattr(torch.linalg, "svd", _fails)
+    with pytest.raises(LinAlgError, match="no SVD of q converged"):
+        truncated_svd(weight, 20, name="q")
+    assert torch.get_num_threads() == 2
+
+
+def _fails(*_, **__):
+    raise LinAlgError("did not converge")
+
+
+@pytest.mark.usefixtures("size")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [2.0**123, 2.0**-126, 2.0**-140])
+def test_scales_at_the_ends_of_float32(scale, method, device):
+    weight = normal(9, 7, dtype=torch.float32).clamp(-1.9, 1.9).to(device)
+    weight = torch.round(weight * 32) / 32  # exact also where it is subnormal
+    svd = truncated_svd(weight * scale, 4, method)
+    wanted = truncated_svd(weight, 4, method)
+    torch.testing.assert_close(svd.U, wanted.U)
+    atol = 2.0**-149 / scale  # what is subnormal has no more digits
+    torch.testing.assert_close(svd.S.double() / scale, wanted.S.double(), rtol=1e-5, atol=atol)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_matrix(data):
+    """Whatever shape, spectrum, scale and dtype: orthonormal, in order, and the best there is."""
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    shape = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
+    side = min(shape)
+    sizes = st.one_of(st.just(0.0), st.just(1.0), st.floats(1e-12, 1))
+    sigma = data.draw(st.lists(sizes, min_size=side, max_size=side))
+    scale = 2.0 ** data.draw(st.integers(-100, 100))
+    seed = data.draw(st.integers(0, 1000))
+    left = torch.linalg.qr(normal(shape[0], side, seed=seed)).Q
+    right = torch.linalg.qr(normal(shape[1], side, seed=seed + 1)).Q
+    weight = (left * torch.tensor(sigma, dtype=torch.float64) @ right.mT * scale).to(dtype)
+    for name in ("zero row", "zero column", "equal rows"):
+        if data.draw(st.booleans()):
+            if name == "zero row":
+                weight[0] = 0
+            elif name == "zero column":
+                weight[:, -1] = 0
+            else:
+                weight[-1] = weight[0]
+    rank = data.draw(st.integers(0, side))
+    small, before = data.draw(st.sampled_from([0, 64])), exact.SMALL
+    exact.SMALL = small
+    try:
+        for method in ("exact", "randomized", "auto"):
+            svd = truncated_svd(weight, rank, method, oversampling=40.0)
+            tolerance = 30 * torch.finfo(dtype).eps
+            assert away_from_orthonormal(svd.U) < tolerance
+            assert away_from_orthonormal(svd.Vh.mT) < tolerance
+            values = torch.linalg.svdvals(weight.double())
+            top = float(values[0])
+            assert (svd.S[1:] <= svd.S[:-1]).all()
+            assert (svd.S.double() - values[:rank]).abs().sum() <= tolerance * top
+            wide = linalg.SVD(*(part.double() for part in svd))
+            error = (weight.double() - product(wide)).norm()
+            assert error <= values[rank:].norm() + 3 * side**0.5 * tolerance * top
+    finally:
+        exact.SMALL = before
+
+
+# ---- randomized_svd and subspace ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_estimate_is_near_the_excess_and_above_it(name, device):
+    weight = with_spectrum((SIDE, 200), SPECTRA[name]).to(device)
+    for rank in (10, 30):
+        for power_iterations in (4, 8):
+            svd, estimate = randomized_svd(weight, rank, power_iterations=power_iterations)
+            found = excess(weight, svd, rank)
+            if found > 1e-6:  # below that nothing is left to be seen
+                assert 1 < float(estimate) / found < 6
+            else:
+                assert float(estimate) < 2e-5
+
+
+def test_without_enough_iterations_nothing_is_estimated(device):
+    weight = normal(20, 16, device=device)
+    assert torch.isinf(randomized_svd(weight, 3, power_iterations=2).excess)
+    assert not torch.isinf(randomized_svd(weight, 3, power_iterations=3).excess)
+    assert float(randomized_svd(weight, 16, power_iterations=0).excess) == 0  # all columns
+
+
+def test_a_tolerance_is_kept(monkeypatch, device):
+    weight = torch.stack([normal(SIDE, 200, seed=1), normal(SIDE, 200, seed=2) * PLACES[:, None]])
+    weight = weight.to(device)
+    columns = []
+    once = truncated.randomized
+    monkeypatch.setattr(
+        truncated, "randomized",
+        lambda a, rank, count, *args, **options: (
+            columns.append((len(a), count)), once(a, rank, count, *args, **options),
+        )[1],
+    )  # fmt: skip
+    loose, tight = (randomized_svd(weight, 24, tolerance=t) for t in (0.05, 1e-3))
+    assert columns[0] == (2, 32)
+    assert len(columns) > 2  # with more columns, where it did not hold
+    assert max(count for _, count in columns) <= SIDE // 2
+    for i in range(2):
+        assert excess(weight[i], linalg.SVD(*(p[i] for p in loose.svd)), 24) < 0.05
+        assert excess(weight[i], linalg.SVD(*(p[i] for p in tight.svd)), 24) < 1e-3
+    assert (tight.excess <= 1e-3).all()
+
+
+@pytest.mark.parametrize(("tolerance", "iterations"), [(0.0, 4), (-1.0, 4), (0.1, 2)])
+def test_wrong_tolerances_are_named(tolerance, iterations):
+    with pytest.raises(ValueError, match=f"got {tolerance} with {iterations}"):
+        randomized_svd(torch.eye(3), 1, tolerance=tolerance, power_iterations=iterations)
+
+
+def test_subspace(device):
+    weight = with_spectrum((60, 40), torch.logspace(0, -2, 40, dtype=torch.float64)).to(device)
+    factors, captured = subspace(weight, 12, power_iterations=6)
+    assert away_from_orthonormal(factors.up) < 1e-12
+    torch.testing.assert_close(factors.down, factors.up.mT @ weight)
+    error = (weight - factors.product()).square().sum() / weight.square().sum()
+    assert float(error) == pytest.approx(1 - captured, rel=1e-6)
+    best = float(torch.linalg.svdvals(weight)[12:].square().sum() / weight.square().sum())
+    assert best < 1 - captured < 1.05 * best
+    assert subspace(torch.zeros(3, 4), 2).captured == 1.0
+    assert subspace(weight, 0).factors.product().shape == (60, 40)
+    with pytest.raises(ValueError, match=r"must be \(out, in\), got \(2, 3, 4\)"):
+        subspace(torch.zeros(2, 3, 4), 1)
+
+
+def test_auto(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        truncated,
+        "randomized",
+        lambda a, rank, *_, **__: asked.append(rank) or (exact.exact(a, rank, ""), 0),
+    )
+    weight = torch.zeros(512, 512)
+    for rank in (64, 65):
+        truncated_svd(weight, rank, "auto")
+    truncated_svd(torch.zeros(512, 1100), 33, "auto")
+    truncated_svd(torch.zeros(500, 500), 8, "auto")
+    assert asked == [64]
+
+
+def test_columns_that_float32_cannot_make_orthonormal():
+    """Cholesky in float32 would leave nothing right of these; in float64 it is exact."""
+    Y = with_spectrum((50, 10), torch.logspace(0, -6, 10, dtype=torch.float64)).float()[None]
+    Q, failed = randomized.cholesky_qr(Y)
+    assert not failed.any()
+    assert away_from_orthonormal(Q[0]) < 1e-3
+    Q, failed = randomized.cholesky_qr(torch.ones(1, 6, 3))
+    assert failed.all()
 
 
 # ---- whitened_svd -------------------------------------------------------------------------------

@@ -1,0 +1,19 @@
+"""Truncated and whitened singular value decompositions: the numbers behind every factor pair."""
+
+from soco.linalg.exact import SQUARING_LIMIT as SQUARING_LIMIT
+from soco.linalg.factors import SVD, Factors, Spectrum
+from soco.linalg.truncated import Approximation, Subspace, randomized_svd, subspace, truncated_svd
+from soco.linalg.whitened import order_components as order_components
+from soco.linalg.whitened import whitened_svd
+
+__all__ = [
+    "SVD",
+    "Approximation",
+    "Factors",
+    "Spectrum",
+    "Subspace",
+    "randomized_svd",
+    "subspace",
+    "truncated_svd",
+    "whitened_svd",
+]

@@ -1,0 +1,168 @@
+"""Exact truncated decompositions: which way each matrix is taken apart, and the ways."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
+
+from soco import ops
+from soco.linalg.checks import fix_signs, times_power_of_two, to_unit_range
+from soco.linalg.factors import SVD
+
+# A Gram matrix in float64 knows a singular value s to some eps (s_1 / s)^2 of itself. Down to this
+# fraction of the largest one that is good enough (3e-10 of itself measured at n = 200, residuals
+# below 1e-9 s_1); below it, nothing is squared.
+SQUARING_LIMIT = 1e-6
+# In float32, down to this; and what is lost besides, as a fraction of the least error, may be this.
+SINGLE_LIMIT = 0.03
+SINGLE_EXCESS = 1e-7
+# Up to so many rows or columns a matrix goes to ``ops.batched_svd``: there it is the quickest way
+# (docs/performance.md), and has the smallest singular values right.
+SMALL = 64
+# From so many on, several matrices are quicker on a thread of the CPU each than one after the other
+# on all of them.
+WORTH_A_THREAD = 192
+
+
+def exact(weight: Tensor, rank: int, name: str) -> SVD:
+    """Exact truncated SVD of matrices (batch, out, in), float32 or float64, of rank above 0.
+
+    The result has the weight's dtype. ``truncated_svd`` says which way is taken.
+    """
+    matrices, exponent = to_unit_range(weight)
+    if min(matrices.shape[-2:]) <= SMALL:
+        U, S, Vh = ops.batched_svd(matrices)
+        svd = SVD(U[..., :rank], S[..., :rank], Vh[..., :rank, :])
+    else:
+        svd = _each(matrices, lambda part: _large(part, rank, name))
+    U, Vh = fix_signs(svd.U, svd.Vh)
+    return SVD(U, times_power_of_two(svd.S, exponent[..., None]), Vh)
+
+
+def _each(matrices: Tensor, take_apart: Callable[[Tensor], SVD]) -> SVD:
+    """The decompositions of a batch; on the CPU several at once, where that is worth it."""
+    threads = min(torch.get_num_threads(), len(matrices))
+    if matrices.device.type != "cpu" or threads < 2 or min(matrices.shape[-2:]) < WORTH_A_THREAD:
+        return take_apart(matrices)
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(torch.no_grad()(take_apart), matrices.split(1)))
+    finally:
+        torch.set_num_threads(before)  # the number is the process's in part
+    return SVD(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _large(matrices: Tensor, rank: int, name: str) -> SVD:
+    """Each matrix by the quickest way that is exact for it."""
+    svd = SVD(*(matrices.new_empty(len(matrices), *s) for s in _shapes(matrices, rank)))
+    left = torch.arange(len(matrices), device=matrices.device)
+    if matrices.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        left = _take(svd, left, *_by_gram(matrices, rank))
+    if len(left) > 0:
+        left = _take(svd, left, *_by_gram(matrices[left].double(), rank))
+    if len(left) > 0:
+        found = directly(matrices[left].double(), rank, name)
+        _take(svd, left, found, torch.ones_like(left, dtype=torch.bool))
+    return svd
+
+
+def _shapes(matrices: Tensor, rank: int) -> tuple[tuple[int, ...], ...]:
+    return (matrices.shape[-2], rank), (rank,), (rank, matrices.shape[-1])
+
+
+def _take(svd: SVD, places: Tensor, found: SVD | None, good: Tensor) -> Tensor:
+    """Puts what is good into its place; returns the places that are still to be filled."""
+    if found is not None and good.any():
+        for into, part in zip(svd, found, strict=True):
+            into[places[good]] = part[good].to(into.dtype)
+    return places[~good]
+
+
+def _by_gram(matrices: Tensor, rank: int) -> tuple[SVD | None, Tensor]:
+    """Eigenvectors of the smaller side's Gram matrix, projected: A = U (U^T A).
+
+    The rows of ``U^T A`` are orthogonal up to eps (s_1 / s_rank)^2, which one Cholesky step mends.
+
+    Returns:
+        The decomposition (None if the eigensolver failed), and for each matrix whether squaring it
+        was safe (batch,), bool; where it was not, the decomposition is not to be used.
+    """
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    A = matrices if wide else matrices.mT
+    try:
+        with torch.autocast(A.device.type, enabled=False):
+            values, vectors = eigh_descending(A @ A.mT)
+    except LinAlgError:
+        return None, torch.zeros(len(matrices), dtype=torch.bool, device=matrices.device)
+    safe = _is_safe(values, rank)
+    S = values[..., :rank].clamp(min=0).sqrt()
+    U = vectors[..., :rank]
+    with torch.autocast(A.device.type, enabled=False):
+        Vh = U.mT @ A / torch.where(safe[..., None], S, 1)[..., None]
+        L, info = torch.linalg.cholesky_ex(Vh @ Vh.mT)  # close to the identity where it is safe
+    safe &= info == 0
+    Vh = torch.linalg.solve_triangular(L, Vh, upper=False)
+    S, order = (S * L.diagonal(dim1=-2, dim2=-1)).sort(descending=True, stable=True)
+    U = U.gather(-1, order[..., None, :].expand_as(U))
+    Vh = Vh.gather(-2, order[..., None].expand_as(Vh))
+    return (SVD(U, S, Vh) if wide else SVD(Vh.mT, S, U.mT)), safe
+
+
+def _is_safe(values: Tensor, rank: int) -> Tensor:
+    """Whether the Gram matrix knew enough of its matrix.
+
+    Args:
+        values: (batch, side), its eigenvalues, descending, in the dtype it was computed in.
+        rank: how many of them are kept.
+
+    Returns:
+        (batch,), bool.
+    """
+    S = values[..., :rank].clamp(min=0).sqrt()
+    if values.dtype == torch.float64:
+        return S[..., -1] > SQUARING_LIMIT * S[..., 0]
+    return (S[..., -1] > SINGLE_LIMIT * S[..., 0]) & (single_excess(values, rank) < SINGLE_EXCESS)
+
+
+def single_excess(values: Tensor, rank: int) -> Tensor:
+    """By how much truncation through a Gram matrix in float32 may err above the least error.
+
+    Kept and dropped directions i and j of the Gram matrix are mixed by its error e_ij, at a cost of
+    ``min(e_ij^2 / (l_i - l_j), l_i - l_j)`` of the energy kept. The errors were about
+    ``eps l_1 / sqrt(side)`` in all spectra tried (benchmarks/results, docs/performance.md), up to
+    the factor of 5 that is here.
+
+    Args:
+        values: (batch, side), eigenvalues of the Gram matrix, descending.
+        rank: how many of them are kept.
+
+    Returns:
+        (batch,), float64, relative to the error of the best truncation: 1e-6 is one millionth more.
+    """
+    values = values.double().clamp(min=0)
+    kept, dropped = values[..., :rank], values[..., rank:]
+    if dropped.shape[-1] == 0:
+        return values.new_zeros(values.shape[:-1])
+    error = 5 * torch.finfo(torch.float32).eps * values[..., 0] / values.shape[-1] ** 0.5
+    gaps = (kept[..., :, None] - dropped[..., None, :]).clamp_min(torch.finfo(values.dtype).tiny)
+    lost = torch.minimum(error[..., None, None].square() / gaps, gaps).sum((-2, -1))
+    return lost / (2 * dropped.sum(-1)).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def directly(matrices: Tensor, rank: int, name: str) -> SVD:
+    """By the solver that squares nothing: gesdd on the CPU, QR iteration (gesvd) on CUDA."""
+    driver = "gesvd" if matrices.is_cuda else None
+    try:
+        U, S, Vh = torch.linalg.svd(matrices, full_matrices=False, driver=driver)
+    except LinAlgError as error:
+        raise LinAlgError(f"no SVD of {name} converged: {error}") from error
+    return SVD(U[..., :rank], S[..., :rank], Vh[..., :rank, :])
+
+
+def eigh_descending(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, the largest first, and their vectors."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return values.flip(-1), vectors.flip(-1)
