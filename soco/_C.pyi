@@ -48,7 +48,7 @@ build_record: dict[str, str]
 most_members: int
 most_sweeps: int
 
-def spectral_partials(tokens: int, /) -> int: ...
+def spectral_partials(tokens: int, segments: int, /) -> int: ...
 def spectral_scale_cpu(
     x: int,
     scale: int,
@@ -67,10 +67,11 @@ def spectral_scale_backward_cpu(
     scale: int,
     mask: int,
     grad_x: int,
-    grad_scale: int,
+    sums: int,
     partials: int,
     tokens: int,
     rank: int,
+    segments: int,
     dtype: Dtype,
     scale_dtype: Dtype,
     threads: int,
@@ -110,10 +111,11 @@ def spectral_scale_backward_cuda(
     scale: int,
     mask: int,
     grad_x: int,
-    grad_scale: int,
+    sums: int,
     partials: int,
     tokens: int,
     rank: int,
+    segments: int,
     dtype: Dtype,
     scale_dtype: Dtype,
     stream: int,

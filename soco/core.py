@@ -105,11 +105,11 @@ def implement(op: str, kernel: str) -> Callable[[Body], Body]:
     return register
 
 
-def without_autocast(op: Any, *, cast: bool) -> None:
+def without_autocast(op: Any, *, cast: bool, keep: tuple[int, ...] = ()) -> None:
     """Under autocast, run an op with autocast off, so that its own products keep their dtype.
 
     With ``cast`` its inputs are cast to autocast's dtype first, those that autocast casts: all
-    floating-point tensors but float64.
+    floating-point tensors but float64, and but for the arguments at the places in ``keep``.
     """
 
     def kernel(device: str, *args: Any) -> Any:
@@ -119,7 +119,7 @@ def without_autocast(op: Any, *, cast: bool) -> None:
             eligible = isinstance(arg, Tensor) and arg.dtype in DTYPES.keys() - {torch.float64}
             return arg.to(torch.get_autocast_dtype(device)) if cast and eligible else arg
 
-        args = tuple(prepared(arg) for arg in args)
+        args = tuple(arg if i in keep else prepared(arg) for i, arg in enumerate(args))
         with torch.autocast(device, enabled=False):
             return op(*args)
 

@@ -150,12 +150,13 @@ class SpectralLinear(nn.Module):
         if self.mean is not None:
             mean = self.mean if self.right is None else self.mean * (1 + self.right)
             z = z - (F.linear(mean.to(down.dtype), down).float() * self._is_cut()).to(z.dtype)
-        scaled = ops.spectral_scale(z, scale, mask)
-        if self.recording:
-            scaled = _RecordScores.apply(scaled, z, self)
         if self.left is None:
-            y = F.linear(scaled, up, self.bias)
+            run = _RecordedLinear.apply if self.recording else ops.spectral_linear
+            y = run(z, scale, mask, up, self.bias, *([self] if self.recording else []))
         else:
+            scaled = ops.spectral_scale(z, scale, mask)
+            if self.recording:
+                scaled = _RecordScores.apply(scaled, z, self)
             y = _ScaledLinear.apply(scaled, up, self.left, 0, self)
             y = y if self.bias is None else y + self.bias
         for added in (self.mean_output, self.deviation):
@@ -166,6 +167,14 @@ class SpectralLinear(nn.Module):
     def _is_cut(self) -> Tensor:
         """Whether a component is masked: a tensor, so that nothing waits for it."""
         return ~self.mask.all()
+
+    def record(self, sums: Tensor) -> None:
+        """Note ``sums`` (sequences, computed), float32: of ``dL/dh_t z_t``, a sequence each."""
+        row = sums * self.gain[self.order[: sums.shape[1]]]
+        seen = self._recorded
+        if seen is not None and seen.shape != row.shape:  # called with and without a batch
+            seen, row = seen.sum(0, keepdim=True), row.sum(0, keepdim=True)
+        self._recorded = row if seen is None else seen + row
 
     def take_recorded(self) -> Tensor | None:
         """What backward recorded since the last call, and forget it.
@@ -294,13 +303,42 @@ class _ScaledLinear(torch.autograd.Function):
         return grad_x, None, (total / scale.masked_fill(zero, 1)).masked_fill(zero, 0), None, None
 
 
-class _RecordScores(torch.autograd.Function):
-    """The identity; its backward notes the gradient by the scores for each sequence.
+class _RecordedLinear(torch.autograd.Function):
+    """``ops.spectral_linear``; its backward notes the gradient by the scores for each sequence.
 
     With ``h = gain * score * z`` (z less its mean, where that is taken off) the gradient by a score
     is ``sum_t dL/dh_t gain z_t``, whether the component is masked or not. What is needed later is
     saved for backward and held nowhere else, so that activation checkpointing keeps its gain.
     """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        scale: Tensor,
+        mask: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        layer: SpectralLinear,
+    ) -> Tensor:
+        ctx.save_for_backward(z, scale, mask, up)
+        ctx.layer = layer
+        return ops.spectral_linear(z, scale, mask, up, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        z, scale, mask, up = ctx.saved_tensors
+        layer: SpectralLinear = ctx.layer
+        sequences = len(z) if z.dim() > 2 and len(z) > 0 else 1
+        grad_z, sums = ops.spectral_linear_backward(grad, z, scale, mask, up.to(z.dtype), sequences)
+        if layer.recording and layer.listening:
+            layer.record(sums.float())
+        return grad_z, torch.where(mask, sums.sum(0), 0).to(scale.dtype), None, None, None, None
+
+
+class _RecordScores(torch.autograd.Function):
+    """The identity; its backward notes what that of ``_RecordedLinear`` does."""
 
     @staticmethod
     def forward(ctx: Any, scaled: Tensor, z: Tensor, layer: SpectralLinear) -> Tensor:
@@ -316,10 +354,5 @@ class _RecordScores(torch.autograd.Function):
         if layer.recording and layer.listening:
             product = grad.detach().float() * z.detach().float()  # (..., rank)
             sequences = len(product) if product.dim() > 2 else 1
-            row = product.reshape(sequences, -1, product.shape[-1]).sum(1)
-            row = row * layer.gain[layer.order[: row.shape[1]]]
-            seen = layer._recorded
-            if seen is not None and seen.shape != row.shape:  # called with and without a batch
-                seen, row = seen.sum(0, keepdim=True), row.sum(0, keepdim=True)
-            layer._recorded = row if seen is None else seen + row
+            layer.record(product.reshape(sequences, -1, product.shape[-1]).sum(1))
         return grad, None, None

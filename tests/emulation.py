@@ -117,7 +117,7 @@ class Emulation:
         call = getattr(self.library, kernel)
         call.argtypes = {
             "spectral_scale": [c_void_p] * 4 + [c_int64] * 2 + [c_int] * 2,
-            "spectral_scale_backward": [c_void_p] * 7 + [c_int64] * 2 + [c_int] * 2,
+            "spectral_scale_backward": [c_void_p] * 7 + [c_int64] * 3 + [c_int] * 2,
             "gaussian": [c_void_p, c_int64, c_int64, c_uint64],
         }[kernel]
         return lambda x, *args: call(*(getattr(arg, "value", arg) for arg in args))

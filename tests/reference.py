@@ -24,6 +24,22 @@ def spectral_scale_backward(
     return spectral_scale(grad, scale, mask), grad_scale.to(scale.dtype)
 
 
+def spectral_linear(
+    z: Tensor, scale: Tensor, mask: Tensor, up: Tensor, bias: Tensor | None
+) -> Tensor:
+    y = torch.where(mask, z.double() * scale.double(), 0) @ up.double().mT
+    return (y if bias is None else y + bias.double()).to(z.dtype)
+
+
+def spectral_linear_backward(
+    grad: Tensor, z: Tensor, scale: Tensor, mask: Tensor, up: Tensor, segments: int
+) -> tuple[Tensor, Tensor]:
+    inner = grad.double() @ up.double()
+    grad_z = torch.where(mask, inner * scale.double(), 0)
+    sums = (inner * z.double()).reshape(segments, -1, z.shape[-1] or 1)[..., : z.shape[-1]].sum(1)
+    return grad_z.to(z.dtype), sums.to(_wide(z))
+
+
 def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     y = x.double() @ down.double().mT @ up.double().mT
     return (y if bias is None else y + bias.double()).to(x.dtype)

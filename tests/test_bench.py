@@ -192,7 +192,10 @@ def test_spectral_and_svd(tmp_path):
     path = tmp_path / "s.json"
     found = run("spectral", "--ranks", "8", "--tokens", "4", "--repeats", "1", "-o", str(path))
     assert found.exit_code == 0
-    assert [row["dtype"] for row in record(path)["rows"]] == ["float32", "bfloat16"]
+    rows = record(path)["rows"]
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    assert set(rows[0]["ways"]) == {"scaling", "scaling, torch", "layer", "layer, torch"}
+    assert set(rows[0]["times_faster"]) == {"scaling, torch", "layer, torch"}
     found = run("svd", "--sizes", "24x16,8x12", "--repeats", "1", "-o", str(path))
     assert found.exit_code == 0
     rows = record(path)["rows"]
@@ -200,6 +203,23 @@ def test_spectral_and_svd(tmp_path):
     for row in rows:
         assert abs(row["ways"]["soco exact"]["excess"]) < 1e-6
         assert row["ways"]["soco randomized"]["excess"] > -1e-9
+    options = "--spectrum", "whitened", "--kept", "0.2,0.5", "--repeats", "1", "-o", str(path)
+    assert run("svd", "--sizes", "150x140", *options).exit_code == 0
+    rows = record(path)["rows"]
+    assert [row["rank"] for row in rows] == [28, 70]
+    assert abs(rows[1]["ways"]["soco exact"]["excess"]) < 1e-6  # over six decades, and yet
+    assert rows[1]["ways"]["torch.linalg.eigh"]["excess"] > 1e-3  # what squaring would cost
+
+
+def test_batched_svd(tmp_path):
+    path = tmp_path / "s.json"
+    options = "--batches", "1,3", "--repeats", "1", "--dtypes", "float64", "-o", str(path)
+    assert run("batched-svd", "--sizes", "5,9", *options).exit_code == 0
+    rows = record(path)["rows"]
+    assert [(row["side"], row["batch"]) for row in rows] == [(5, 1), (5, 3), (9, 1), (9, 3)]
+    for row in rows:
+        assert row["ways"]["soco"]["error"] < 1e-14
+        assert row["ways"]["soco"]["orthogonality"] < 1e-14
 
 
 @pytest.mark.parametrize(
@@ -219,7 +239,9 @@ def test_spectral_and_svd(tmp_path):
         (["lowrank", "--threads", "abc"], "--threads.*`soco-bench lowrank --help`"),
         (["lowrank", "--threads", "0"], "--threads.*`soco-bench lowrank --help`"),
         (["nonsense"], "No such command 'nonsense'"),
-        (["svd", "--kept", "2"], "--kept.*`soco-bench svd --help`"),
+        (["svd", "--kept", "2"], "--kept takes numbers between 0 and 1 .* got '2'"),
+        (["svd", "--spectrum", "flat"], "--spectrum.*`soco-bench svd --help`"),
+        (["batched-svd", "--sizes", "0"], "--sizes takes positive whole numbers .* got '0'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys):

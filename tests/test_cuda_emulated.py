@@ -336,6 +336,27 @@ def test_spectral_scale(cuda, dtype):
             torch.testing.assert_close(grads[1], expected[1], rtol=rtol, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("segments", "length", "rank", "out"),
+    [(1, 5, 3, 2), (3, 130, 64, 5), (2, 300, 72, 3), (4, 1, 40, 7)],
+)
+def test_spectral_linear_backward(cuda, segments, length, rank, out, dtype):
+    """16 bytes at a time, and one number; segments of several partial sums; in place."""
+    z, grad = (torch.randn(segments, length, size).to(dtype) for size in (rank, out))
+    up, mask = torch.randn(out, rank).to(dtype), torch.rand(rank) < 0.7
+    scale = torch.randn(rank).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    run = cuda.runner("spectral_scale_backward")
+    found = spectral._spectral_linear_backward(run, grad, z, scale, mask, up, segments)
+    inner = (grad @ up).double()
+    expected = torch.where(mask, inner * scale.double(), 0).to(dtype)
+    torch.testing.assert_close(found[0], expected, rtol=torch.finfo(dtype).eps, atol=0)
+    sums = (inner * z.double()).sum(1)
+    torch.testing.assert_close(
+        found[1].double(), sums, rtol=1e-4, atol=1e-4 * float(sums.abs().max())
+    )
+
+
 def test_gaussian(cuda):
     for rows, columns in [(1, 1), (5, 7), (40, 33)]:
         omega = torch.empty(rows, columns)

@@ -128,6 +128,163 @@ def test_wrong_gradient_is_named():
         ops.spectral_scale_backward(torch.ones(5, 4), *spectral((5, 3), "cpu"))
 
 
+# spectral_linear ---------------------------------------------------------------------------------
+
+# (..., rank), out: with fewer tokens than outputs, and with more
+SPECTRAL_LAYERS = [
+    ((0, 4), 3), ((4, 0), 3), ((5, 3), 0), ((1, 1), 1), ((5, 3), 7), ((40, 70), 9),
+    ((2, 150, 33), 20), ((2, 3, 5), 40), ((7,), 4),
+]  # fmt: skip
+
+
+def spectral_layer(shape, out, device, dtype=torch.float32, scale_dtype=None, grad=False):
+    z, scale, mask = spectral(shape, device, dtype, scale_dtype, grad)
+    up, bias = (
+        randn(*size, seed=seed, device=device, dtype=dtype, grad=grad)
+        for seed, size in ((3, (out, shape[-1])), (4, (out,)))
+    )
+    return z, scale, mask, up, bias
+
+
+def near(found, expected, dtype):
+    rtol = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2}.get(dtype, 3e-3)
+    atol = rtol * max(1.0, float(expected.abs().max())) if expected.numel() else 0
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+def test_spectral_linear_by_hand(device):
+    z, scale = torch.tensor([[1.0, 2.0]], device=device), torch.tensor([3.0, 4.0], device=device)
+    up, bias = torch.tensor([[1.0, 5.0]], device=device), torch.tensor([0.5], device=device)
+    mask = torch.tensor([True, False], device=device)
+    assert ops.spectral_linear(z, scale, mask, up, bias).tolist() == [[3.5]]
+    assert ops.spectral_linear(z, scale, ~mask, up).tolist() == [[40.0]]
+    grad = torch.tensor([[2.0]], device=device)  # grad up = (2, 10)
+    grad_z, sums = ops.spectral_linear_backward(grad, z, scale, mask, up)
+    assert grad_z.tolist() == [[6.0, 0.0]]
+    assert sums.tolist() == [[2.0, 20.0]]  # masked or not
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "out"), SPECTRAL_LAYERS)
+def test_spectral_linear_matches_reference(shape, out, dtype, device):
+    for scale_dtype in {dtype, torch.float32}:
+        z, scale, mask, up, bias = spectral_layer(shape, out, device, dtype, scale_dtype)
+        for added in (bias, None):
+            y = ops.spectral_linear(z, scale, mask, up, added)
+            near(y, reference.spectral_linear(z, scale, mask, up, added), dtype)
+        grad = randn(*shape[:-1], out, seed=5, device=device, dtype=dtype)
+        for segments in {1, shape[0]} if len(shape) > 1 and shape[0] else {1}:
+            args = grad, z, scale, mask, up, segments
+            found, expected = (
+                backward(*args)
+                for backward in (ops.spectral_linear_backward, reference.spectral_linear_backward)
+            )
+            for part, wanted in zip(found, expected, strict=True):
+                near(part, wanted, dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_segments_at_every_simd_level(level, dtype, simd_level):
+    """More tokens than a partial sum has, in whole and in parts; columns in blocks and beside."""
+    simd_level(level)
+    z, scale, mask, up, _ = spectral_layer((3, 277, 131), 5, "cpu", dtype)
+    grad = randn(3, 277, 5, seed=5, dtype=dtype)
+    found = ops.spectral_linear_backward(grad, z, scale, mask, up, 3)
+    expected = reference.spectral_linear_backward(grad, z, scale, mask, up, 3)
+    near(found[0], expected[0], dtype)
+    inner = (grad @ up).double()  # the sums are exact to float32, of what the product rounded to
+    sums = (inner * z.double()).sum(1)
+    tolerance = 1e-5 if dtype.itemsize < 8 else 1e-13
+    torch.testing.assert_close(
+        found[1].double(), sums, rtol=tolerance, atol=tolerance * float(sums.abs().max())
+    )
+
+
+def test_sums_do_not_depend_on_the_threads_nor_on_other_segments(threads):
+    z, scale, mask, up, _ = spectral_layer((4, 300, 90), 6, "cpu")
+    grad = randn(4, 300, 6, seed=5)
+    threads(1)
+    wanted = ops.spectral_linear_backward(grad, z, scale, mask, up, 4)
+    alone = [ops.spectral_linear_backward(grad[s], z[s], scale, mask, up)[1][0] for s in range(4)]
+    for count in (1, 2, 3):
+        threads(count)
+        for _ in range(20):
+            found = ops.spectral_linear_backward(grad, z, scale, mask, up, 4)
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert torch.equal(torch.stack(alone), wanted[1])
+
+
+def test_spectral_linear_gradients(device):
+    for shape, out in (((5, 3), 4), ((2, 4, 3), 2)):
+        z, scale, mask, up, bias = spectral_layer(shape, out, device, torch.float64, grad=True)
+        args = z, scale, up, bias
+
+        def layer(z, scale, up, bias, mask=mask):
+            return ops.spectral_linear(z, scale, mask, up, bias)
+
+        assert torch.autograd.gradcheck(layer, args)
+        assert torch.autograd.gradgradcheck(layer, args)
+        grad = randn(*shape[:-1], out, seed=5, device=device, dtype=torch.float64, grad=True)
+
+        def back(grad, z, scale, up, mask=mask, segments=shape[0]):
+            return ops.spectral_linear_backward(grad, z, scale, mask, up, segments)
+
+        assert torch.autograd.gradcheck(back, (grad, z, scale, up))
+
+
+@pytest.mark.parametrize(("shape", "out"), [((0, 4), 3), ((5, 3), 4), ((2, 3, 5), 9)])
+def test_spectral_linear_registration(shape, out, device):
+    args = spectral_layer(shape, out, device, grad=True)
+    opcheck(torch.ops.soco.spectral_linear.default, args)
+    grad = randn(*shape[:-1], out, device=device, grad=True)
+    opcheck(torch.ops.soco.spectral_linear_backward.default, (grad, *args[:4], 1))
+    compiled = torch.compile(ops.spectral_linear, fullgraph=True)
+    torch.testing.assert_close(compiled(*args), ops.spectral_linear(*args))
+
+
+def test_spectral_linear_under_autocast(device):
+    """Products in autocast's dtype, as of ``linear``; the scales in their own."""
+    z, scale, mask, up, bias = spectral_layer((6, 5), 4, device, grad=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = ops.spectral_linear(z, scale, mask, up, bias)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert scale.grad is not None and scale.grad.dtype == torch.float32
+    wanted = reference.spectral_linear(z, scale, mask, up, bias)
+    torch.testing.assert_close(y.float(), wanted, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"up": torch.ones(3)}, ValueError, r"up must be \(out, rank\), got \(3,\)"),
+        (
+            {"up": torch.ones(2, 4)},
+            ValueError,
+            r"up must be \(out, rank\) = \(2, 3\), got \(2, 4\)",
+        ),
+        ({"up": torch.ones(2, 3).half()}, TypeError, "up must be torch.float32, got torch.float16"),
+        ({"bias": torch.ones(3)}, ValueError, r"bias must be \(out,\) = \(2,\), got \(3,\)"),
+        ({"mask": torch.ones(3)}, TypeError, "mask must be torch.bool"),
+    ],
+)
+def test_wrong_spectral_layers_are_named(change, error, message):
+    names = "z", "scale", "mask", "up", "bias"
+    args = dict(zip(names, spectral_layer((5, 3), 2, "cpu"), strict=True)) | change
+    with pytest.raises(error, match=message):
+        ops.spectral_linear(**args)
+
+
+def test_wrong_segments_are_named():
+    z, scale, mask, up, _ = spectral_layer((5, 3), 2, "cpu")
+    for segments in (0, 2, -1):
+        with pytest.raises(ValueError, match=f"must divide the 5 tokens, got {segments}"):
+            ops.spectral_linear_backward(torch.ones(5, 2), z, scale, mask, up, segments)
+    with pytest.raises(ValueError, match=r"grad must be \(..., out\) = \(5, 2\), got \(5, 3\)"):
+        ops.spectral_linear_backward(torch.ones(5, 3), z, scale, mask, up)
+
+
 # low_rank_linear ---------------------------------------------------------------------------------
 
 # tokens, in, rank, out: empty, smallest, odd, past every register block

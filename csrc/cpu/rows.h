@@ -12,7 +12,7 @@ namespace soco::cpu {
 template <Level>
 void spectral_scale_rows(const void* x, const void* scale, const uint8_t* mask, void* y,
                          int64_t tokens, int64_t rank, Dtype dtype);
-// partial (rank,), as scale: the sum over these tokens of grad * x, mask not yet applied
+// partial (rank,), as scale: the sum over these tokens of grad * x; grad_x may be grad
 template <Level>
 void spectral_backward_rows(const void* grad, const void* x, const void* scale, const uint8_t* mask,
                             void* grad_x, void* partial, int64_t tokens, int64_t rank, Dtype dtype);

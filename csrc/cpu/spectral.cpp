@@ -41,31 +41,34 @@ void spectral_scale(const void* x, const void* scale, const uint8_t* mask, void*
 }
 
 void spectral_scale_backward(const void* grad, const void* x, const void* scale,
-                             const uint8_t* mask, void* grad_x, void* grad_scale, void* partials,
-                             int64_t tokens, int64_t rank, Dtype dtype, Dtype scale_dtype,
-                             int threads) {
+                             const uint8_t* mask, void* grad_x, void* sums, void* partials,
+                             int64_t tokens, int64_t rank, int64_t segments, Dtype dtype,
+                             Dtype scale_dtype, int threads) {
   visit(dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using A = Accumulate<T>;
     const auto wide = widened<A>(scale, rank, scale_dtype);
-    A* const sums = static_cast<A*>(partials);
-    parallel_rows(threads, tokens, kTokensOfAPartial, [&](int64_t begin, int64_t end) {
+    A* const parts = static_cast<A*>(partials);
+    const int64_t length = tokens / segments;
+    const int64_t blocks = spectral_partials(length, 1);  // of a segment
+    parallel_tasks(threads, segments * blocks, [&](int64_t task) {
+      const int64_t in_segment = task % blocks * kTokensOfAPartial;
+      const int64_t rest = length - in_segment;
+      const int64_t count = rest < kTokensOfAPartial ? rest : kTokensOfAPartial;
+      const int64_t begin = (task / blocks * length + in_segment) * rank;
       at_level([&](auto level) {
         spectral_backward_rows<level()>(
-            static_cast<const T*>(grad) + begin * rank, static_cast<const T*>(x) + begin * rank,
-            wide.data(), mask, static_cast<T*>(grad_x) + begin * rank,
-            sums + begin / kTokensOfAPartial * rank, end - begin, rank, dtype);
+            static_cast<const T*>(grad) + begin, static_cast<const T*>(x) + begin, wide.data(),
+            mask, static_cast<T*>(grad_x) + begin, parts + task * rank, count, rank, dtype);
       });
     });
-    visit(scale_dtype, [&](auto* scale_tag) {
-      using S = std::remove_pointer_t<decltype(scale_tag)>;
+    A* const whole = static_cast<A*>(sums);
+    for (int64_t s = 0; s < segments; ++s)
       for (int64_t i = 0; i < rank; ++i) {
         A sum = 0;
-        for (int64_t p = 0; p < spectral_partials(tokens); ++p) sum += sums[p * rank + i];
-        static_cast<S*>(grad_scale)[i] =
-            narrow<S>(static_cast<Accumulate<S>>(mask[i] ? sum : A(0)));
+        for (int64_t p = s * blocks; p < (s + 1) * blocks; ++p) sum += parts[p * rank + i];
+        whole[s * rank + i] = sum;
       }
-    });
   });
 }
 

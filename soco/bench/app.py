@@ -1,6 +1,7 @@
 """The commands of ``soco-bench`` and their options."""
 
 import contextlib
+import enum
 import json
 import os
 import shlex
@@ -151,31 +152,48 @@ def _model_line(row: dict[str, Any]) -> list[str]:
 @app.command()
 def spectral(
     ranks: Annotated[str, typer.Option("--ranks", help="By commas.")] = "512,2048",
+    outputs: Annotated[
+        int | None,
+        typer.Option("--outputs", min=1, help="Of the layer; as the rank, unless given."),
+    ] = None,
     tokens: Tokens = "256,2048",
     dtypes: Dtypes = "float32,bfloat16",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Beside torch.compile, too, which takes a while.")
+    ] = False,
     device: Device = None,
     threads: Threads = None,
     repeats: Repeats = 31,
     output: Output = None,
 ) -> None:
-    """Masked spectral scaling, forward and backward."""
+    """Training the scales of components, forward and backward: alone, and in a layer."""
     with _record("spectral", device, threads, output) as bench:
         from soco.bench.training import measure_spectral
 
         rows = (
-            measure_spectral(rank, count, dtype, bench.device, repeats)
+            measure_spectral(rank, outputs or rank, count, dtype, bench.device, repeats, compiled)
             for rank in _counts(ranks, "ranks")
             for dtype in _dtypes(dtypes)
             for count in _counts(tokens, "tokens")
         )
-        names = ["forward", "forward, torch", "backward", "backward, torch"]
+        names = [
+            f"{what}{how}" for what in ("scaling", "layer")
+            for how in ("", ", torch", *([", compiled"] if compiled else []))
+        ]  # fmt: skip
         bench.table(
-            rows, ["rank", "tokens", "dtype", *names],
+            rows, ["rank", "outputs", "tokens", "dtype", *(f"{name} us" for name in names)],
             lambda row: [
-                str(row["rank"]), str(row["tokens"]), row["dtype"],
+                str(row["rank"]), str(row["outputs"]), str(row["tokens"]), row["dtype"],
                 *(f"{row['ways'][name]['median_us']:.1f}" for name in names),
             ],
         )  # fmt: skip
+
+
+class Spectrum(str, enum.Enum):
+    """What the singular values of a matrix to be measured are like."""
+
+    weights = "weights"
+    whitened = "whitened"
 
 
 @app.command()
@@ -184,8 +202,14 @@ def svd(
         str, typer.Option("--sizes", help="Rows by columns, by commas: 1024x1024,2048x512.")
     ] = "512x512,1024x1024",
     kept: Annotated[
-        float, typer.Option("--kept", min=0.0, max=1.0, help="Fraction of the components.")
-    ] = 0.25,
+        str, typer.Option("--kept", help="Fractions of the components, by commas.")
+    ] = "0.25",
+    spectrum: Annotated[
+        Spectrum,
+        typer.Option(
+            "--spectrum", help="Singular values as a weight has them, or over six decades."
+        ),
+    ] = Spectrum.weights,
     device: Device = None,
     threads: Threads = None,
     repeats: Repeats = 5,
@@ -196,14 +220,53 @@ def svd(
         from soco.bench.training import measure_svd
 
         rows = (
-            measure_svd(*size, kept, bench.device, repeats) for size in _sizes(sizes)
-        )  # fmt: skip
-        names = ["soco exact", "soco randomized", "torch.linalg.svd", "torch.svd_lowrank"]
+            measure_svd(*size, fraction, spectrum.value, bench.device, repeats)
+            for size in _sizes(sizes)
+            for fraction in _fractions(kept)
+        )
+        names = [
+            "soco exact", "soco randomized", "torch.linalg.svd", "torch.linalg.eigh",
+            "torch.svd_lowrank",
+        ]  # fmt: skip
         bench.table(
             rows, ["rows", "columns", "rank", *(f"{name} ms (excess)" for name in names)],
             lambda row: [
                 str(row["rows"]), str(row["columns"]), str(row["rank"]),
                 *(_time_and_excess(row["ways"][name]) for name in names),
+            ],
+        )  # fmt: skip
+
+
+@app.command()
+def batched_svd(
+    sizes: Annotated[str, typer.Option("--sizes", help="Rows and columns, by commas.")] = "16,64",
+    batches: Annotated[str, typer.Option("--batches", help="Matrices, by commas.")] = "1,64",
+    dtypes: Dtypes = "float32",
+    device: Device = None,
+    threads: Threads = None,
+    repeats: Repeats = 5,
+    output: Output = None,
+) -> None:
+    """Singular value decompositions of many small matrices at once."""
+    with _record("batched-svd", device, threads, output) as bench:
+        from soco.bench.training import measure_batched_svd
+
+        rows = (
+            measure_batched_svd(side, batch, dtype, bench.device, repeats)
+            for side in _counts(sizes, "sizes")
+            for dtype in _dtypes(dtypes)
+            for batch in _counts(batches, "batches")
+        )
+        names = ["soco", "torch.linalg.svd"]
+        bench.table(
+            rows, ["side", "batch", "dtype", *(f"{name} ms (error)" for name in names), "faster"],
+            lambda row: [
+                str(row["side"]), str(row["batch"]), row["dtype"],
+                *(
+                    f"{row['ways'][name]['median_us'] / 1e3:.2f} ({row['ways'][name]['error']:.0e})"
+                    for name in names
+                ),
+                f"{row['times_faster_than_torch']:.2f}x",
             ],
         )  # fmt: skip
 

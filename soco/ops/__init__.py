@@ -17,7 +17,12 @@ from soco.ops.layers import products as products
 from soco.ops.layers import widened as widened
 from soco.ops.lowrank import low_rank_linear, low_rank_linear_backward
 from soco.ops.sketch import gaussian_sketch, gaussian_sketch_backward
-from soco.ops.spectral import spectral_scale, spectral_scale_backward
+from soco.ops.spectral import (
+    spectral_linear,
+    spectral_linear_backward,
+    spectral_scale,
+    spectral_scale_backward,
+)
 from soco.ops.svd import batched_svd
 
 __all__ = [
@@ -27,6 +32,8 @@ __all__ = [
     "low_rank_group",
     "low_rank_linear",
     "low_rank_linear_backward",
+    "spectral_linear",
+    "spectral_linear_backward",
     "spectral_scale",
     "spectral_scale_backward",
 ]

@@ -60,10 +60,11 @@ void spectral_scale(const void* x, const void* scale, const uint8_t* mask, void*
 }
 
 void spectral_scale_backward(const void* grad, const void* x, const void* scale,
-                             const uint8_t* mask, void* grad_x, void* grad_scale, void* partials,
-                             int64_t tokens, int64_t rank, int dtype, int scale_dtype) {
-  soco::cuda::spectral_scale_backward(grad, x, scale, mask, grad_x, grad_scale, partials, tokens,
-                                      rank, static_cast<soco::Dtype>(dtype),
+                             const uint8_t* mask, void* grad_x, void* sums, void* partials,
+                             int64_t tokens, int64_t rank, int64_t segments, int dtype,
+                             int scale_dtype) {
+  soco::cuda::spectral_scale_backward(grad, x, scale, mask, grad_x, sums, partials, tokens, rank,
+                                      segments, static_cast<soco::Dtype>(dtype),
                                       static_cast<soco::Dtype>(scale_dtype), nullptr);
 }
 
