@@ -16,7 +16,8 @@ methods of the short table on the first model.
 writes the table between the markers of that name in docs/methods.md.
 
     python benchmarks/tables.py benchmarks/results/lowrank-*.json benchmarks/results/decode.json \
-        benchmarks/results/model-*.json
+        benchmarks/results/model-*.json benchmarks/results/*svd-*.json \
+        benchmarks/results/spectral-*.json
 
 writes the tables of docs/performance.md. All kinds may be given at once.
 """
@@ -298,6 +299,93 @@ def models_timed(records: list[dict]) -> str:
     return "\n".join([*lines, "", text])
 
 
+def decompositions_timed(records: list[dict]) -> str:
+    """What ``soco-bench svd`` measured: a part of docs/performance.md."""
+    rows = [row for record in records for row in record["rows"]]
+    names = list(dict.fromkeys(name for row in rows for name in row["ways"]))
+    lines = [
+        f"| matrix, spectrum | rank | {' | '.join(names)} |",
+        "|---|--:" + "|--:" * len(names) + "|",
+    ]
+    for row in rows:
+        cells = [
+            f"{way['median_us'] / 1e6:.3f} s, {_percent(way['excess'])}"
+            for way in (row["ways"][name] for name in names)
+        ]
+        where = f"{row['rows']} x {row['columns']}, {row['spectrum']}"
+        lines.append(f"| {where} | {row['rank']} | {' | '.join(cells)} |")
+    threads = records[0]["machine"]["threads"]
+    text = (
+        f"Seconds, and by how much the error of the truncation is above the least there is; "
+        f"float32, {threads} threads. {_made(records)}"
+    )
+    return "\n".join([*lines, "", text])
+
+
+def _percent(excess: float) -> str:
+    if abs(excess) < 1e-9:
+        return "0"
+    return f"{excess:.1%}" if excess >= 1e-3 else f"{excess:.0e}"
+
+
+def batches_timed(records: list[dict]) -> str:
+    """What ``soco-bench batched-svd`` measured: a part of docs/performance.md."""
+    rows = {
+        (row["dtype"], row["side"], row["batch"]): row
+        for record in records
+        for row in record["rows"]
+    }
+    dtypes, sides, batches = (sorted({key[i] for key in rows}) for i in range(3))
+    heads = " | ".join(f"{batch} at once" for batch in batches)
+    lines = [
+        f"| dtype, columns | {heads} | error | torch's |",
+        "|---" + "|--:" * (len(batches) + 2) + "|",
+    ]
+    for dtype in dtypes:
+        for side in sides:
+            there = [rows.get((dtype, side, batch)) for batch in batches]
+            cells = [
+                "-" if row is None else f"{row['times_faster_than_torch']:.2f}x" for row in there
+            ]
+            errors = [
+                max(row["ways"][name]["error"] for row in there if row is not None)
+                for name in ("soco", "torch.linalg.svd")
+            ]
+            lines.append(
+                f"| {dtype}, {side} | {' | '.join(cells)} | {errors[0]:.0e} | {errors[1]:.0e} |"
+            )
+    threads = records[0]["machine"]["threads"]
+    text = (
+        f"How many times as fast as `torch.linalg.svd`, all of a random square matrix, {threads} "
+        f"threads; error: the largest entry of `A - U S Vh` over the largest singular value. "
+        f"{_made(records)}"
+    )
+    return "\n".join([*lines, "", text])
+
+
+def scalings_timed(records: list[dict]) -> str:
+    """What ``soco-bench spectral`` measured: a part of docs/performance.md."""
+    rows = [row for record in records for row in record["rows"]]
+    names = list(dict.fromkeys(name for row in rows for name in row["ways"]))
+    lines = [
+        f"| rank, tokens, dtype | {' | '.join(names)} |", "|---" + "|--:" * len(names) + "|",
+    ]  # fmt: skip
+    for row in rows:
+        times = [f"{row['ways'][name]['median_us'] / 1e3:.2f}" for name in names]
+        cells = [
+            f"{time} ({row['times_faster'][name]:.2f}x)" if name in row["times_faster"] else time
+            for name, time in zip(names, times, strict=True)
+        ]
+        where = f"{row['rank']}, {row['tokens']}, {row['dtype']}"
+        lines.append(f"| {where} | {' | '.join(cells)} |")
+    threads = records[0]["machine"]["threads"]
+    text = (
+        f"Milliseconds for forward and backward pass (and how many times as fast ours is), "
+        f"{rows[0]['outputs']} outputs, {threads} threads. {_made(records)}"
+    )
+    return "\n".join([*lines, "", text])
+
+
 def _made(records: list[dict]) -> str:
     """When, where and by which commands."""
     machine = records[0]["machine"]
@@ -348,8 +436,14 @@ def main() -> None:
     ):
         if found:
             insert(performance, marker, layers_timed(found))
-    if found := [part for _, part in parts if part.get("kind") == "model"]:
-        insert(performance, "model", models_timed(found))
+    for marker, table in (
+        ("model", models_timed),
+        ("svd", decompositions_timed),
+        ("batched-svd", batches_timed),
+        ("spectral", scalings_timed),
+    ):
+        if found := [part for _, part in parts if part.get("kind") == marker]:
+            insert(performance, marker, table(found))
     for path, part in parts:
         if any("times_faster_than_dense" in row for row in part["rows"]):
             insert(performance, "decode", generation_timed(part))

@@ -20,6 +20,7 @@
 namespace soco {
 
 constexpr int kMostSweeps = 60;
+constexpr int kNotFinite = -1;
 
 // The matrices: element (i, j) of matrix b at [b * rows * columns + i * row_stride +
 // j * column_stride], rows >= columns >= 1. float32 or float64.
@@ -28,7 +29,8 @@ struct SvdBatch {
   void* left;       // (batch, columns, rows), written: the columns of U
   void* values;     // (batch, columns), written, descending
   void* right;      // (batch, columns, columns), written: the columns of V
-  int32_t* sweeps;  // (batch,), written: how many it took; kMostSweeps if it did not converge
+  int32_t* sweeps;  // (batch,), written: how many it took; kMostSweeps if it did not converge,
+                    // kNotFinite if the matrix holds NaN or Inf: then nothing else is written
   int64_t batch, rows, columns, row_stride, column_stride;
   Dtype dtype;
   bool sign_by_right;

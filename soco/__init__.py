@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Decomposition",
     "Evaluation",
     "Report",
     "TaskScore",
@@ -43,6 +44,7 @@ __all__ = [
     "compare",
     "compress",
     "data",
+    "decompose",
     "diagnosis",
     "evaluate",
     "evaluate_tasks",
@@ -60,12 +62,14 @@ __all__ = [
 ]
 
 _HOME = {  # public name to the file it lives in
+    "Decomposition": "decomposition",
     "Evaluation": "evaluation",
     "Report": "reporting",
     "TaskScore": "tasks",
     "TaskScores": "tasks",
     "compare": "comparison",
     "compress": "pipeline",
+    "decompose": "decomposition",
     "evaluate": "evaluation",
     "evaluate_tasks": "tasks",
     "export_dense": "checkpoint",

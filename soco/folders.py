@@ -56,11 +56,11 @@ def replaced(target: Path) -> Iterator[Path]:
 
 
 def carry_over(source: Path, target: Path, *, move: bool = False) -> None:
-    """Bring along what lies in ``source`` and not in ``target``, but no weights or spectrum."""
+    """Bring along what lies in ``source`` and not in ``target``, but no weights or spectra."""
     for entry in sorted(source.iterdir()):
-        weights = entry.name.startswith(("model", "pytorch_model")) and entry.name.endswith(
-            (".safetensors", ".bin", ".index.json")
-        )
+        weights = entry.name.startswith(
+            ("model", "pytorch_model", "decomposition")
+        ) and entry.name.endswith((".safetensors", ".bin", ".index.json"))
         if weights or entry.name == SPECTRUM or (target / entry.name).exists():
             continue
         if move:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -632,6 +633,18 @@ def test_resize_refuses(run, place, words, expected):
     assert code == 2
     assert expected in err
     assert not (place / "new").exists()
+
+
+def test_decompose(run, fails, place):
+    code, out, err = run("decompose", "dense", "-o", "parts", "--kept", "0.5", "--quiet")
+    assert (code, err) == (0, "")
+    assert re.match(r"parts holds 14 layers \(.*\), with \d+\.\d% to .* energy; it took", out)
+    assert soco.Decomposition("parts")["model.layers.0.self_attn.q_proj"].S.ndim == 1
+    assert "exists and is no decomposition" in fails("decompose", "dense", "-o", "dense")
+    assert "there is no folder 'no/where/here'" in fails("decompose", "no/where/here", "-o", "x")
+    for option, value, message in (("kept", 2, "kept must be"), ("method", "fast", "method must")):
+        assert message in fails("decompose", "dense", "-o", "x", f"--{option}", value)
+    assert not (place / "x").exists()
 
 
 OUT = ["--output", "out"]

@@ -418,6 +418,16 @@ def test_batched_svd_of_difficult_matrices(cuda, kind):
         torch.testing.assert_close(S[0], expected, rtol=1e-12, atol=0)
 
 
+def test_batched_svd_tells_what_is_not_finite(cuda):
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        matrices = test_ops_svd.randn(3, 6, 5)
+        matrices[1, 4, 3] = bad
+        U, S, Vh, sweeps = cuda.batched_svd(matrices)
+        assert sweeps[1] == -1
+        for i in (0, 2):
+            test_ops_svd.check(matrices[i], U[i], S[i], Vh[i])
+
+
 def test_batched_svd_gives_the_same_again(cuda):
     matrices = test_ops_svd.randn(2, 11, 8, dtype=torch.float32)
     first = cuda.batched_svd(matrices)

@@ -20,8 +20,8 @@ FLOORS = [
         "spectral", "steps", "surgery", "svd_gradient", "weighting",
     },
     {
-        "calibration", "choosing", "contents", "experts", "guard", "optimization", "refinement",
-        "sampling", "sequential", "sizes", "stages", "surgeon", "truncation",
+        "calibration", "choosing", "contents", "decomposition", "experts", "guard", "optimization",
+        "refinement", "sampling", "sequential", "sizes", "stages", "surgeon", "truncation",
     },
     {"archive", "methods", "plugin", "training"},
     {"checkpoint", "choices", "elastic", "evaluation", "reporting", "tasks", "workbench"},
@@ -34,7 +34,8 @@ FLOORS = [
 ]  # fmt: skip
 OUTSIDE = {"__init__", "_autoload"}  # public names; the standard library only
 KNOW_TRANSFORMERS = {
-    "bench", "checkpoint", "cli", "contents", "evaluation", "pipeline", "plugin", "surgery",
+    "bench", "checkpoint", "cli", "contents", "decomposition", "evaluation", "pipeline", "plugin",
+    "surgery",
 }  # fmt: skip
 KNOWS_THE_CORE = {"core"}
 KNOW_TORCH_OPS = {"ops"}

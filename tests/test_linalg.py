@@ -1,5 +1,7 @@
 """soco.linalg against torch.linalg and against the theorems in its docstrings."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from soco.linalg import (
     Spectrum,
     checks,
     exact,
+    parallel,
     randomized,
     randomized_svd,
     subspace,
@@ -341,6 +344,7 @@ def test_wrong_arguments_are_named(arguments, message):
 # ---- the ways of the exact one ------------------------------------------------------------------
 
 SIDE = 160
+SINGLE_EXCESS = exact.SINGLE_EXCESS
 PLACES = torch.arange(1, SIDE + 1, dtype=torch.float64)
 SPECTRA = {
     "flat": torch.linspace(1, 0.9, SIDE, dtype=torch.float64),
@@ -354,7 +358,14 @@ SPECTRA = {
     "a step": torch.where(PLACES < 40, 1.0, 0.01 * PLACES**-0.1),
     "equal ones": torch.where(PLACES < 80, 1.0, 0.5),
 }
-SINGLE = {"flat", "like weights", "condition 1e3", "equal ones"}  # at rank 40
+SINGLE = {
+    "flat",
+    "like weights",
+    "falling",
+    "condition 1e3",
+    "condition 1e6",
+    "equal ones",
+}  # at rank 40
 
 
 def excess(weight, svd, rank):
@@ -380,8 +391,8 @@ def test_whatever_the_spectrum_nothing_is_lost(name, shape, device):
 
 @pytest.mark.parametrize("name", SPECTRA)
 def test_the_bound_of_single_precision_holds(name, device, monkeypatch):
-    """What a Gram matrix in float32 costs is below what its eigenvalues say."""
-    monkeypatch.setattr(exact, "SINGLE_EXCESS", 1.0)
+    """What a Gram matrix in float32 costs is below what it says, where that is little."""
+    monkeypatch.setattr(exact, "SINGLE_EXCESS", 1.0)  # nothing is refused
     for shape in ((SIDE, SIDE), (SIDE, 300)):
         weight = with_spectrum(shape, SPECTRA[name]).to(device, torch.float32)
         for rank in (10, 40, 120):
@@ -389,6 +400,8 @@ def test_the_bound_of_single_precision_holds(name, device, monkeypatch):
             if values[rank - 1] < exact.SINGLE_LIMIT**2 * values[0]:
                 continue
             bound = float(exact.single_excess(values, rank))
+            if bound > 2 * SINGLE_EXCESS:
+                continue
             svd, _ = exact._by_gram(weight[None], rank)
             assert svd is not None
             found = excess(weight, linalg.SVD(*(part[0] for part in svd)), rank)
@@ -431,7 +444,7 @@ def test_a_batch_with_a_matrix_for_every_way(stable_calls, device):
 
 def test_several_at_once(threads, monkeypatch):
     weight = normal(3, SIDE, SIDE, dtype=torch.float32)
-    monkeypatch.setattr(exact, "WORTH_A_THREAD", 10)
+    monkeypatch.setattr(parallel, "WORTH_A_THREAD", 10)
     threads(1)
     wanted = truncated_svd(weight, 20)
     threads(2)
@@ -443,6 +456,39 @@ def test_several_at_once(threads, monkeypatch):
     with pytest.raises(LinAlgError, match="no SVD of q converged"):
         truncated_svd(weight, 20, name="q")
     assert torch.get_num_threads() == 2
+
+
+def test_side_by_side(threads):
+    threads(4)
+    seen, running, most = [], set(), []
+
+    def work(item):
+        running.add(item)
+        most.append(len(running))
+        seen.append(torch.get_num_threads())
+        time.sleep(0.01)
+        running.discard(item)
+        if item == 7:
+            raise RuntimeError("no seven")
+        return item * item
+
+    assert list(parallel.side_by_side(work, range(6), 2)) == [0, 1, 4, 9, 16, 25]
+    assert set(seen) == {2}  # half of the threads each
+    assert max(most) == 2
+    assert torch.get_num_threads() == 4
+    taken = []
+    results = parallel.side_by_side(work, (taken.append(i) or i for i in range(100)), 3)
+    assert next(results) == 0
+    assert len(taken) <= 4  # not all at once
+    with pytest.raises(RuntimeError, match="no seven"):
+        list(results)
+    assert torch.get_num_threads() == 4
+
+
+def test_memory_bounds_how_many_are_side_by_side(threads, monkeypatch):
+    threads(8)
+    assert [parallel.workers_for(side, 100) for side in (64, 512, 4096, 16384)] == [1, 8, 5, 1]
+    assert parallel.workers_for(512, 3) == 3
 
 
 def _fails(*_, **__):

@@ -250,7 +250,8 @@ def test_spectral_linear_under_autocast(device):
         y = ops.spectral_linear(z, scale, mask, up, bias)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
-    assert scale.grad is not None and scale.grad.dtype == torch.float32
+    assert scale.grad is not None
+    assert scale.grad.dtype == torch.float32
     wanted = reference.spectral_linear(z, scale, mask, up, bias)
     torch.testing.assert_close(y.float(), wanted, rtol=5e-2, atol=5e-2)
 

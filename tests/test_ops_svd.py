@@ -215,8 +215,10 @@ def test_opcheck_and_compile(device):
     torch.testing.assert_close(compiled(matrices), 2 * ops.batched_svd(matrices)[1].sum())
 
 
+@pytest.mark.parametrize("most", [0, 512])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_refused(bad, device):
+def test_what_is_not_finite_is_refused(bad, most, device, monkeypatch):
+    monkeypatch.setattr(module, "MOST_COLUMNS", most)
     matrices = randn(2, 3, 4, device=device)
     matrices[1, 2, 0] = bad
     with pytest.raises(ValueError, match=r"\(2, 3, 4\) hold NaN or Inf in 1 .* at \(1, 2, 0\)"):

@@ -524,12 +524,13 @@ struct Scratch {
 };
 
 // Copies a matrix divided by 2^exponent, which makes its largest entry less than 1, its rows in the
-// order that is found here.
+// order that is found here. Returns whether all of it is finite.
 template <typename A>
-int load_scaled(const A* matrix, const SvdBatch& batch, const Scratch<A>& own) {
+bool load_scaled(const A* matrix, const SvdBatch& batch, const Scratch<A>& own, int& exponent) {
   const Vectors<A>& columns = own.columns;
   A* const sizes = own.made[0];  // of the rows
   for (int64_t i = 0; i < columns.step; ++i) sizes[i] = 0;
+  Vec<A> nothing = {};  // NaN if anything is not finite
   for (int64_t j = 0; j < batch.columns; ++j) {
     A* const column = columns[j];
     const A* const from = matrix + j * batch.column_stride;
@@ -538,9 +539,11 @@ int load_scaled(const A* matrix, const SvdBatch& batch, const Scratch<A>& own) {
     for (int64_t i = 0; i < columns.step; i += kLanes<A>) {
       const Vec<A> v = load(column + i), size = v < 0 ? -v : v, most = load(sizes + i);
       store(sizes + i, size > most ? size : most);
+      nothing += v * A(0);
     }
   }
-  int exponent = 0;
+  if (total<A>(nothing) != 0) return false;
+  exponent = 0;
   std::frexp(largest(sizes, A(1), columns.step), &exponent);
   sort_rows(
       batch.rows,
@@ -559,7 +562,7 @@ int load_scaled(const A* matrix, const SvdBatch& batch, const Scratch<A>& own) {
     for (int64_t i = 0; i < batch.rows; ++i) sorted[i] = column[own.row_order[i]] * once * twice;
     for (int64_t i = 0; i < batch.rows; ++i) column[i] = sorted[i];
   }
-  return exponent;
+  return true;
 }
 
 template <typename A>
@@ -567,8 +570,12 @@ void decompose(const SvdBatch& batch, int64_t number, void* memory) {
   const int64_t rows = batch.rows, count = batch.columns;
   const Scratch<A> own(memory, rows, count);
   const Vectors<A>&x = own.x, &turn = own.turn;
-  const int exponent =
-      load_scaled(static_cast<const A*>(batch.matrices) + number * rows * count, batch, own);
+  int exponent = 0;
+  if (!load_scaled(static_cast<const A*>(batch.matrices) + number * rows * count, batch, own,
+                   exponent)) {
+    batch.sweeps[number] = kNotFinite;
+    return;
+  }
   for (const Vectors<A>* zeroed : {&own.triangle, &x, &turn})
     for (int64_t i = 0; i < zeroed->count * zeroed->step; ++i) zeroed->data[i] = 0;
   for (int64_t j = 0; j < count; ++j) own.places[j] = static_cast<int32_t>(j);

@@ -259,37 +259,46 @@ __device__ int exponent_of(double value) { return value > 0 ? ilogb(value) + 1 :
 __device__ float power_of_two(float, int exponent) { return ldexpf(1.0f, exponent); }
 __device__ double power_of_two(double, int exponent) { return ldexp(1.0, exponent); }
 
+constexpr int kNotANumber = 1 << 20;  // in the place of an exponent
+
 // Copies a matrix divided by 2^exponent, which makes its largest entry less than 1, its rows in the
-// order that is found here. sizes: (rows,), scratch.
+// order that is found here; kNotANumber if it holds NaN or Inf. sizes: (rows,), scratch.
 template <typename A>
 __device__ int load_scaled(const A* matrix, const SvdBatch& batch, Vectors<A> columns, A* sizes,
                            int32_t* row_order, const Place& me) {
   __shared__ int exponent;
   __shared__ int32_t starts[kRowSizes];
   for (int64_t i = me.warp; i < batch.rows; i += me.warps) {
-    A most = 0;
+    A most = 0, nothing = 0;  // nothing: NaN if anything is not finite
     for (int64_t j = me.lane; j < batch.columns; j += kWarp) {
       const A size = magnitude(matrix[i * batch.row_stride + j * batch.column_stride]);
       most = size > most ? size : most;
+      nothing += size * A(0);
     }
     for (int step = kWarp / 2; step > 0; step /= 2) {
       const A other = __shfl_xor_sync(kAllLanes, most, step);
       most = other > most ? other : most;
     }
-    if (me.lane == 0) sizes[i] = most;
+    nothing = warp_sum(nothing);
+    if (me.lane == 0) sizes[i] = nothing == 0 ? most : nothing;
   }
   __syncthreads();
   if (me.thread == 0) {
     A most = 0;
-    for (int64_t i = 0; i < batch.rows; ++i) most = sizes[i] > most ? sizes[i] : most;
+    bool finite = true;
+    for (int64_t i = 0; i < batch.rows; ++i) {
+      most = sizes[i] > most ? sizes[i] : most;
+      finite = finite && sizes[i] == sizes[i];
+    }
     const int whole = exponent_of(most);
-    exponent = whole;
+    exponent = finite ? whole : kNotANumber;
     sort_rows(
         batch.rows,
         [=](int64_t i) { return sizes[i] > 0 ? exponent_of(sizes[i]) - whole : -kRowSizes; },
         starts, row_order);
   }
   __syncthreads();
+  if (exponent == kNotANumber) return exponent;
   const A once = power_of_two(A(0), -(exponent / 2));
   const A twice = power_of_two(A(0), -(exponent - exponent / 2));
   for (int64_t e = me.thread; e < columns.count * columns.length; e += me.threads) {
@@ -326,6 +335,11 @@ __global__ void batched_svd_kernel(SvdBatch batch, A* scratch, bool in_shared) {
   for (int64_t number = blockIdx.x; number < batch.batch; number += gridDim.x) {
     const int exponent = load_scaled(static_cast<const A*>(batch.matrices) + number * rows * count,
                                      batch, columns, sizes, row_order, me);
+    if (exponent == kNotANumber) {  // the same for all threads
+      __syncthreads();
+      if (me.thread == 0) batch.sweeps[number] = kNotFinite;
+      continue;
+    }
     for (int64_t j = me.thread; j < count; j += me.threads) places[j] = static_cast<int32_t>(j);
     for (int64_t e = me.thread; e < count * count; e += me.threads)
       turn.data[e] = e / count == e % count;

@@ -480,6 +480,35 @@ def export(
 
 
 @app.command()
+def decompose(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder, or id on the Hugging Face hub.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False),
+    ],
+    kept: Annotated[
+        float, typer.Option(metavar="X", help="Fraction of the components of each layer to write.")
+    ] = 1.0,
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="exact, randomized, or auto: the quicker of them.")
+    ] = "exact",
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Write the singular triplets of a model's layers; from a folder it is never loaded whole."""
+    from soco.cli import commands
+
+    commands.decompose(model, output, kept, method, include, exclude, device, quiet=quiet)
+
+
+@app.command()
 def info(as_json: JsonOption = False) -> None:
     """Say what is installed, what can run on which device, and what is missing."""
     from soco.cli import commands

@@ -34,6 +34,7 @@ from soco.cli.sources import (
     open_model,
     open_tokenizer,
 )
+from soco.decomposition import decompose as decompose_model
 from soco.diagnosis import diagnose
 from soco.evaluation import Evaluation
 from soco.evaluation import evaluate as evaluate_model
@@ -344,6 +345,37 @@ def export(folder: Path, output: Path) -> None:
         export_dense(folder, output)
     weights = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     print(f"{output} holds the compressed model in dense form ({format_bytes(weights)} of weights)")
+
+
+def decompose(
+    model: str,
+    output: Path,
+    kept: float,
+    method: str,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    device: str | None,
+    *,
+    quiet: bool,
+) -> None:
+    """``soco decompose``: the triplets of all layers, a few at a time."""
+    place, where = find_model(model), find_device(device)
+    check_writable(output)
+    with quiet_libraries(bars=False):
+        # An id on the hub: the model has to be fetched, and is loaded as it is stored.
+        source = place if Path(place).is_dir() else open_dense(model, "auto", where)
+        begin = time.perf_counter()
+        found = decompose_model(
+            source, output, kept=kept, method=cast(Any, method), include=include, exclude=exclude,
+            device=where, progress=_shows_bars(quiet),
+        )  # fmt: skip
+        seconds = time.perf_counter() - begin
+    held = [layer.energy for layer in found.layers.values()]
+    written = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    print(
+        f"{output} holds {len(found)} layers ({format_bytes(written)}), with {min(held):.1%} to "
+        f"{max(held):.1%} of their energy; it took {seconds:.1f} s"
+    )
 
 
 def _check_compressed(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Exact truncated decompositions: which way each matrix is taken apart, and the ways."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -10,20 +9,20 @@ from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIss
 from soco import ops
 from soco.linalg.checks import fix_signs, times_power_of_two, to_unit_range
 from soco.linalg.factors import SVD
+from soco.linalg.parallel import side_by_side, workers_for
 
 # A Gram matrix in float64 knows a singular value s to some eps (s_1 / s)^2 of itself. Down to this
 # fraction of the largest one that is good enough (3e-10 of itself measured at n = 200, residuals
 # below 1e-9 s_1); below it, nothing is squared.
 SQUARING_LIMIT = 1e-6
 # In float32, down to this; and what is lost besides, as a fraction of the least error, may be this.
-SINGLE_LIMIT = 0.03
-SINGLE_EXCESS = 1e-7
+SINGLE_LIMIT = 2e-3
+SINGLE_EXCESS = 5e-7
+# Below this fraction, the kept directions of a Gram matrix in float32 are turned once more.
+SINGLE_ORDER = 0.03
 # Up to so many rows or columns a matrix goes to ``ops.batched_svd``: there it is the quickest way
 # (docs/performance.md), and has the smallest singular values right.
 SMALL = 64
-# From so many on, several matrices are quicker on a thread of the CPU each than one after the other
-# on all of them.
-WORTH_A_THREAD = 192
 
 
 def exact(weight: Tensor, rank: int, name: str) -> SVD:
@@ -43,15 +42,10 @@ def exact(weight: Tensor, rank: int, name: str) -> SVD:
 
 def _each(matrices: Tensor, take_apart: Callable[[Tensor], SVD]) -> SVD:
     """The decompositions of a batch; on the CPU several at once, where that is worth it."""
-    threads = min(torch.get_num_threads(), len(matrices))
-    if matrices.device.type != "cpu" or threads < 2 or min(matrices.shape[-2:]) < WORTH_A_THREAD:
+    workers = workers_for(min(matrices.shape[-2:]), len(matrices))
+    if matrices.device.type != "cpu" or workers < 2:
         return take_apart(matrices)
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            parts = list(pool.map(torch.no_grad()(take_apart), matrices.split(1)))
-    finally:
-        torch.set_num_threads(before)  # the number is the process's in part
+    parts = side_by_side(torch.no_grad()(take_apart), matrices.split(1), workers)
     return SVD(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -105,10 +99,32 @@ def _by_gram(matrices: Tensor, rank: int) -> tuple[SVD | None, Tensor]:
         L, info = torch.linalg.cholesky_ex(Vh @ Vh.mT)  # close to the identity where it is safe
     safe &= info == 0
     Vh = torch.linalg.solve_triangular(L, Vh, upper=False)
-    S, order = (S * L.diagonal(dim1=-2, dim2=-1)).sort(descending=True, stable=True)
-    U = U.gather(-1, order[..., None, :].expand_as(U))
-    Vh = Vh.gather(-2, order[..., None].expand_as(Vh))
+    if A.dtype == torch.float32 and (S[..., -1] < SINGLE_ORDER * S[..., 0])[safe].any():
+        U, S, Vh = _turned(U, A)
+    else:
+        U, S, Vh = _sorted(U, S * L.diagonal(dim1=-2, dim2=-1), Vh)
     return (SVD(U, S, Vh) if wide else SVD(Vh.mT, S, U.mT)), safe
+
+
+def _sorted(U: Tensor, S: Tensor, Vh: Tensor) -> SVD:
+    S, order = S.sort(descending=True, stable=True)
+    U = U.gather(-1, order[..., None, :].expand_as(U))
+    return SVD(U, S, Vh.gather(-2, order[..., None].expand_as(Vh)))
+
+
+def _turned(U: Tensor, A: Tensor) -> SVD:
+    """The singular triplets within the span of U (batch, side, rank): Rayleigh and Ritz, float64.
+
+    A Gram matrix in float32 knows the span, but mixes in it directions of singular values that are
+    far below the largest.
+    """
+    with torch.autocast(A.device.type, enabled=False):
+        U = torch.linalg.qr(U.double()).Q
+        core = U.mT @ A.double()
+        values, turn = eigh_descending(core @ core.mT)
+        S = values.clamp(min=0).sqrt()
+        Vh = turn.mT @ core / torch.where(S > 0, S, 1)[..., None]
+        return SVD((U @ turn).to(A.dtype), S.to(A.dtype), Vh.to(A.dtype))
 
 
 def _is_safe(values: Tensor, rank: int) -> Tensor:

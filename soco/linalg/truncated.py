@@ -46,8 +46,8 @@ def truncated_svd(
     - Up to 64 rows or columns: :func:`soco.ops.batched_svd`, all matrices of a batch together.
     - The eigenvectors of the Gram matrix of the smaller side, in the weight's own dtype, and the
       weight projected on those that are kept. In float32 only where the eigenvalues show that
-      this costs less than 1e-7 of the least error (``exact.single_excess``) and every kept
-      singular value is above 0.03 of the largest; true of most weights as they are.
+      this costs less than 5e-7 of the least error (``exact.single_excess``) and every kept
+      singular value is above 0.002 of the largest; true of most weights as they are.
     - The same in float64, where every kept singular value is above 1e-6 of the largest.
     - ``torch.linalg.svd`` in float64, which squares nothing: for matrices without full rank, say.
 

@@ -78,18 +78,12 @@ def _arranged(matrices: Tensor, long: Tensor, S: Tensor, short: Tensor) -> tuple
 @implement("batched_svd", "batched_svd")
 def _batched_svd(run: Run, matrices: Tensor) -> tuple[Tensor, ...]:
     _check(matrices)
-    finite = matrices.isfinite()
-    if not finite.all():
-        bad = (~finite).nonzero()
-        raise ValueError(
-            f"matrices {tuple(matrices.shape)} hold NaN or Inf in {len(bad)} of their entries, the "
-            f"first at {tuple(bad[0].tolist())}"
-        )
     m, n = matrices.shape[-2:]
     long, S, short = _outputs(matrices)
     if matrices.numel() == 0:
         return _arranged(matrices, long, S, short)
     if min(m, n) > MOST_COLUMNS:
+        _check_finite(matrices)
         _by_torch(matrices, long, S, short)
         return _arranged(matrices, long, S, short)
     packed, tall, batch = matrices.contiguous(), m >= n, math.prod(matrices.shape[:-2])
@@ -103,12 +97,25 @@ def _batched_svd(run: Run, matrices: Tensor) -> tuple[Tensor, ...]:
     size = 0 if on_cpu else svd_scratch(batch, max(m, n), min(m, n))
     scratch = matrices.new_empty(size)
     run(packed, plan, scratch.data_ptr())
-    if (sweeps == MOST_SWEEPS).any():
+    least, most = sweeps.aminmax()
+    if least < 0:
+        _check_finite(matrices)
+    if most >= MOST_SWEEPS:
         raise LinAlgError(
-            f"{int((sweeps == MOST_SWEEPS).sum())} of {batch} matrices {(m, n)} did not converge "
+            f"{int((sweeps >= MOST_SWEEPS).sum())} of {batch} matrices {(m, n)} did not converge "
             f"in {MOST_SWEEPS} sweeps"
         )
     return _arranged(matrices, long, S, short)
+
+
+def _check_finite(matrices: Tensor) -> None:
+    finite = matrices.isfinite()
+    if not finite.all():
+        bad = (~finite).nonzero()
+        raise ValueError(
+            f"matrices {tuple(matrices.shape)} hold NaN or Inf in {len(bad)} of their entries, the "
+            f"first at {tuple(bad[0].tolist())}"
+        )
 
 
 def _by_torch(matrices: Tensor, long: Tensor, S: Tensor, short: Tensor) -> None:

@@ -1,0 +1,215 @@
+"""soco.decompose: a model in memory and its folder, what is written, and what is refused."""
+
+import json
+import re
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import soco
+from soco import decomposition
+from soco.decomposition import CONTENTS, Decomposition, decompose
+from soco.linalg import SVD
+from soco.surgery import find_linears, weight_of
+from tiny_models import tiny_model
+
+
+def product(svd):
+    return svd.U * svd.S @ svd.Vh
+
+
+def check(found, model, rtol=1e-5):
+    layers = find_linears(model)
+    assert list(found) == list(layers)
+    for name, module in layers.items():
+        weight = weight_of(module).float()
+        torch.testing.assert_close(product(found[name]), weight, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_and_its_folder_give_the_same(name, tmp_path):
+    """GPT-2 keeps its weights transposed."""
+    model = tiny_model(name)
+    check(decompose(model, tmp_path / "a", progress=False), model)
+    model.save_pretrained(tmp_path / "model")
+    found = decompose(tmp_path / "model", tmp_path / "b", progress=False)
+    check(found, model)
+    for layer, svd in Decomposition(tmp_path / "a").items():
+        assert all(torch.equal(a, b) for a, b in zip(svd, found[layer], strict=True))
+
+
+def test_a_folder_in_shards_with_the_names_of_the_base_model(tmp_path):
+    model = tiny_model("gpt2")
+    model.transformer.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["architectures"] = ["GPT2LMHeadModel"]
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    check(decompose(tmp_path / "model", tmp_path / "out", progress=False), model)
+
+
+def test_kept_method_and_dtype(tmp_path):
+    model = tiny_model("llama", torch.bfloat16)
+    found = decompose(
+        model, tmp_path / "out", kept=0.5, method="randomized", dtype=torch.bfloat16,
+        include="*q_proj", progress=False,
+    )  # fmt: skip
+    assert all(name.endswith("q_proj") for name in found)
+    for name, svd in found.items():
+        weight = weight_of(model.get_submodule(name)).detach().float()
+        rank = min(weight.shape) // 2
+        assert svd.S.shape == (rank,)
+        assert (svd.U.dtype, svd.S.dtype) == (torch.bfloat16, torch.float32)
+        values = torch.linalg.svdvals(weight)
+        energy = float(values[:rank].square().sum() / values.square().sum())
+        assert found.layers[name].energy == pytest.approx(energy, rel=1e-2)
+        torch.testing.assert_close(svd.S, values[:rank], rtol=5e-2, atol=1e-3)
+    described = json.loads((tmp_path / "out" / CONTENTS).read_text())
+    assert (described["method"], described["kept"]) == ("randomized", 0.5)
+
+
+def test_no_more_than_three_groups_at_once(tmp_path, threads, monkeypatch):
+    """One is read while one is worked on, whatever the number of layers; files stay small."""
+    threads(2)
+    model = tiny_model("llama", num_hidden_layers=6)
+    model.save_pretrained(tmp_path / "model")
+    alive, most = set(), []
+    read_from = decomposition._from_file
+
+    def counted(entry, key, layout):
+        read = read_from(entry, key, layout)
+
+        def noted():
+            alive.add(key)
+            most.append(len(alive))
+            return read()
+
+        return noted
+
+    apart = decomposition.truncated_svd
+
+    def taken(stacked, *args, **options):
+        assert len(stacked) <= 2
+        found = apart(stacked, *args, **options)
+        for key in sorted(alive)[: len(stacked)]:
+            alive.discard(key)
+        return found
+
+    monkeypatch.setattr(decomposition, "_from_file", counted)
+    monkeypatch.setattr(decomposition, "truncated_svd", taken)
+    monkeypatch.setattr(decomposition, "SHARD_BYTES", 30_000)
+    found = decompose(tmp_path / "model", tmp_path / "out", progress=False)
+    monkeypatch.undo()
+    check(found, model)
+    assert len(most) == 6 * 7
+    assert max(most) <= 4  # two groups of two layers
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    assert max(file.stat().st_size for file in files) < 90_000
+
+
+def test_a_decomposition_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(decomposition, "SHARD_BYTES", 10_000)
+    decompose(model, tmp_path / "out", progress=False)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    decompose(model, tmp_path / "out", kept=0.1, progress=False)
+    assert len(list((tmp_path / "out").iterdir())) == 2  # nothing of the old one is left
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight .* holds NaN or Inf"):
+        decompose(model, tmp_path / "out", progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert Decomposition(tmp_path / "out").layers["model.layers.0.mlp.up_proj"].rank >= 1
+
+
+def test_a_write_that_fails_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(decomposition, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        decompose(tiny_model("llama"), tmp_path / "out", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_arguments(tmp_path):
+    model = tiny_model("llama")
+    for kept in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"kept must be above 0 and at most 1, got {kept}"):
+            decompose(model, tmp_path / "out", kept=kept)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="there exists and is no decomposition"):
+        decompose(model, tmp_path / "there")
+    with pytest.raises(ValueError, match="none is not a folder"):
+        decompose(tmp_path / "none", tmp_path / "out")
+    with pytest.raises(ValueError, match="method must be exact, randomized or auto, got 'fast'"):
+        decompose(model, tmp_path / "out", method=cast(Any, "fast"), progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"there"}
+
+
+def test_a_folder_that_lacks_a_layer(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "model/model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"holds no model\.layers\.1\.self_attn\.q_proj\.weight of"
+    ):
+        decompose(tmp_path / "model", tmp_path / "out", progress=False)
+    weights["model.layers.1.self_attn.q_proj.weight"] = torch.ones(
+        model.model.layers[1].self_attn.q_proj.weight.shape, dtype=torch.int8
+    )
+    save_file(weights, tmp_path / "model/model.safetensors")
+    with pytest.raises(ValueError, match="in I8, which is no float"):
+        decompose(tmp_path / "model", tmp_path / "out", progress=False)
+
+
+def _edit(path, change):
+    described = json.loads((path / CONTENTS).read_text())
+    change(described)
+    (path / CONTENTS).write_text(json.dumps(described))
+
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / CONTENTS).unlink(), "decomposition.json is missing"),
+        (lambda f: (f / CONTENTS).write_text("{"), "is not JSON"),
+        (lambda f: _edit(f, lambda d: d.pop("layers")), "does not describe layers"),
+        (lambda f: _edit(f, lambda d: d["layers"][LAYER].pop("rank")), "does not describe layers"),
+        (
+            lambda f: _edit(f, lambda d: d["layers"][LAYER].update(file="../x.safetensors")),
+            r"lacks the file '\.\./x\.safetensors'",
+        ),
+        (lambda f: next(f.glob("*.safetensors")).unlink(), "lacks the file 'decomposition-00001"),
+        (
+            lambda f: _edit(f, lambda d: d["layers"][LAYER].update(rank=1)),
+            rf"should hold {re.escape(LAYER)}\.U of shape",
+        ),
+        (
+            lambda f: _edit(f, lambda d: d["layers"].update(other=d["layers"][LAYER])),
+            r"should hold other\.U",
+        ),
+        (lambda f: next(f.glob("*.safetensors")).write_bytes(b"1234"), "is truncated"),
+    ],
+)
+def test_what_is_broken_is_named(damage, message, tmp_path):
+    folder = tmp_path / "out"
+    decompose(tiny_model("llama"), folder, progress=False)
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        Decomposition(folder)
+
+
+def test_is_public():
+    assert soco.decompose is decompose
+    assert soco.Decomposition is Decomposition
+    assert SVD._fields == ("U", "S", "Vh")  # names in the files
