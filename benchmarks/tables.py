@@ -43,6 +43,10 @@ BRIEF = (
     "svd", "svd-llm", "kfac-svd", "kfac-svd@lems", "kfac-svd+pivoted", "dobi-svd", "soco:fast",
     "soco", "kfac-svd+pivoted+refine", "soco:best",
 )  # fmt: skip
+# What of them README.md shows, and where: docs/methods.md has all.
+SHOWN = tuple(entry for entry in BRIEF if entry not in ("kfac-svd", "kfac-svd@lems"))
+SHOWN_RATIOS = (0.4, 0.6)
+SHOWN_MODELS = ("babyllama105", "stories260K", "books-llama-1m", "books-llama-6m")
 
 
 def studied(study: dict) -> str:
@@ -118,7 +122,9 @@ def compared(comparison: Comparison) -> str:
 
 def brief(comparisons: list[Comparison]) -> str:
     """Perplexity / KL of some methods on every model and text: the table of README.md."""
-    entries = [e for e in BRIEF if any(e == row["method"] for c in comparisons for row in c.rows)]
+    shown = [c for c in comparisons if c.setup["model"] in SHOWN_MODELS]
+    comparisons = shown or comparisons
+    entries = [e for e in SHOWN if any(e == row["method"] for c in comparisons for row in c.rows)]
     lines = [
         "| model | text (dense perplexity) | removed | "
         + " | ".join(f"`{e}`" for e in entries)
@@ -129,7 +135,7 @@ def brief(comparisons: list[Comparison]) -> str:
         for place, title in enumerate(comparison.setup["texts"]):
             dense = comparison.dense if not place else comparison.dense["texts"][title]
             kind = f"{'another kind' if place else 'same kind'} ({number(dense['perplexity'])})"
-            for ratio in comparison.ratios:
+            for ratio in (r for r in comparison.ratios if r in SHOWN_RATIOS):
                 found = {
                     row["method"]: row if not place else row["texts"][title]
                     for row in comparison.rows
@@ -148,7 +154,6 @@ def brief(comparisons: list[Comparison]) -> str:
     first = comparisons[0]
     calibration = first.setup["calibration"]
     main = next(iter(first.setup["texts"].values()))
-    commands = "` and `".join(dict.fromkeys(c.command for c in comparisons))
     lines += [
         "",
         f"Perplexity / mean KL divergence to the dense model in nats per token "
@@ -157,9 +162,10 @@ def brief(comparisons: list[Comparison]) -> str:
         f"another novel), and of another kind (WikiText-2). Removed: of the parameters of the "
         f"linears in the blocks; no cell keeps more. All methods saw the same "
         f"{calibration['sequences']} calibration sequences. `@` names how ranks are shared, `+` "
-        f"what was added, `:` the effort; the other methods and the pictures are in "
-        f"[docs/methods.md](docs/methods.md). Measured on {first.date[:10]} by `{commands}`; the "
-        f"table was made by `python benchmarks/tables.py benchmarks/results/compare-*.json`.",
+        f"what was added, `:` the effort. Other sizes, models and methods, and pictures, are in "
+        f"[docs/methods.md](docs/methods.md). Measured on {first.date[:10]} by "
+        f"`python benchmarks/compare.py` (records `benchmarks/results/compare-*.json`); the table "
+        f"was made by `python benchmarks/tables.py benchmarks/results/compare-*.json`.",
     ]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import soco
+from soco.bench import timing
 from soco.bench.app import app, main
 from soco.bench.lowrank import Weights, ways
 from soco.bench.model import random_model
@@ -46,6 +47,15 @@ def test_everything_is_run_in_turn_on_cold_copies():
 def test_enough_copies_for_the_cache():
     assert copies_for(10**12, CPU) == 3
     assert copies_for(1, CPU) == MOST
+
+
+def test_copies_leave_room_in_memory(monkeypatch):
+    """A processor's cache of 480 MB that a small virtual machine is shown."""
+    monkeypatch.setattr(timing, "cache_bytes", lambda _: 480 * 2**20)
+    monkeypatch.setattr(timing, "memory_bytes", lambda _: 24 * 2**30)
+    assert copies_for(20 * 2**20, CPU) == 38  # in 8 bits 760 MB, in float32 and dense eight times
+    monkeypatch.setattr(timing, "memory_bytes", lambda _: 2**40)
+    assert copies_for(20 * 2**20, CPU) == 96  # four times the cache
 
 
 def test_memory_is_read_at_some_rate():

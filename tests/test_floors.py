@@ -14,7 +14,7 @@ PACKAGE = ROOT / "soco"
 FLOORS = [
     {"core"},
     {"data", "folders", "headers", "ops", "taskdata"},
-    {"diagnosis", "linalg", "modules", "objectives", "ranks"},
+    {"diagnosis", "linalg", "modules", "objectives", "quadratics", "ranks"},
     {
         "allocators", "component_gradients", "fitting", "masters", "packing", "pivots", "principal",
         "spectral", "steps", "surgery", "svd_gradient", "weighting",

@@ -1,6 +1,7 @@
 """Times of things side by side: interleaved, with cold weights, as medians and percentiles."""
 
 import gc
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ Run = Callable[[int], Any]  # does the work with the weights of that number
 
 CACHES = 4  # weights are cycled through until they are this many times the last-level cache
 MOST = 128  # copies: layers so small that more are needed are cached in a model, too
+SHARE_OF_MEMORY = 32  # that all copies may take, in 8 bits
 CALLS = 50  # in a CUDA graph, at least
 READ_AT_LEAST = 2**24  # bytes, in a call that shows how fast memory is
 CPU = torch.device("cpu")
@@ -31,9 +33,22 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes, default=DEFAULT_CACHE)
 
 
+def memory_bytes(device: torch.device) -> int:
+    """The memory of the machine, or of a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def copies_for(nbytes: int, device: torch.device) -> int:
-    """How many copies of weights of this size leave no cache a chance; not more than ``MOST``."""
-    return min(max(3, -(-CACHES * cache_bytes(device) // max(nbytes, 1))), MOST)
+    """How many copies of weights of this size leave no cache a chance.
+
+    Not more than ``MOST``, nor more than memory has room for, with several ways of storing them
+    side by side: a virtual machine may be shown the cache of a whole processor.
+    """
+    wanted = -(-CACHES * cache_bytes(device) // max(nbytes, 1))
+    room = memory_bytes(device) // SHARE_OF_MEMORY // max(nbytes, 1)
+    return min(max(3, min(wanted, room)), MOST)
 
 
 def percentiles(times: list[float]) -> dict[str, float]:

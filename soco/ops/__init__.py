@@ -20,6 +20,7 @@ from soco.ops.sketch import gaussian_sketch, gaussian_sketch_backward
 from soco.ops.spectral import (
     spectral_linear,
     spectral_linear_backward,
+    spectral_quadratic,
     spectral_scale,
     spectral_scale_backward,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "low_rank_linear_backward",
     "spectral_linear",
     "spectral_linear_backward",
+    "spectral_quadratic",
     "spectral_scale",
     "spectral_scale_backward",
 ]

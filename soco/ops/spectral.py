@@ -20,6 +20,8 @@ library.define(
     "spectral_linear_backward(Tensor grad, Tensor z, Tensor scale, Tensor mask, Tensor up,"
     " SymInt segments) -> (Tensor, Tensor)"
 )
+library.define("spectral_quadratic(Tensor z, Tensor up, Tensor target) -> (Tensor, Tensor, Tensor)")
+TOKENS_AT_ONCE = 1024  # whose products are summed in float32 before they are in float64
 
 
 def spectral_scale(x: Tensor, scale: Tensor, mask: Tensor) -> Tensor:
@@ -289,3 +291,73 @@ autograd("spectral_linear", _spectral_linear_autograd, _save_linear)
 autograd("spectral_linear_backward", _spectral_linear_backward_autograd, _save_linear_backward)
 without_autocast(torch.ops.soco.spectral_linear.default, cast=True, keep=(1,))
 without_autocast(torch.ops.soco.spectral_linear_backward.default, cast=False)
+
+
+# The layer's error as a quadratic -----------------------------------------------------------------
+
+
+def spectral_quadratic(z: Tensor, up: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the error of a layer is as a function of its scales, in one pass over the tokens.
+
+    ``|target - (z * s) up^T|^2 = s^T H s - 2 b^T s + c`` with ``H = (up^T up) * (z^T z)``,
+    ``b = sum_t z_t * (target up)_t`` and ``c = |target|^2``. Products of 1024 tokens are summed in
+    float32 and those sums in float64. No gradient flows.
+
+    Args:
+        z: (..., rank), float32, float64, bfloat16 or float16.
+        up: (out, rank), of ``z``'s dtype.
+        target: (..., out), of ``z``'s dtype.
+
+    Returns:
+        H (rank, rank), b (rank,) and c (), float64.
+
+    >>> z, up = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 3.0]])  # y = s_1 + 6 s_2
+    >>> spectral_quadratic(z, up, torch.tensor([[5.0]]))[:2]
+    (tensor([[ 1.,  6.],
+            [ 6., 36.]], dtype=torch.float64), tensor([ 5., 30.], dtype=torch.float64))
+    """
+    return torch.ops.soco.spectral_quadratic.default(z.detach(), up.detach(), target.detach())
+
+
+def _check_quadratic(z: Tensor, up: Tensor, target: Tensor) -> None:
+    check_dtype("z", z)
+    if z.dim() < 1:
+        raise ValueError("z must be (..., rank), got a tensor without dimensions")
+    if up.dim() != 2:
+        raise ValueError(f"up must be (out, rank), got {tuple(up.shape)}")
+    check("up", up, (up.shape[0], z.shape[-1]), "(out, rank)", z)
+    check("target", target, (*z.shape[:-1], up.shape[0]), "(..., out)", z)
+
+
+@implement("spectral_quadratic", "spectral_scale_backward")
+def _spectral_quadratic(
+    run: Run, z: Tensor, up: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_quadratic(z, up, target)
+    wide = sum_dtype(z)
+    rank = z.shape[-1]
+    curvature = z.new_zeros((rank, rank), dtype=torch.float64)
+    pull = z.new_zeros(rank, dtype=torch.float64)
+    energy = z.new_zeros((), dtype=torch.float64)
+    scale, mask = z.new_ones(rank, dtype=wide), z.new_ones(rank, dtype=torch.bool)
+    up = up.to(wide)
+    parts = zip(flat(z).split(TOKENS_AT_ONCE), flat(target).split(TOKENS_AT_ONCE), strict=True)
+    for some, wanted in parts:
+        some, wanted = some.to(wide).contiguous(), wanted.to(wide)
+        inner = wanted @ up
+        pull += _run_backward(run, inner, some, scale, mask, inner, 1)[0]
+        curvature += some.mT @ some
+        energy += wanted.double().square().sum()
+    return curvature * (up.double().mT @ up.double()), pull, energy
+
+
+@torch.library.register_fake("soco::spectral_quadratic", lib=library)
+def _spectral_quadratic_fake(
+    z: Tensor, up: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_quadratic(z, up, target)
+    rank = z.shape[-1]
+    return tuple(z.new_empty(s, dtype=torch.float64) for s in ((rank, rank), (rank,), ()))  # pyright: ignore
+
+
+without_autocast(torch.ops.soco.spectral_quadratic.default, cast=False)
