@@ -96,14 +96,14 @@ def test_components_that_do_nothing_stay_at_one(device):
 
 
 def test_after_pruning_scales_make_up(device):
-    """Where outputs are weighted, components touch, and those that stay make up for the others."""
+    """Components touch where neither side is orthonormal: some make up for the others."""
     x = normal(200, 12, device=device) @ normal(12, 12, seed=9, device=device)
     weight, gram = normal(10, 12, seed=1, device=device), x.mT @ x
     kept = torch.arange(10, device=device) < 5
     ones = kept.double()
     for sizes, gains in ((torch.ones(10), False), (torch.logspace(-1, 1, 10), True)):
         sizes = sizes.to(device).double()[:, None]
-        spectrum = whitened_svd(sizes * weight, gram)
+        spectrum = whitened_svd(sizes * weight, None)
         up = spectrum.up / sizes * spectrum.sigma
         quadratic = SpectralQuadratic.of_gram(up, spectrum.down, weight, gram)
         before, after = quadratic.loss(ones), quadratic.loss(quadratic.fit(kept))
