@@ -114,13 +114,14 @@ class LayerGroup:
         self._reduced = _places(ranks)
         self._outputs = _places([layer.out_features for layer in layers])
         self._wide = ops.widened(first.new_empty(0)).dtype
-        self._most = first.shape[1] * ops.most_tokens(first.device.type, self.dtype)
         with torch.no_grad():
             sources = list(map(_sources, layers, ranks))
             self._weights = ops.Weights(*_factors(self.layers, ranks), sources, _bias(self.layers))
             if weights is not None:
                 self._weights = _eight_bit(self._weights, weights)
                 _take_away(self.layers)
+        stored = self._weights.down.dtype
+        self._most = first.shape[1] * ops.most_tokens(first.device.type, self.dtype, stored)
         self._known = [LayerState(layer) for layer in self.layers]
         self._all = self._prepared(gated=False)
         self._gated: ops.PreparedGroup | None = None

@@ -330,22 +330,26 @@ def test_few_tokens_take_the_kernel_and_many_the_library(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "has", "most", "slow"),
+    ("dtype", "has", "most", "eight_bit", "slow"),
     [
-        (torch.float64, {"avx2"}, 16, False),
-        (torch.float32, {"avx2"}, 32, False),
-        (torch.bfloat16, {"avx2"}, 64, True),
-        (torch.bfloat16, {"avx2", "avx512_bw"}, 32, False),
-        (torch.bfloat16, {"avx2", "avx512_bw", "amx_bf16"}, 8, False),
-        (torch.float16, {"avx2", "avx512_bw"}, 64, True),
-        (torch.float16, {"avx2", "avx512_bw", "avx512_fp16"}, 32, False),
-        (torch.bfloat16, {"neon"}, 32, False),
+        (torch.float64, {"avx2"}, 16, 16, False),
+        (torch.float32, {"avx2"}, 32, 32, False),
+        (torch.float32, {"avx2", "avx512_bw"}, 16, 64, False),
+        (torch.bfloat16, {"avx2"}, 64, 64, True),
+        (torch.bfloat16, {"avx2", "avx512_bw"}, 32, 64, False),
+        (torch.bfloat16, {"avx2", "avx512_bw", "amx_bf16"}, 4, 32, False),
+        (torch.float16, {"avx2", "avx512_bw"}, 64, 64, True),
+        (torch.float16, {"avx2", "avx512_bw", "avx512_fp16"}, 12, 64, False),
+        (torch.bfloat16, {"neon"}, 32, 32, False),
     ],
 )
-def test_where_the_library_takes_over(dtype, has, most, slow, monkeypatch):
+def test_where_the_library_takes_over(dtype, has, most, eight_bit, slow, monkeypatch):
     monkeypatch.setattr(layers, "instructions", lambda: frozenset(has))
     monkeypatch.setattr(layers, "is_slow", layers.is_slow.__wrapped__)
     assert layers.most_tokens.__wrapped__("cpu", dtype) == most
+    assert layers.most_tokens.__wrapped__("cpu", dtype, dtype) == most
+    for weights in (torch.int8, torch.float8_e4m3fn):
+        assert layers.most_tokens.__wrapped__("cpu", dtype, weights) == eight_bit
     assert layers.is_slow("cpu", dtype) == slow
     assert layers.most_tokens("cuda", dtype) == 16
     assert not layers.is_slow("cuda", dtype)

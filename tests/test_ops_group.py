@@ -278,6 +278,7 @@ def test_every_simd_level(level, dtype, simd_level):
             close(in_eight_bits(args, weights), TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("on_cpu_by_kernel")
 def test_does_not_depend_on_threads_tokens_or_company(threads):
     layers = [(300, 500, True), (200, 600, False)]
     args = made(7, 400, layers, dtype=torch.bfloat16)

@@ -185,7 +185,7 @@ class PreparedGroup:
         self._in, self._width = down.shape[1], weights.width
         self._plan, self._kept = plan_of(weights, dtype)
         self._run = runner("low_rank_group", self.device.type)
-        self._most = most_tokens(self.device.type, dtype)
+        self._most = most_tokens(self.device.type, dtype, down.dtype)
         self._ranks = 0 if self.device.type == "cpu" else len(down)  # the core has memory there
         self._sums = sum_dtype(empty)
 

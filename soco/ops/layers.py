@@ -47,20 +47,32 @@ class Weights(NamedTuple):
 
 
 @functools.cache
-def most_tokens(device: str, dtype: torch.dtype) -> int:
+def most_tokens(device: str, dtype: torch.dtype, weights: torch.dtype | None = None) -> int:
     """Up to how many tokens a low-rank layer runs a kernel of the core.
 
     Above, products of torch's matrix library are at the limit of the machine already. The numbers
     are measured where docs/performance.md says so: on the CPU, ours lose to MKL in float32 from
     here on, to the widened products of :func:`products` in 16 bits, and to oneDNN where the
-    processor multiplies bfloat16 itself.
+    processor multiplies 16-bit floats itself.
+
+    Args:
+        device: cpu, cuda.
+        dtype: of the inputs.
+        weights: dtype of the weights, if it is another one: in 8 bits the library has to widen
+            them first.
     """
     if device != "cpu" or dtype == torch.float64:
         return 16
+    known = instructions()
+    bf16 = dtype == torch.bfloat16 and bool(BF16 & known)
+    if weights is not None and weights.itemsize == 1 and "avx512_bw" in known:
+        return 32 if bf16 else 64
     if dtype == torch.float32:
-        return 32
-    if dtype == torch.bfloat16 and BF16 & instructions():
-        return 8
+        return 16 if "avx512_bw" in known else 32
+    if bf16:
+        return 4
+    if dtype == torch.float16 and LIBRARY[dtype] & known:
+        return 12
     return 64 if is_slow(device, dtype) else 32
 
 
@@ -120,7 +132,7 @@ def expanded(
 def compute(run: Run, x: Tensor, weights: Weights, residual: Tensor | None = None) -> Tensor:
     """The outputs of a group, checked before: contiguous, and of ``x``'s dtype."""
     tokens = math.prod(x.shape[:-1])
-    if tokens > most_tokens(x.device.type, x.dtype):
+    if tokens > most_tokens(x.device.type, x.dtype, weights.down.dtype):
         return _by_products(x, weights, residual).contiguous()
     ranks = len(weights.down)
     check_size(tokens, max(x.shape[-1], ranks, sum(weights.outs)))
