@@ -23,7 +23,7 @@ from soco.linalg import SVD, truncated_svd
 from soco.surgery import Patterns, find_linears, layout_of, shape_of, weight_of
 
 CONTENTS = "decomposition.json"  # beside the files of tensors
-SHARD_BYTES = 2**30
+SHARD_BYTES = 2**28
 
 Read = Callable[[], Tensor]  # a layer's weight (out, in), when it is wanted
 
@@ -99,7 +99,7 @@ def decompose(
 
     Layers of one shape go together, so many at a time as torch has threads, at most 8. While they
     are worked on, the next ones are read and those before them are written; so memory holds the
-    weights of two such groups, the results of one, and up to 2 GB on their way to files, however
+    weights of two such groups, the results of one, and 0.5 GB on its way to files, however
     large the model is. From a folder of safetensors the model is never loaded.
 
     Args:
