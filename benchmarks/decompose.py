@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from protocol import write_record
@@ -50,27 +51,33 @@ def take_apart(folder: Path, threads: int) -> dict:
     }
 
 
+def _run(*words: str) -> Any:
+    command = [sys.executable, *sys.argv, *words]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--blocks", type=int, nargs="*", default=[6, 24, 48])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # in a process of its own,
+    parser.add_argument("--make", type=int, help=argparse.SUPPRESS)  # or this many blocks into it
     arguments = parser.parse_args()
+    if arguments.make is not None:
+        print(json.dumps(make(arguments.folder, arguments.make)))
+        return
     if arguments.folder is not None:
         print(json.dumps(take_apart(arguments.folder, arguments.threads)))
         return
     rows = []
     for blocks in arguments.blocks:
         with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / "model"
-            size = make(folder, blocks)
-            words = [*sys.argv, "--folder", str(folder)]
-            done = subprocess.run(
-                [sys.executable, *words], capture_output=True, text=True, check=True
-            )
-            rows.append({"blocks": blocks, "model_bytes": size, **json.loads(done.stdout)})
+            folder = str(Path(place) / "model")
+            # Not here: a process begins with the peak of the one that started it.
+            size = _run("--folder", folder, "--make", str(blocks))
+            rows.append({"blocks": blocks, "model_bytes": size, **_run("--folder", folder)})
         print(rows[-1], flush=True)
     write_record(arguments.output, Path("DIR"), rows)
 
