@@ -420,6 +420,11 @@ def test_the_way_taken(monkeypatch, device):
         truncated_svd(with_spectrum((SIDE, SIDE), sigma).to(device, torch.float32), 40)
         wanted = [torch.float32] + [torch.float64] * (name not in SINGLE)
         assert dtypes == wanted, name
+    low = 36 ** -((PLACES - 1) / 79)  # 0.028 of the largest at rank 80
+    for sigma, rank, ways in ((low, 80, 1), (low, 81, 2), (PLACES**-0.3, 160, 1)):
+        dtypes.clear()  # most of the directions: not if they would have to be turned
+        truncated_svd(with_spectrum((SIDE, SIDE), sigma).to(device, torch.float32), rank)
+        assert len(dtypes) == ways
     dtypes.clear()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

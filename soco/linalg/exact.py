@@ -140,7 +140,9 @@ def _is_safe(values: Tensor, rank: int) -> Tensor:
     S = values[..., :rank].clamp(min=0).sqrt()
     if values.dtype == torch.float64:
         return S[..., -1] > SQUARING_LIMIT * S[..., 0]
-    return (S[..., -1] > SINGLE_LIMIT * S[..., 0]) & (single_excess(values, rank) < SINGLE_EXCESS)
+    # To turn more than half of the directions takes as long as float64 from the beginning.
+    limit = SINGLE_LIMIT if 2 * rank <= values.shape[-1] else SINGLE_ORDER
+    return (S[..., -1] > limit * S[..., 0]) & (single_excess(values, rank) < SINGLE_EXCESS)
 
 
 def single_excess(values: Tensor, rank: int) -> Tensor:
