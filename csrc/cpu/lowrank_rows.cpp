@@ -151,10 +151,12 @@ struct Problem {
     for (int64_t row = whole; row < end; ++row) block<kTokens, 1>(token, row, 0);
   }
 
-  // As many blocks of kTokens as there are, then the rest in blocks of half as many.
+  // As many blocks of kTokens as there are, then the rest in blocks of half as many; three at once,
+  // where two and one would read all weights twice.
   template <int kTokens>
   void run(int64_t token, int64_t tokens, int64_t begin, int64_t end) const {
     for (; tokens - token >= kTokens; token += kTokens) tokens_block<kTokens>(token, begin, end);
+    if (kTokens == 4 && tokens - token == 3) return tokens_block<3>(token, begin, end);
     if constexpr (kTokens > 1) run<kTokens / 2>(token, tokens, begin, end);
   }
 
