@@ -1,5 +1,6 @@
 """soco.linalg against torch.linalg and against the theorems in its docstrings."""
 
+import re
 import time
 
 import pytest
@@ -463,6 +464,12 @@ def test_several_at_once(threads, monkeypatch):
     assert torch.get_num_threads() == 2
 
 
+def mkl_threads():
+    """What MKL would use in this process; the number that torch shows is this thread's alone."""
+    found = re.search(r"mkl_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())
+    return int(found[1]) if found else torch.get_num_threads()
+
+
 def test_side_by_side(threads):
     threads(4)
     seen, running, most = [], set(), []
@@ -480,7 +487,7 @@ def test_side_by_side(threads):
     assert list(parallel.side_by_side(work, range(6), 2)) == [0, 1, 4, 9, 16, 25]
     assert set(seen) == {2}  # half of the threads each
     assert max(most) == 2
-    assert torch.get_num_threads() == 4
+    assert torch.get_num_threads() == mkl_threads() == 4
     taken = []
     results = parallel.side_by_side(work, (taken.append(i) or i for i in range(100)), 3)
     assert next(results) == 0
@@ -513,7 +520,7 @@ def test_scales_at_the_ends_of_float32(scale, method, device):
     torch.testing.assert_close(svd.S.double() / scale, wanted.S.double(), rtol=1e-5, atol=atol)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_matrix(data):
     """Whatever shape, spectrum, scale and dtype: orthonormal, in order, and the best there is."""
@@ -547,10 +554,13 @@ def test_any_matrix(data):
             values = torch.linalg.svdvals(weight.double())
             top = float(values[0])
             assert (svd.S[1:] <= svd.S[:-1]).all()
-            assert (svd.S.double() - values[:rank]).abs().sum() <= tolerance * top
+            grain = side * torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # of subnormal numbers
+            assert (svd.S.double() - values[:rank]).abs().sum() <= tolerance * top + grain
             wide = linalg.SVD(*(part.double() for part in svd))
             error = (weight.double() - product(wide)).norm()
-            assert error <= values[rank:].norm() + 3 * side**0.5 * tolerance * top
+            # A Gram matrix in float64 is taken down to 1e-6 of the largest, see SQUARING_LIMIT.
+            slack = max(3 * side**0.5 * tolerance, 1e-9)
+            assert error <= values[rank:].norm() + slack * top + 2 * side * grain
     finally:
         exact.SMALL = before
 

@@ -10,6 +10,7 @@ from torch.library import opcheck
 import reference  # tests/reference.py
 from soco import core, ops
 from soco.ops import layers, lowrank
+from soco.ops import spectral as spectral_ops
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LEVELS = core.simd_levels()
@@ -213,6 +214,21 @@ def test_sums_do_not_depend_on_the_threads_nor_on_other_segments(threads):
             found = ops.spectral_linear_backward(grad, z, scale, mask, up, 4)
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert torch.equal(torch.stack(alone), wanted[1])
+
+
+def test_the_scales_go_into_what_is_smaller(monkeypatch):
+    seen = []
+    scaled = spectral_ops._spectral_scale
+
+    def noted(run, x, *rest):
+        seen.append(x)
+        return scaled(run, x, *rest)
+
+    monkeypatch.setattr(spectral_ops, "_spectral_scale", noted)
+    for tokens in (6, 7):
+        z, scale, mask, up, bias = spectral_layer((tokens, 3), 7, "cpu")
+        ops.spectral_linear(z, scale, mask, up, bias)
+        assert seen.pop() is (z if tokens < 7 else up)
 
 
 def test_spectral_linear_gradients(device):

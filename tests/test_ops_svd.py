@@ -39,7 +39,8 @@ def check(matrices, U, S, Vh, slack=1.0):
     assert (S[..., 1:] <= S[..., :-1]).all()
     top = S[..., :1, None].double()
     again = (wide_U * S[..., None, :].double()) @ wide_Vh
-    assert ((again - matrices.double()).abs() <= tolerance * top).all()
+    grain = torch.finfo(matrices.dtype).tiny * eps  # what S is rounded to where it is subnormal
+    assert ((again - matrices.double()).abs() <= tolerance * top + grain).all()
     largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))
     assert (largest > 0).all()
 
@@ -238,7 +239,7 @@ def test_what_does_not_converge_is_told(monkeypatch):
         ops.batched_svd(torch.eye(2))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_whatever_the_matrix(data):
     """Entries of any size down to subnormal ones, many zeros and repeated rows."""
