@@ -418,6 +418,14 @@ def test_batched_svd_of_difficult_matrices(cuda, kind):
         torch.testing.assert_close(S[0], expected, rtol=1e-12, atol=0)
 
 
+def test_batched_svd_of_what_is_too_small_for_a_square(cuda):
+    row = [0.0, 0.0, 0.0, 0.0, 1125899906842624.0, 1589781339308032.0, 1810025383198720.0, 1.2e30]
+    matrices = torch.tensor([[row] * 7])
+    U, S, Vh, sweeps = cuda.batched_svd(matrices)
+    test_ops_svd.check(matrices, U, S, Vh)
+    assert (sweeps < 10).all()
+
+
 def test_batched_svd_tells_what_is_not_finite(cuda):
     for bad in (torch.nan, torch.inf, -torch.inf):
         matrices = test_ops_svd.randn(3, 6, 5)

@@ -151,7 +151,7 @@ __attribute__((noinline)) void factorize(Vectors<A> columns, Vectors<A> triangle
       triangle[k][k] = 0;
       for (int64_t i = begin; i < end; ++i) v[i] = 0;
       for (int64_t j = k + 1; j < count; ++j) {
-        triangle[k][j] = columns[j][k];
+        triangle[k][j] = places == nullptr ? columns[j][k] : A(0);  // the rest is as small
         columns[j][k] = 0;
       }
       continue;
@@ -206,7 +206,8 @@ struct Turns {
       const A unit = 1 / (more > 0 ? more : A(1));
       both[p] = product[p] * unit;
       apart[p] = (second[p] - first[p]) * unit;
-      turns[p] = std::abs(both[p]) > limit * std::sqrt(less * unit) ? A(1) : A(0);
+      const bool seen = less > JacobiLimits<A>::kSmallestPivot;  // squares below have no digits
+      turns[p] = seen && std::abs(both[p]) > limit * std::sqrt(less * unit) ? A(1) : A(0);
     }
     for (int p = 0; p < kPairs<A>; ++p) count += turns[p];
     any = count > 0;

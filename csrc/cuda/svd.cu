@@ -133,7 +133,7 @@ __device__ void factorize(Vectors<A> columns, Vectors<A> triangle, A* factors, A
       for (int64_t i = first_of(k, me); i < length; i += kWarp) {
         const A entry = x[i] - by * v[i];
         if (i == k)
-          triangle[k][j] = entry;
+          triangle[k][j] = seen || places == nullptr ? entry : A(0);  // the rest is as small
         else
           rest += entry * entry;
         x[i] = i == k ? A(0) : entry;
@@ -168,6 +168,8 @@ __device__ bool rotate(A* x, A* y, A* turn_x, A* turn_y, int64_t length, A limit
   product = warp_sum(product);
   first = warp_sum(first);
   second = warp_sum(second);
+  const A less = first < second ? first : second;
+  if (!(less > JacobiLimits<A>::kSmallestPivot)) return false;  // squares below have no digits
   if (!(magnitude(product) > limit * sqrt(first) * sqrt(second))) return false;
   const A cotangent = (second - first) / (2 * product), size = magnitude(cotangent);
   const bool huge = !(size < JacobiLimits<A>::kHuge);
