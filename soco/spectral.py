@@ -150,9 +150,10 @@ class SpectralLinear(nn.Module):
         if self.mean is not None:
             mean = self.mean if self.right is None else self.mean * (1 + self.right)
             z = z - (F.linear(mean.to(down.dtype), down).float() * self._is_cut()).to(z.dtype)
-        if self.left is None:
-            run = _RecordedLinear.apply if self.recording else ops.spectral_linear
-            y = run(z, scale, mask, up, self.bias, *([self] if self.recording else []))
+        if self.left is None and self.recording:
+            y = _RecordedLinear.apply(z, scale, mask, up, self.bias, self)
+        elif self.left is None:
+            y = ops.spectral_linear(z, scale, mask, up, self.bias)
         else:
             scaled = ops.spectral_scale(z, scale, mask)
             if self.recording:

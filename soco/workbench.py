@@ -182,7 +182,6 @@ class Workbench:
     ) -> Iterator[tuple[tuple[str, ...], Spectrum]]:
         """Every unit with its spectrum; on the CPU several at once, where that is worth it."""
 
-        @torch.no_grad()
         def take_apart(group: tuple[str, ...]) -> tuple[tuple[str, ...], Spectrum]:
             means = self._group_means(group)
             name = f"{group[0]}.weight"

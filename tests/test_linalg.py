@@ -13,7 +13,6 @@ from soco import linalg, ops
 from soco.linalg import (
     Factors,
     Spectrum,
-    checks,
     exact,
     parallel,
     randomized,
@@ -231,7 +230,7 @@ def test_signs_are_the_same_on_every_route(device, monkeypatch):
     monkeypatch.setattr(exact, "SMALL", 0)
     squared = truncated_svd(weight, 20)
     stable = exact.directly(weight[None], 20, "weight")
-    U, Vh = checks.fix_signs(stable.U[0], stable.Vh[0])
+    U, Vh = ops.fix_signs(stable.U[0], stable.Vh[0])
     for other in (random, squared, linalg.SVD(U, stable.S[0], Vh)):
         torch.testing.assert_close(other.U, small.U)
         torch.testing.assert_close(other.Vh, small.Vh)

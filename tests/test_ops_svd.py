@@ -234,7 +234,7 @@ def test_what_is_not_finite_is_refused(bad, most, device, monkeypatch):
     monkeypatch.setattr(module, "MOST_COLUMNS", most)
     matrices = randn(2, 3, 4, device=device)
     matrices[1, 2, 0] = bad
-    with pytest.raises(ValueError, match=r"\(2, 3, 4\) hold NaN or Inf in 1 .* at \(1, 2, 0\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\) holds NaN or Inf in 1 .* at \(1, 2, 0\)"):
         ops.batched_svd(matrices)
 
 

@@ -14,9 +14,11 @@ struct Release {
   void operator()(void* memory) const { std::free(memory); }
 };
 
+constexpr int64_t kLine = 64;
+
+// bytes: whole lines
 std::unique_ptr<void, Release> aligned(int64_t bytes) {
-  constexpr int64_t kLine = 64;
-  void* memory = std::aligned_alloc(kLine, static_cast<size_t>((bytes / kLine + 1) * kLine));
+  void* memory = std::aligned_alloc(kLine, static_cast<size_t>(bytes));
   if (memory == nullptr) throw std::bad_alloc();
   return std::unique_ptr<void, Release>(memory);
 }
@@ -35,7 +37,7 @@ void batched_svd(const SvdBatch& batch, int threads) {
   at_level([&](auto level) {
     bytes = svd_matrix_bytes<level()>(batch.rows, batch.columns, batch.dtype);
   });
-  bytes = (bytes / 64 + 1) * 64;
+  bytes = (bytes / kLine + 1) * kLine;
   const auto scratch = aligned(bytes * workers);
   const auto taken = std::make_unique<std::atomic<bool>[]>(static_cast<size_t>(workers));
   for (int64_t w = 0; w < workers; ++w) taken[static_cast<size_t>(w)] = false;

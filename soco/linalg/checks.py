@@ -5,6 +5,8 @@ import operator
 import torch
 from torch import Tensor
 
+from soco.ops import check_finite
+
 # How far from symmetric or positive a Gram matrix may be, as a fraction of its largest entry or
 # eigenvalue, and still count as one that was only accumulated in low precision.
 GRAM_TOLERANCE = 1e-4
@@ -27,13 +29,7 @@ def check_matrix(matrix: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be (..., out, in), got {tuple(matrix.shape)}")
     if not matrix.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {matrix.dtype}")
-    finite = matrix.isfinite()
-    if not finite.all():
-        bad = (~finite).nonzero()
-        raise ValueError(
-            f"{name} {tuple(matrix.shape)} holds NaN or Inf in {len(bad)} of its entries, "
-            f"the first at {tuple(bad[0].tolist())}"
-        )
+    check_finite(name, matrix)
 
 
 def check_gram(gram: Tensor, weight: Tensor, name: str) -> None:
@@ -59,13 +55,6 @@ def check_gram(gram: Tensor, weight: Tensor, name: str) -> None:
         raise ValueError(
             f"{title} is not positive semidefinite: its diagonal holds {gram.diagonal().amin():.3g}"
         )
-
-
-def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Make the largest entry of every column of U positive."""
-    largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))  # (..., 1, rank)
-    sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
-    return U * sign, Vh * sign.mT
 
 
 def to_unit_range(matrix: Tensor) -> tuple[Tensor, Tensor]:

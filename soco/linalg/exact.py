@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from soco import ops
-from soco.linalg.checks import fix_signs, times_power_of_two, to_unit_range
+from soco.linalg.checks import times_power_of_two, to_unit_range
 from soco.linalg.factors import SVD
 from soco.linalg.parallel import side_by_side, workers_for
 
@@ -30,13 +30,12 @@ def exact(weight: Tensor, rank: int, name: str) -> SVD:
 
     The result has the weight's dtype. ``truncated_svd`` says which way is taken.
     """
+    if min(weight.shape[-2:]) <= SMALL:
+        U, S, Vh = ops.batched_svd(weight)
+        return SVD(U[..., :rank], S[..., :rank], Vh[..., :rank, :])
     matrices, exponent = to_unit_range(weight)
-    if min(matrices.shape[-2:]) <= SMALL:
-        U, S, Vh = ops.batched_svd(matrices)
-        svd = SVD(U[..., :rank], S[..., :rank], Vh[..., :rank, :])
-    else:
-        svd = _each(matrices, lambda part: _large(part, rank, name))
-    U, Vh = fix_signs(svd.U, svd.Vh)
+    svd = _each(matrices, lambda part: _large(part, rank, name))
+    U, Vh = ops.fix_signs(svd.U, svd.Vh)
     return SVD(U, times_power_of_two(svd.S, exponent[..., None]), Vh)
 
 
@@ -45,7 +44,7 @@ def _each(matrices: Tensor, take_apart: Callable[[Tensor], SVD]) -> SVD:
     workers = workers_for(min(matrices.shape[-2:]), len(matrices))
     if matrices.device.type != "cpu" or workers < 2:
         return take_apart(matrices)
-    parts = side_by_side(torch.no_grad()(take_apart), matrices.split(1), workers)
+    parts = side_by_side(take_apart, matrices.split(1), workers)
     return SVD(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 

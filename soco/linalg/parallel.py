@@ -32,9 +32,10 @@ def side_by_side(
 ) -> Iterator[Result]:
     """``map(work, items)``, several at once, each on its share of torch's threads.
 
-    Not more than ``workers`` items are taken before the first of their results was asked for. An
-    exception ends it with the first result that is missing.
+    Without gradients. Not more than ``workers`` items are taken before the first of their results
+    was asked for. An exception ends it with the first result that is missing.
     """
+    work = torch.no_grad()(work)  # a mode of the thread
     if workers < 2:
         yield from map(work, items)
         return

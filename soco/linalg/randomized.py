@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from soco import ops
-from soco.linalg.checks import fix_signs, times_power_of_two, to_unit_range
+from soco.linalg.checks import times_power_of_two, to_unit_range
 from soco.linalg.exact import exact
 from soco.linalg.factors import SVD
 
@@ -43,7 +43,7 @@ def randomized(
     With ``estimate``, the Ritz values of two iterations are computed, for the error.
 
     Returns:
-        The decomposition, and the estimated excess error (batch,), float64.
+        The decomposition, and the estimated excess error (batch,), float64; Inf if it is unknown.
     """
     matrices, exponent = to_unit_range(weight)
     with torch.autocast(weight.device.type, enabled=False):
@@ -51,11 +51,13 @@ def randomized(
         found = find_range(matrices, columns, power_iterations, seed, kept)
         # Rayleigh and Ritz: (columns, in)
         inner = exact((found.Q.mT @ matrices).double(), rank, name)
-        U, Vh = fix_signs(found.Q.double() @ inner.U, inner.Vh)
-    energy = matrices.double().square().sum((-2, -1))
-    excess = estimated_excess([*found.captured, inner.S.square().sum(-1)], energy)
+        U, Vh = ops.fix_signs(found.Q.double() @ inner.U, inner.Vh)
+    excess = inner.S.new_full((len(inner.S),), math.inf)
     if columns == min(matrices.shape[-2:]):  # the range is the whole space
         excess = torch.zeros_like(excess)
+    elif estimate:
+        energy = matrices.double().square().sum((-2, -1))
+        excess = estimated_excess([*found.captured, inner.S.square().sum(-1)], energy)
     return SVD(U, times_power_of_two(inner.S, exponent[..., None]), Vh), excess
 
 
@@ -98,7 +100,7 @@ def _iterate(
     captured: list[Tensor] = []
     for iteration in range(power_iterations):
         Z = matrices.mT @ Q  # (batch, in, columns)
-        if kept is not None and power_iterations - 2 <= iteration >= ENOUGH - 2:
+        if kept is not None and iteration >= max(power_iterations, ENOUGH) - 2:
             wide = Z.double()
             gram = (wide.mT @ wide).nan_to_num(0.0, 0.0, 0.0)  # where it failed
             captured.append(torch.linalg.eigvalsh(gram)[..., -kept:].clamp(min=0).sum(-1))

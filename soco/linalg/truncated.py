@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from soco.linalg.checks import check_matrix, check_rank, to_unit_range
+from soco.linalg.checks import check_matrix, check_rank, times_power_of_two, to_unit_range
 from soco.linalg.exact import exact
 from soco.linalg.factors import SVD, Factors
 from soco.linalg.randomized import find_range, randomized
@@ -186,13 +186,13 @@ def subspace(
         return Subspace(
             Factors(wide.new_zeros(len(weight), rank), wide.new_zeros(rank, weight.shape[1])), 0.0
         )
-    matrices, _ = to_unit_range(wide)
+    matrices, exponent = to_unit_range(wide)
     with torch.autocast(weight.device.type, enabled=False):
         Q = find_range(matrices, rank, power_iterations, seed).Q[0]
         down = Q.mT @ matrices[0]
-        energy = matrices.double().square().sum()
-        captured = float(down.double().square().sum() / energy) if energy > 0 else 1.0
-        return Subspace(Factors(Q, Q.mT @ wide[0]), min(captured, 1.0))
+    energy = matrices.double().square().sum()
+    captured = float(down.double().square().sum() / energy) if energy > 0 else 1.0
+    return Subspace(Factors(Q, times_power_of_two(down, exponent[0])), min(captured, 1.0))
 
 
 def randomized_is_quicker(weight: Tensor, rank: int) -> bool:

@@ -8,13 +8,13 @@ from soco.linalg.checks import (
     check_gram,
     check_matrix,
     check_rank,
-    fix_signs,
     times_power_of_two,
     to_unit_range,
 )
 from soco.linalg.exact import eigh_descending
 from soco.linalg.factors import Spectrum
 from soco.linalg.truncated import truncated_svd
+from soco.ops import fix_signs
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ compute on what they are given.
 """
 
 from soco.core import MOST_MEMBERS as MOST_MEMBERS
+from soco.ops.checks import check_finite as check_finite
 from soco.ops.group import PreparedGroup as PreparedGroup
 from soco.ops.group import low_rank_group
 from soco.ops.layers import Weights as Weights
@@ -25,6 +26,7 @@ from soco.ops.spectral import (
     spectral_scale_backward,
 )
 from soco.ops.svd import batched_svd
+from soco.ops.svd import fix_signs as fix_signs
 
 __all__ = [
     "batched_svd",

@@ -39,6 +39,17 @@ def check(
         raise TypeError(f"{name} must be {names}, got {tensor.dtype}")
 
 
+def check_finite(name: str, x: Tensor) -> None:
+    """Refuse NaN and Inf; a GPU is waited for."""
+    finite = x.isfinite()
+    if not finite.all():
+        bad = (~finite).nonzero()
+        raise ValueError(
+            f"{name} {tuple(x.shape)} holds NaN or Inf in {len(bad)} of its entries, the first at "
+            f"{tuple(bad[0].tolist())}"
+        )
+
+
 def check_size(*shape: int) -> None:
     """Refuse a tensor whose size in bytes is no 64-bit number."""
     if math.prod(shape) > (2**63 - 1) // 8:

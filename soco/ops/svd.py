@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from soco.core import DTYPES, MOST_SWEEPS, Run, SvdBatch, implement, library, svd_scratch
-from soco.ops.checks import autograd
+from soco.ops.checks import autograd, check_finite
 
 MOST_COLUMNS = 512  # of the smaller side; larger matrices go to torch.linalg.svd
 
@@ -83,7 +83,7 @@ def _batched_svd(run: Run, matrices: Tensor) -> tuple[Tensor, ...]:
     if matrices.numel() == 0:
         return _arranged(matrices, long, S, short)
     if min(m, n) > MOST_COLUMNS:
-        _check_finite(matrices)
+        check_finite("the batch", matrices)
         _by_torch(matrices, long, S, short)
         return _arranged(matrices, long, S, short)
     packed, tall, batch = matrices.contiguous(), m >= n, math.prod(matrices.shape[:-2])
@@ -99,7 +99,7 @@ def _batched_svd(run: Run, matrices: Tensor) -> tuple[Tensor, ...]:
     run(packed, plan, scratch.data_ptr())
     least, most = sweeps.aminmax()
     if least < 0:
-        _check_finite(matrices)
+        check_finite("the batch", matrices)
     if most >= MOST_SWEEPS:
         raise LinAlgError(
             f"{int((sweeps >= MOST_SWEEPS).sum())} of {batch} matrices {(m, n)} did not converge "
@@ -108,22 +108,17 @@ def _batched_svd(run: Run, matrices: Tensor) -> tuple[Tensor, ...]:
     return _arranged(matrices, long, S, short)
 
 
-def _check_finite(matrices: Tensor) -> None:
-    finite = matrices.isfinite()
-    if not finite.all():
-        bad = (~finite).nonzero()
-        raise ValueError(
-            f"matrices {tuple(matrices.shape)} hold NaN or Inf in {len(bad)} of their entries, the "
-            f"first at {tuple(bad[0].tolist())}"
-        )
+def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the largest entry of every column of U positive, the first of equals."""
+    largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))  # (..., 1, k)
+    sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
+    return U * sign, Vh * sign.mT
 
 
 def _by_torch(matrices: Tensor, long: Tensor, S: Tensor, short: Tensor) -> None:
     """``torch.linalg.svd`` with the signs as here, into the tensors given."""
     U, values, Vh = torch.linalg.svd(matrices, full_matrices=False)
-    largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))  # (..., 1, k)
-    sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
-    U, Vh = U * sign, Vh * sign.mT
+    U, Vh = fix_signs(U, Vh)
     tall = matrices.shape[-2] >= matrices.shape[-1]
     long.copy_(U.mT if tall else Vh)
     short.copy_(Vh if tall else U.mT)
