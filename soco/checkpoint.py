@@ -1,7 +1,6 @@
 """Read and write the folder of a compressed model: an ordinary Hugging Face folder."""
 
 import copy
-import importlib
 import json
 from collections.abc import Collection, Mapping
 from os import PathLike
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import nn
 
+from soco.contents import CONFIG as CONFIG
+from soco.contents import architecture_of
 from soco.experts import find_experts
 from soco.folders import SPECTRUM, carry_over, replaced
 from soco.headers import check_index, read_headers, read_json, weight_files
@@ -23,8 +24,6 @@ from soco.surgery import low_rank_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CONFIG = "config.json"
 
 
 class Tokenizer(Protocol):
@@ -177,7 +176,7 @@ def load(
         )
     SocoConfig.from_dict(described)
     check_index(folder, read_headers(weight_files(folder)))
-    cls = _architecture(folder, config)
+    cls = architecture_of(folder, config)
     register()
     model, info = cls.from_pretrained(
         str(folder), dtype=dtype, device_map=device_map, output_loading_info=True, **options
@@ -287,17 +286,3 @@ def _description(folder: Path) -> dict[str, Any] | None:
     except (ValueError, NotADirectoryError):
         return None
     return described if isinstance(described, dict) else None
-
-
-def _architecture(folder: Path, config: dict) -> Any:
-    """The class of transformers that config.json names."""
-    names = config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise ValueError(f"{folder / CONFIG} must name one class in architectures, got {names!r}")
-    cls = getattr(importlib.import_module("transformers"), names[0], None)
-    if not hasattr(cls, "from_pretrained"):
-        raise ValueError(
-            f"{folder / CONFIG} names the architecture {names[0]}, "
-            f"which is not in the installed transformers"
-        )
-    return cls

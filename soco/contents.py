@@ -4,9 +4,11 @@ import importlib.util
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from soco.headers import INDEX, WEIGHTS, Entry, read_headers, weight_files
@@ -15,10 +17,22 @@ from soco.surgery import low_rank_layers, output_head
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+CONFIG = "config.json"
 PICKLED = "pytorch_model.bin"
 
 _DOWN, _UP, _PIVOTS = ".down.weight", ".up.weight", ".pivots"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+
+# What the libraries raise about a folder that is broken in one of many ways.
+BROKEN = (
+    OSError,
+    ValueError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -28,6 +42,24 @@ class _Names(NamedTuple):
 
     required: Shapes
     allowed: Shapes  # more than the required: tied weights, of which one is enough
+
+
+def architecture_of(folder: Path, config: dict) -> Any:
+    """The class of transformers that config.json names.
+
+    Raises:
+        ValueError: it names none, several, or one that is no model of the installed transformers.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise ValueError(f"{folder / CONFIG} must name one class in architectures, got {names!r}")
+    cls = getattr(transformers, names[0], None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"{folder / CONFIG} names the architecture {names[0]}, "
+            f"which is not in the installed transformers"
+        )
+    return cls
 
 
 def is_own_class(model: "PreTrainedModel") -> bool:

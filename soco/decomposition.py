@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from soco.contents import BROKEN, CONFIG, architecture_of
 from soco.folders import replaced
 from soco.headers import Entry, check_index, read_headers, read_json, weight_files
 from soco.linalg import SVD, truncated_svd
+from soco.ops import check_finite
 from soco.surgery import Patterns, find_linears, layout_of, shape_of, weight_of
 
 CONTENTS = "decomposition.json"  # beside the files of tensors
@@ -38,6 +40,19 @@ class Layer:
     energy: float  # the fraction of |W|_F^2 that the triplets hold
 
 
+def _is_layer(described: object) -> bool:
+    """Whether this is what ``Layer`` is made of, read from a file."""
+    if not isinstance(described, dict) or described.keys() != {f.name for f in fields(Layer)}:
+        return False
+    shape, numbers = described["shape"], (described["rank"], described["energy"])
+    return (
+        isinstance(described["file"], str)
+        and isinstance(shape, list)
+        and len(shape) == 2
+        and all(isinstance(number, (int, float)) for number in (*shape, *numbers))
+    )
+
+
 class Decomposition(Mapping[str, SVD]):
     """A folder that :func:`decompose` wrote: layer to its SVD, read when it is asked for."""
 
@@ -49,12 +64,10 @@ class Decomposition(Mapping[str, SVD]):
         """
         self.folder = Path(folder)
         described = read_json(self.folder / CONTENTS)
-        try:
-            layers = described["layers"].items()
-            self.layers = {n: Layer(**{**v, "shape": tuple(v["shape"])}) for n, v in layers}
-            self.method: str = described["method"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.folder / CONTENTS} does not describe layers") from error
+        layers = described.get("layers")
+        if not isinstance(layers, dict) or not all(map(_is_layer, layers.values())):
+            raise ValueError(f"{self.folder / CONTENTS} does not describe layers")
+        self.layers = {n: Layer(**{**v, "shape": tuple(v["shape"])}) for n, v in layers.items()}
         names = {layer.file for layer in self.layers.values()}
         for name in names:
             if Path(name).name != name or not (self.folder / name).is_file():
@@ -149,7 +162,7 @@ def decompose(
                 following = reader.submit(read, groups[number + 1])
             rank = max(1, math.floor(kept * min(stacked.shape[1:])))
             for name, weight in zip(names, stacked, strict=True):
-                _check_finite(name, weight)
+                check_finite(f"{name}.weight", weight)
             found = truncated_svd(stacked, rank, method, seed=seed, name=names[0])
             energy = stacked.double().square().sum((1, 2))
             held = found.S.double().square().sum(1) / energy.clamp_min(1e-300)
@@ -220,11 +233,6 @@ def _groups(shapes: Mapping[str, tuple[int, int]], most: int) -> Iterator[list[s
             yield names[begin : begin + most]
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
-    if not weight.isfinite().all():
-        raise ValueError(f"{name}.weight {tuple(weight.shape)} holds NaN or Inf")
-
-
 def _device_of(source: object) -> torch.device:
     if isinstance(source, nn.Module):
         return next((p.device for p in source.parameters()), torch.device("cpu"))
@@ -257,13 +265,17 @@ def _open(
 
 def _empty_model(folder: Path) -> Any:
     """The model of a folder without its weights."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.architectures or [""])[0]
-    kind = getattr(transformers, name, None)
-    with torch.device("meta"):
-        if kind is None:
-            return transformers.AutoModel.from_config(config)
-        return kind(config)
+    described = read_json(folder / CONFIG)
+    if described.get("quantization_config") is not None:
+        raise ValueError(f"{folder} is quantized or compressed already: start from dense")
+    kind = architecture_of(folder, described)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return kind(config)
+    except (*BROKEN, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{folder / CONFIG} describes no model: {reason[0]}") from error
 
 
 def _keys_in_files(

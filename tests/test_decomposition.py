@@ -120,7 +120,9 @@ def test_a_decomposition_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").iterdir())) == 2  # nothing of the old one is left
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 2] = torch.nan
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight .* holds NaN or Inf"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.up_proj\.weight .* holds NaN or Inf in 1 .* at \(3, 2\)"
+    ):
         decompose(model, tmp_path / "out", progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert Decomposition(tmp_path / "out").layers["model.layers.0.mlp.up_proj"].rank >= 1
@@ -169,10 +171,31 @@ def test_a_folder_that_lacks_a_layer(tmp_path):
         decompose(tmp_path / "model", tmp_path / "out", progress=False)
 
 
-def _edit(path, change):
-    described = json.loads((path / CONTENTS).read_text())
+def _edit(path, change, file=CONTENTS):
+    described = json.loads((path / file).read_text())
     change(described)
-    (path / CONTENTS).write_text(json.dumps(described))
+    (path / file).write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("architectures"), r"must name one class in architectures, got None"),
+        (lambda c: c.update(architectures=["pipeline"]), "architecture pipeline, which is not in"),
+        (lambda c: c.update(model_type="kettle"), r"config\.json describes no model: .*kettle"),
+        (lambda c: c.update(num_attention_heads="x"), r"config\.json describes no model"),
+        (lambda c: c.update(quantization_config={"quant_method": "soco"}), "compressed already"),
+    ],
+)
+def test_configs_that_describe_no_dense_model(change, message, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    _edit(tmp_path / "model", change, "config.json")
+    with pytest.raises(ValueError, match=message):
+        decompose(tmp_path / "model", tmp_path / "out", progress=False)
+    (tmp_path / "model/config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        decompose(tmp_path / "model", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -184,6 +207,11 @@ LAYER = "model.layers.0.self_attn.q_proj"
         (lambda f: (f / CONTENTS).unlink(), "decomposition.json is missing"),
         (lambda f: (f / CONTENTS).write_text("{"), "is not JSON"),
         (lambda f: _edit(f, lambda d: d.pop("layers")), "does not describe layers"),
+        (lambda f: _edit(f, lambda d: d.update(layers=[])), "does not describe layers"),
+        (lambda f: _edit(f, lambda d: d["layers"].update(x=3)), "does not describe layers"),
+        (lambda f: _edit(f, lambda d: d["layers"][LAYER].update(file=5)), "not describe layers"),
+        (lambda f: _edit(f, lambda d: d["layers"][LAYER].update(shape=[1])), "not describe layers"),
+        (lambda f: _edit(f, lambda d: d["layers"][LAYER].update(rank="2")), "not describe layers"),
         (lambda f: _edit(f, lambda d: d["layers"][LAYER].pop("rank")), "does not describe layers"),
         (
             lambda f: _edit(f, lambda d: d["layers"][LAYER].update(file="../x.safetensors")),

@@ -20,10 +20,10 @@ FLOORS = [
         "spectral", "steps", "surgery", "svd_gradient", "weighting",
     },
     {
-        "calibration", "choosing", "contents", "decomposition", "experts", "guard", "optimization",
-        "refinement", "sampling", "sequential", "sizes", "stages", "surgeon", "truncation",
+        "calibration", "choosing", "contents", "experts", "guard", "optimization", "refinement",
+        "sampling", "sequential", "sizes", "stages", "surgeon", "truncation",
     },
-    {"archive", "methods", "plugin", "training"},
+    {"archive", "decomposition", "methods", "plugin", "training"},
     {"checkpoint", "choices", "elastic", "evaluation", "reporting", "tasks", "workbench"},
     {"factorization", "installation", "preparation", "record"},
     {"learning", "plots", "resizing"},

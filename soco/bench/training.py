@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from soco import ops
-from soco.bench.timing import Run, copies_for, side_by_side
+from soco.bench.timing import CPU, Run, copies_for, side_by_side
 from soco.linalg import Factors, subspace, truncated_svd
 
 
@@ -102,20 +102,16 @@ def measure_svd(
         U, S, Vh = way()
         error = (weight.double() - U.double() * S.double() @ Vh.double()).norm()
         errors[name] = float(f"{float(error) / least - 1:.3e}")
-    runs: dict[str, Run] = {
-        name: (lambda i, way=way: (way(), _wait(device))) for name, way in ways.items()
-    }
-    # Nothing of this can be in a CUDA graph: timed from outside.
-    times = side_by_side(runs, 1, torch.device("cpu"), repeats)
+    times = _from_outside(ways, device, repeats)
     return {
         "rows": rows,
         "columns": columns,
         "rank": rank,
         "spectrum": spectrum,
-        "ways": {name: {**times[name], "excess": errors[name]} for name in runs},
+        "ways": {name: {**times[name], "excess": errors[name]} for name in ways},
         "times_faster_than_torch": {
             name: round(times["torch.linalg.svd"]["median_us"] / times[name]["median_us"], 3)
-            for name in runs
+            for name in ways
             if name.startswith("soco")
         },
     }
@@ -143,15 +139,12 @@ def measure_batched_svd(
         away = max(((U.mT @ U) - identity).abs().max(), ((Vh @ Vh.mT) - identity).abs().max())
         error = ((U * S[:, None]) @ Vh - matrices).abs().amax((1, 2)) / S[:, 0]
         found[name] = {"error": float(f"{error.max():.3e}"), "orthogonality": float(f"{away:.3e}")}
-    runs: dict[str, Run] = {
-        name: (lambda i, way=way: (way(), _wait(device))) for name, way in ways.items()
-    }
-    times = side_by_side(runs, 1, torch.device("cpu"), repeats)
+    times = _from_outside(ways, device, repeats)
     return {
         "side": side,
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
-        "ways": {name: {**times[name], **found[name]} for name in runs},
+        "ways": {name: {**times[name], **found[name]} for name in ways},
         "times_faster_than_torch": round(
             times["torch.linalg.svd"]["median_us"] / times["soco"]["median_us"], 3
         ),
@@ -191,6 +184,12 @@ def _transposed(found: Any) -> tuple[Tensor, Tensor, Tensor]:
     return U, S, V.mT
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _from_outside(
+    ways: dict[str, Callable[[], Any]], device: torch.device, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Times of decompositions, of which nothing can be in a CUDA graph."""
+
+    def timed(way: Callable[[], Any]) -> Run:
+        return lambda i: (way(), device.type == "cuda" and torch.cuda.synchronize(device))
+
+    return side_by_side({name: timed(way) for name, way in ways.items()}, 1, CPU, repeats)

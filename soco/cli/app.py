@@ -28,6 +28,8 @@ from soco.cli.options import (
     LimitOption,
     MethodName,
     MicroBatchOption,
+    ModelArgument,
+    NewFolderOption,
     NumFewshotOption,
     PivotedOption,
     PresetOption,
@@ -35,6 +37,7 @@ from soco.cli.options import (
     RatioOption,
     RefineOption,
     SamplesOption,
+    SeveralRatiosOption,
     SizeOption,
     SpacingOption,
     StatsOption,
@@ -42,7 +45,6 @@ from soco.cli.options import (
     SurgeonOption,
     TaskDataOption,
     WrittenOption,
-    several_ratios,
 )
 from soco.cli.program import Commands, run_program
 
@@ -78,15 +80,7 @@ def _soco(
 
 @app.command()
 def compress(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A folder, an id on the Hugging Face hub, or demo: a small model that is part of "
-            "soco.",
-            show_default=False,
-        ),
-    ],
+    model: ModelArgument,
     output: Annotated[
         Path,
         typer.Option(
@@ -98,16 +92,7 @@ def compress(
         ),
     ],
     ratio: RatioOption = None,
-    ratios: Annotated[
-        tuple | None,
-        typer.Option(
-            metavar="X,X",
-            parser=several_ratios,
-            help="Several sizes from one training, each in a folder DIR/ratio-X; soco resize makes "
-            "any between them.",
-            show_default=False,
-        ),
-    ] = None,
+    ratios: SeveralRatiosOption = None,
     size: SizeOption = None,
     calibration: Annotated[
         str | None,
@@ -305,14 +290,7 @@ def evaluate(
 
 @app.command()
 def compare(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A folder, an id on the Hugging Face hub, or demo.",
-            show_default=False,
-        ),
-    ],
+    model: ModelArgument,
     output: Annotated[
         Path,
         typer.Option(
@@ -424,10 +402,7 @@ def compare(
 @app.command()
 def resize(
     folder: FolderArgument,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False),
-    ],
+    output: NewFolderOption,
     ratio: RatioOption = None,
     size: SizeOption = None,
 ) -> None:
@@ -481,16 +456,8 @@ def export(
 
 @app.command()
 def decompose(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Folder, or id on the Hugging Face hub.", show_default=False
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False),
-    ],
+    model: ModelArgument,
+    output: NewFolderOption,
     kept: Annotated[
         float, typer.Option(metavar="X", help="Fraction of the components of each layer to write.")
     ] = 1.0,

@@ -155,6 +155,29 @@ QuietOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SeveralRatiosOption = Annotated[
+    tuple | None,
+    typer.Option(
+        metavar="X,X",
+        parser=several_ratios,
+        help="Several sizes from one training, each in a folder DIR/ratio-X; soco resize makes "
+        "any between them.",
+        show_default=False,
+    ),
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, an id on the Hugging Face hub, or demo: a small model that is part of "
+        "soco.",
+        show_default=False,
+    ),
+]
+NewFolderOption = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False),
+]
 FolderArgument = Annotated[
     Path,
     typer.Argument(metavar="DIR", help="Folder that soco compress wrote.", show_default=False),

@@ -7,30 +7,18 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from soco.checkpoint import CONFIG, load
 from soco.cli.messages import sentence
+from soco.contents import BROKEN
 from soco.headers import read_json
 from soco.plugin import QUANT_METHOD
 
 DEMO = "demo"  # the name under which the shipped model and its text are known
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 DEMO_TEXT = DEMO_MODEL / "a-scandal-in-bohemia.txt"
-
-# What the libraries raise about a folder that is broken in one of many ways.
-_BROKEN = (
-    OSError,
-    ValueError,
-    ImportError,
-    LookupError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
 
 
 def find_model(name: str) -> str:
@@ -186,7 +174,7 @@ def open_tokenizer(name: str) -> Any:
     place = find_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
-    except _BROKEN as error:
+    except BROKEN as error:
         raise ValueError(f"{name} has no tokenizer that loads: {_reason(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(f"{name} has no tokenizer")  # made from the model's type, and empty
@@ -196,7 +184,7 @@ def open_tokenizer(name: str) -> Any:
 def _config(name: str, place: str) -> Any:
     try:
         return AutoConfig.from_pretrained(place)
-    except _BROKEN as error:
+    except BROKEN as error:
         there = "" if Path(place).is_dir() else " is no folder here, and from the hub it"
         raise ValueError(f"{name}{there} cannot be loaded: {_reason(error)}") from error
 
@@ -211,7 +199,7 @@ def _load_dense(name: str, place: str, dtype: Any) -> PreTrainedModel:
         model, info = cls.from_pretrained(  # type: ignore[union-attr]
             place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except _BROKEN as error:
+    except BROKEN as error:
         raise ValueError(f"{name} cannot be loaded: {_reason(error)}") from error
     for key, problem in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape for")):
         keys = sorted(entry if isinstance(entry, str) else entry[0] for entry in info[key])
