@@ -111,14 +111,16 @@ def times(repeats: int) -> Iterator[dict]:
 
         ways = {"side by side": lambda i, b=batch, s=side: truncated_svd(b, s // 4), "alone": alone}
         yield {"what": "side by side", "side": side, "ways": side_by_side(ways, 1, CPU, repeats)}
+    original = randomized.cholesky_qr
+
+    def in_float64(Y: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
+        return original(Y, True)
+
     for side in (1024, 2048):
         weight = torch.randn(side, side) * torch.arange(1, side + 1).rsqrt()
-        original = randomized.cholesky_qr
 
         def wide(i: int, weight: Tensor = weight, side: int = side) -> SVD:
-            with mock.patch.object(
-                randomized, "cholesky_qr", lambda Y, last=False: original(Y, True)
-            ):
+            with mock.patch.object(randomized, "cholesky_qr", in_float64):
                 return truncated_svd(weight, side // 4, "randomized")
 
         ways = {

@@ -10,7 +10,7 @@ import torch
 
 # From so many rows or columns on, several matrices are quicker on a thread of the CPU each than one
 # after the other on all of them.
-WORTH_A_THREAD = 192
+WORTH_A_THREAD = 512
 # What the matrices that are worked on together may take beside what they are, in bytes: each about
 # six times its smaller side squared, in float64.
 MOST_BYTES = 4 * 2**30

@@ -57,7 +57,8 @@ def randomized(
         excess = torch.zeros_like(excess)
     elif estimate:
         energy = matrices.double().square().sum((-2, -1))
-        excess = estimated_excess([*found.captured, inner.S.square().sum(-1)], energy)
+        captured = [*found.captured, inner.S.square().sum(-1)]
+        excess = estimated_excess(captured, energy, torch.finfo(matrices.dtype).eps)
     return SVD(U, times_power_of_two(inner.S, exponent[..., None]), Vh), excess
 
 
@@ -109,20 +110,26 @@ def _iterate(
         Q, bad = orthonormal(matrices @ Z)
         failed = failed | bad
     Q, bad = orthonormal(Q, True)
-    return Range(Q, failed | bad, captured)
+    # Columns that depend on each other up to rounding may pass, and become zero.
+    gram = Q.double().mT @ Q.double()
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    orthonormal_enough = gram.abs().amax((-2, -1)) < 1e3 * torch.finfo(Q.dtype).eps
+    return Range(Q, failed | bad | ~orthonormal_enough, captured)
 
 
-def estimated_excess(captured: list[Tensor], energy: Tensor) -> Tensor:
+def estimated_excess(captured: list[Tensor], energy: Tensor, eps: float) -> Tensor:
     """What the error of a truncation is above the least one, from how the energy kept has grown.
 
     The gain of an iteration is a sum of terms that shrink geometrically; what all further ones
     would bring is taken from the last two gains as if it were one such term, times ``SAFETY``,
-    since slower terms come to the fore later.
+    since slower terms come to the fore later. No gain is seen that is smaller than the rounding of
+    the energy itself: that much may always be to come.
 
     Args:
         captured: (batch,) each, the energy kept two iterations and one before the end, and then.
             With fewer nothing is known.
         energy: (batch,), that of the matrices.
+        eps: of the products that the energies come from.
 
     Returns:
         (batch,), relative to the error: 0.01 is one percent above the least. Inf where it is
@@ -130,13 +137,14 @@ def estimated_excess(captured: list[Tensor], energy: Tensor) -> Tensor:
     """
     if len(captured) < ENOUGH:
         return torch.full_like(energy, math.inf)
+    noise = eps * captured[2]
     before, gain = captured[1] - captured[0], captured[2] - captured[1]
-    left = energy - captured[2]
-    nothing = gain <= 8 * torch.finfo(torch.float32).eps * left  # converged
-    ratio = (gain / before.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(0, 0.99)
-    coming = SAFETY * gain * ratio / (1 - ratio)
-    least = (left - coming).clamp_min(torch.finfo(energy.dtype).tiny)
-    return torch.where(nothing, 0.0, (left.clamp(min=0) / least).clamp(min=1).sqrt() - 1)
+    tiny = torch.finfo(energy.dtype).tiny
+    ratio = ((gain - noise) / before.clamp_min(tiny)).clamp(0, 0.99)
+    coming = SAFETY * (gain.clamp(min=0) * ratio / (1 - ratio) + noise)
+    left = (energy - captured[2]).clamp(min=0)
+    found = (left / (left - coming).clamp_min(tiny)).sqrt() - 1
+    return torch.where(coming < left, found, math.inf)
 
 
 def cholesky_qr(Y: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:

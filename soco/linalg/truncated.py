@@ -110,9 +110,10 @@ def randomized_svd(
     """The leading triplets by subspace iteration from a Gaussian sketch, and how good they are.
 
     The error ``|W - U S Vh|_F`` is above the least one: by 0.1 to 0.2 % in the mean over the layers
-    of two trained models at a third of the full rank, 0.5 % at worst (whitened: 0.03 % and 0.14 %);
-    with 2 power iterations by 1 to 2 %, with 8 by 0.02 %. The estimate of it was 1.6 to 3.4 times
-    the true excess for spectra of all kinds (docs/performance.md), and needs 3 power iterations.
+    of two trained models at a third of the full rank, 0.5 % at worst; with 2 power iterations by
+    1 %, with 8 by 0.02 % at most. The estimate of it was 1.6 to 3 times the true excess for spectra
+    of most kinds, and more where the excess is so small, or the largest singular values are so far
+    above the others, that float32 hides it (docs/performance.md). It needs 3 power iterations.
 
     Args:
         weight: (..., out, in), floating point, of any strides.
