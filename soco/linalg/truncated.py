@@ -111,7 +111,7 @@ def randomized_svd(
 
     The error ``|W - U S Vh|_F`` is above the least one: by 0.1 to 0.2 % in the mean over the layers
     of two trained models at a third of the full rank, 0.5 % at worst; with 2 power iterations by
-    1 %, with 8 by 0.02 % at most. The estimate of it was 1.6 to 3 times the true excess for spectra
+    1 %, with 8 by 0.02 %. The estimate of it was 1.6 to 3 times the true excess for spectra
     of most kinds, and more where the excess is so small, or the largest singular values are so far
     above the others, that float32 hides it (docs/performance.md). It needs 3 power iterations.
 
