@@ -50,10 +50,11 @@ SOCO_SHARED void rotate(A* x, A* y, A one, A other, int64_t end) {
   }
 }
 
-// The products of four vectors: i j, k l, i l, k j, i k, j l.
-template <typename A>
+// The products of four vectors, number p of each kind: i j, k l, i l, k j, i k, j l. Their lanes
+// are still to be summed.
+template <typename A, int many>
 SOCO_SHARED void products_of_four(const A* i, const A* k, const A* j, const A* l, int64_t end,
-                                  A* products) {
+                                  Vec<A> (&products)[6][many], int p) {
   Vec<A> sums[6] = {};
   for (int64_t e = 0; e < end; e += kLanes<A>) {
     const Vec<A> vi = load(i + e), vk = load(k + e), vj = load(j + e), vl = load(l + e);
@@ -64,14 +65,10 @@ SOCO_SHARED void products_of_four(const A* i, const A* k, const A* j, const A* l
     sums[4] += vi * vk;
     sums[5] += vj * vl;
   }
-  totals<A>(sums[0], sums[1], sums[2], sums[3], products);
-  A last[4];
-  totals<A>(sums[4], sums[5], sums[4], sums[5], last);
-  products[4] = last[0];
-  products[5] = last[1];
+  for (int kind = 0; kind < 6; ++kind) products[kind][p] = sums[kind];
 }
 
-// The same for (i, j) and (k, l), and then for (i, l) and (k, j).
+// Rotates (i, j) and (k, l), and then (i, l) and (k, j), as `rotate` does.
 template <typename A>
 SOCO_SHARED void rotate_four(A* i, A* k, A* j, A* l, const A (&ones)[4], const A (&others)[4],
                              int64_t end) {
@@ -88,47 +85,104 @@ SOCO_SHARED void rotate_four(A* i, A* k, A* j, A* l, const A (&ones)[4], const A
   }
 }
 
+// A number for each of kPairs pairs of columns, or for each of a block's columns.
+template <typename A>
+struct Pairs {
+  static constexpr int kParts = kPairs<A> / kLanes<A>;
+  Vec<A> part[kParts];
+
+  static Pairs of(const A* numbers) {
+    Pairs pairs;
+    for (int r = 0; r < kParts; ++r) pairs.part[r] = load(numbers + r * kLanes<A>);
+    return pairs;
+  }
+  void put(A* numbers) const {
+    for (int r = 0; r < kParts; ++r) store(numbers + r * kLanes<A>, part[r]);
+  }
+  // With the numbers of the first half where those of the second were.
+  Pairs exchanged() const {
+    Pairs pairs;
+    if constexpr (kParts == 1)
+      pairs.part[0] = halves_exchanged(part[0]);
+    else
+      for (int r = 0; r < kParts; ++r) pairs.part[r] = part[(r + kParts / 2) % kParts];
+    return pairs;
+  }
+  // With each number where the one before it was, and the first of a half at that half's end.
+  Pairs advanced() const {
+    Pairs pairs;
+    if constexpr (kParts == 1) {
+      pairs.part[0] = halves_advanced(part[0]);
+    } else if constexpr (kParts == 2) {
+      for (int r = 0; r < kParts; ++r) pairs.part[r] = lanes_advanced(part[r]);
+    } else {
+      constexpr int kHalf = kPairs<A> / 2;
+      A from[kPairs<A>], to[kPairs<A>];
+      put(from);
+      for (int p = 0; p < kPairs<A>; ++p) to[p] = from[p / kHalf * kHalf + (p + 1) % kHalf];
+      pairs = of(to);
+    }
+    return pairs;
+  }
+  bool any() const {  // that is not zero; none is negative
+    Vec<A> sum = part[0];
+    for (int r = 1; r < kParts; ++r) sum += part[r];
+    return total<A>(sum) > 0;
+  }
+};
+
+// op of the numbers of each pair.
+template <typename Op, typename A, typename... More>
+SOCO_SHARED Pairs<A> each(Op op, const Pairs<A>& first, const More&... more) {
+  Pairs<A> found;
+  for (int r = 0; r < Pairs<A>::kParts; ++r) found.part[r] = op(first.part[r], more.part[r]...);
+  return found;
+}
+
 // What turns two columns so that they become orthogonal, for kPairs pairs side by side. tangent is
 // 0 where they are so already.
 template <typename A>
 struct Turns {
-  A tangent[kPairs<A>], sine[kPairs<A>], cosine[kPairs<A>];
-  A versine[kPairs<A>];  // 1 - cosine, with digits of its own
+  Pairs<A> tangent, sine, cosine;
+  Pairs<A> versine;  // 1 - cosine, with digits of its own
 
   bool any;  // of them turns
 
-  __attribute__((noinline)) void find(const A* product, const A* first, const A* second, A limit) {
-    A both[kPairs<A>], apart[kPairs<A>], turns[kPairs<A>], count = 0;
-    for (int p = 0; p < kPairs<A>; ++p) {
-      const A more = first[p] > second[p] ? first[p] : second[p];
-      const A less = first[p] > second[p] ? second[p] : first[p];
-      const A unit = 1 / (more > 0 ? more : A(1));
-      both[p] = product[p] * unit;
-      apart[p] = (second[p] - first[p]) * unit;
-      const bool seen = less > JacobiLimits<A>::kSmallestPivot;  // squares below have no digits
-      turns[p] = seen && std::abs(both[p]) > limit * std::sqrt(less * unit) ? A(1) : A(0);
+  // The inverse roots follow each other, and what takes time is to wait for them.
+  void find(const Pairs<A>& product, const Pairs<A>& first, const Pairs<A>& second, A limit) {
+    using V = Vec<A>;
+    const V one = filled(A(1)), half = filled(A(0.5)), nothing{};
+    Pairs<A> turns;
+    for (int r = 0; r < Pairs<A>::kParts; ++r) {
+      const V x = first.part[r], y = second.part[r];
+      const V more = x > y ? x : y, less = x > y ? y : x;
+      const V unit = about_inverse(more > nothing ? more : one);  // any number near it
+      const V both = product.part[r] * unit, apart = (y - x) * unit;
+      const V size = both < nothing ? -both : both, distance = apart < nothing ? -apart : apart;
+      const V least = less > JacobiLimits<A>::kSmallestPivot ? less * unit : one;
+      turns.part[r] = size > limit * least * inverse_root(least) ? one : nothing;
+      // squares below have no digits
+      turns.part[r] = less > JacobiLimits<A>::kSmallestPivot ? turns.part[r] : nothing;
+      const V turned = turns.part[r] * both;
+      // sin 2t = 2 both / steep and cos 2t = apart / steep, the smaller of the two angles
+      const V square = apart * apart + 4 * turned * turned;
+      const V steep = inverse_root(turns.part[r] > nothing ? square : one);
+      const V twice = turns.part[r] > nothing ? half + half * (distance * steep) : one;
+      const V secant = inverse_root(twice);  // twice: cos^2 t
+      const V sine_here = turned * steep * secant;
+      cosine.part[r] = twice * secant;
+      sine.part[r] = apart < nothing ? -sine_here : sine_here;
+      tangent.part[r] = sine.part[r] * secant;
+      versine.part[r] = sine_here * sine_here / (one + cosine.part[r]);
     }
-    for (int p = 0; p < kPairs<A>; ++p) count += turns[p];
-    any = count > 0;
-    if (!any) {
-      for (int p = 0; p < kPairs<A>; ++p) {
-        tangent[p] = sine[p] = versine[p] = 0;
-        cosine[p] = 1;
-      }
-      return;
-    }
-    for (int p = 0; p < kPairs<A>; ++p) {
-      // tan 2t = 2 both / apart, the smaller of the two angles
-      const A steep = std::abs(apart[p]) + std::sqrt(apart[p] * apart[p] + 4 * both[p] * both[p]);
-      const A found = turns[p] * 2 * both[p] / (turns[p] > 0 ? steep : A(1));
-      tangent[p] = apart[p] < 0 ? -found : found;
-      const A secant = std::sqrt(1 + tangent[p] * tangent[p]);
-      const A part = 1 / (secant * (1 + secant));
-      cosine[p] = (1 + secant) * part;
-      sine[p] = tangent[p] * cosine[p];
-      versine[p] = tangent[p] * tangent[p] * part;
-    }
+    any = turns.any();
   }
+};
+
+// What is known of the columns of a block.
+template <typename A>
+struct Known {
+  Pairs<A> squares, scale, rest;
 };
 
 // The columns of L, and what is turned with them. A column is scale[i] * x[i]: so a rotation takes
@@ -144,20 +198,58 @@ struct Turned {
 
   void refresh(int64_t i) const { squares[i] = scale[i] * scale[i] * dot(x[i], x[i], 0, x.step); }
 
-  // Multiplies a scale by a cosine.
-  static void shrink(A& whole, A& part, A versine) {
-    const A less = part - whole * versine, sum = whole + less;
-    part = less - (sum - whole);
-    whole = sum;
+  // Multiplies scales by cosines.
+  static void shrink(Known<A>& known, const Pairs<A>& versine) {
+    for (int r = 0; r < Pairs<A>::kParts; ++r) {
+      Vec<A>&whole = known.scale.part[r], &part = known.rest.part[r];
+      const Vec<A> less = part - whole * versine.part[r], sum = whole + less;
+      part = less - (sum - whole);
+      whole = sum;
+    }
   }
 
-  // What a column became, and its square before.
-  void put(int64_t i, A whole, A part, A square, A before) const {
-    scale[i] = whole;
-    rest[i] = part;
-    squares[i] = square;
-    if (whole < A(0x1p-10)) settle(i);
-    if (!(square > A(0.5) * before)) refresh(i);  // digits were lost
+  Known<A> known(int64_t block) const {
+    const int64_t at = block * kMany;
+    return {Pairs<A>::of(squares + at), Pairs<A>::of(scale + at), Pairs<A>::of(rest + at)};
+  }
+  void put(int64_t block, const Known<A>& known) const {
+    const int64_t at = block * kMany;
+    known.squares.put(squares + at);
+    known.scale.put(scale + at);
+    known.rest.put(rest + at);
+  }
+
+  // Whether a scale needs to be multiplied out, or a square to be summed again since digits were
+  // lost.
+  static bool worn(const Known<A>& known, const Pairs<A>& before) {
+    const auto bad = [](Vec<A> whole, Vec<A> square, Vec<A> was) {
+      const Vec<A> one = filled(A(1)), nothing{};
+      const Vec<A> lost = square > A(0.5) * was ? nothing : was > nothing ? one : nothing;
+      return whole < A(0x1p-10) ? one : lost;
+    };
+    return each(bad, known.scale, known.squares, before).any();
+  }
+  void renew(int64_t i, A before) const {
+    if (scale[i] < A(0x1p-10)) settle(i);
+    if (!(squares[i] > A(0.5) * before)) refresh(i);
+  }
+  // The same for a block of which the halves have been advanced `shift` times.
+  __attribute__((noinline)) void renew(int64_t block, int shift, Known<A>& known,
+                                       const Pairs<A>& before) const {
+    constexpr int kHalf = kMany / 2;
+    A own[3][kMany], was[kMany];
+    known.squares.put(own[0]);
+    known.scale.put(own[1]);
+    known.rest.put(own[2]);
+    before.put(was);
+    A* const all[3] = {squares, scale, rest};
+    for (int p = 0; p < kMany; ++p) {
+      const int64_t i = block * kMany + (p % kHalf + shift) % kHalf + p / kHalf * kHalf;
+      for (int of = 0; of < 3; ++of) all[of][i] = own[of][p];
+      renew(i, was[p]);
+      for (int of = 0; of < 3; ++of) own[of][p] = all[of][i];
+    }
+    known = {Pairs<A>::of(own[0]), Pairs<A>::of(own[1]), Pairs<A>::of(own[2])};
   }
 
   // Multiplies the scale out.
@@ -186,126 +278,120 @@ struct Turned {
       second[p] = squares[j[p]];
     }
     Turns<A> turns;
-    turns.find(products, first, second, limit);
+    turns.find(Pairs<A>::of(products), Pairs<A>::of(first), Pairs<A>::of(second), limit);
+    if (!turns.any) return false;
+    A tangents[kMany], versines[kMany];
+    turns.tangent.put(tangents);
+    turns.versine.put(versines);
     for (int p = 0; p < kMany / 2; ++p) {
-      const A tangent = turns.tangent[p];
+      const A tangent = tangents[p];
       if (tangent == 0) continue;
       const A ratio = scale[j[p]] / scale[i[p]], one = tangent * ratio, other = tangent / ratio;
       rotate(x[i[p]], x[j[p]], one, other, x.step);
       rotate(with[i[p]], with[j[p]], one, other, with.step);
       const A more = tangent * products[p];
-      for (const auto& [v, square, before] :
-           {std::tuple{i[p], first[p] - more, first[p]}, {j[p], second[p] + more, second[p]}}) {
-        A whole = scale[v], part = rest[v];
-        shrink(whole, part, turns.versine[p]);
-        put(v, whole, part, square, before);
+      squares[i[p]] -= more;
+      squares[j[p]] += more;
+      for (const int64_t v : {i[p], j[p]}) {
+        const A less = rest[v] - scale[v] * versines[p], sum = scale[v] + less;
+        rest[v] = less - (sum - scale[v]);
+        scale[v] = sum;
       }
+      renew(i[p], first[p]);
+      renew(j[p], second[p]);
     }
-    return turns.any;
+    return true;
   }
 
   // Pairs between two blocks: each two columns of the one against two of the other, in two steps.
   // The products for the second follow from those before the first, so that both go by in one pass.
-  __attribute__((noinline)) bool between(int64_t one, int64_t other, int shift) const {
+  __attribute__((noinline)) bool between(int64_t one, int64_t other) const {
     constexpr int kFours = kMany / 2;
-    // Four p: columns i, k of the one block, and j, l of the other. Of its pairs, (i, j) and (i, l)
-    // lie at p, (k, l) and (k, j) at p + kFours; and so do i and k, and j and l, themselves.
-    const auto left = [&](int p) { return one * kMany + 2 * (p % kFours) + p / kFours; };
-    const auto right = [&](int p) {
-      return other * kMany + 2 * ((p + shift) % kFours) + p / kFours;
-    };
-    A straight_product[kMany], crossed_product[kMany], beside[kMany];
-    A first[kMany], second[kMany], first_scale[kMany], second_scale[kMany];
-    for (int p = 0; p < kFours; ++p) {
-      A sums[6];
-      products_of_four(x[left(p)], x[left(p + kFours)], x[right(p)], x[right(p + kFours)], x.step,
-                       sums);
-      straight_product[p] = sums[0];
-      straight_product[p + kFours] = sums[1];
-      crossed_product[p] = sums[2];
-      crossed_product[p + kFours] = sums[3];
-      beside[p] = sums[4];
-      beside[p + kFours] = sums[5];
-    }
-    for (int p = 0; p < kMany; ++p) {
-      first[p] = squares[left(p)];
-      second[p] = squares[right(p)];
-      first_scale[p] = scale[left(p)];
-      second_scale[p] = scale[right(p)];
-    }
-    for (int half = 0; half < kMany; half += kFours)
-      for (int four = 0; four < kFours; ++four) {
-        const int p = half + four, q = kFours - half + four;  // q: the other pair of the four
-        straight_product[p] *= first_scale[p] * second_scale[p];
-        crossed_product[p] *= first_scale[p] * second_scale[q];
-      }
-    for (int four = 0; four < kFours; ++four) {
-      beside[four] *= first_scale[four] * first_scale[four + kFours];
-      beside[four + kFours] *= second_scale[four] * second_scale[four + kFours];
-    }
-    Turns<A> straight, crossed;
-    straight.find(straight_product, first, second, limit);
-    A crossing[kMany], first_then[kMany], second_then[kMany];
-    for (int half = 0; half < kMany; half += kFours)
-      for (int four = 0; four < kFours; ++four) {
-        const int p = half + four, q = kFours - half + four;
-        // (c_p i - s_p j) (s_q k + c_q l), and with the two pairs exchanged
-        crossing[p] = straight.cosine[p] * straight.sine[q] * beside[four] +
-                      straight.cosine[p] * straight.cosine[q] * crossed_product[p] -
-                      straight.sine[p] * straight.sine[q] * crossed_product[q] -
-                      straight.sine[p] * straight.cosine[q] * beside[four + kFours];
-        const A lower = first[p] - straight.tangent[p] * straight_product[p];
-        const A upper = second[q] + straight.tangent[q] * straight_product[q];
-        first_then[p] = lower > 0 ? lower : A(0);
-        second_then[p] = upper > 0 ? upper : A(0);
-      }
-    crossed.find(crossing, first_then, second_then, limit);
-    if (!straight.any && !crossed.any) return false;
+    Known<A> first = known(one), second = known(other);
+    bool any = false;
+    for (int shift = 0; shift < kFours; ++shift) {
+      // Four p: columns i, k of the one block, and j, l of the other: numbers p and p + kFours of
+      // those known. So of its pairs (i, j) and (k, l) lie at p and p + kFours; and crossed, (i, l)
+      // and (k, j).
+      const auto left = [&](int p) { return one * kMany + p; };
+      const auto right = [&](int p) {
+        return other * kMany + (p % kFours + shift) % kFours + p / kFours * kFours;
+      };
+      Vec<A> sums[6][kFours];
+      for (int p = 0; p < kFours; ++p)
+        products_of_four(x[left(p)], x[left(p + kFours)], x[right(p)], x[right(p + kFours)], x.step,
+                         sums, p);
+      A products[6][kMany];  // i j and k l; i l and k j; i k twice; j l twice
+      for (int kind = 0; kind < 4; ++kind)
+        totals<A, kFours>(sums[kind], products[kind / 2] + kind % 2 * kFours);
+      for (int kind = 2; kind < 4; ++kind)
+        for (int half = 0; half < kMany; half += kFours)
+          totals<A, kFours>(sums[kind + 2], products[kind] + half);
+      const auto times = [](Vec<A> a, Vec<A> b, Vec<A> c) { return a * b * c; };
+      const Pairs<A> first_other = first.scale.exchanged(), second_other = second.scale.exchanged();
+      const Pairs<A> product = each(times, Pairs<A>::of(products[0]), first.scale, second.scale);
+      const Pairs<A> across = each(times, Pairs<A>::of(products[1]), first.scale, second_other);
+      const Pairs<A> beside_first =
+          each(times, Pairs<A>::of(products[2]), first.scale, first_other);
+      const Pairs<A> beside_second =
+          each(times, Pairs<A>::of(products[3]), second.scale, second_other);
 
-    A ones[2][kMany], others[2][kMany];  // what rotates: first straight, then crossed
-    A first_rest[kMany], second_rest[kMany], first_end[kMany], second_end[kMany];
-    for (int p = 0; p < kMany; ++p) {
-      first_rest[p] = rest[left(p)];
-      second_rest[p] = rest[right(p)];
-    }
-    for (int p = 0; p < kMany; ++p) {
-      const A ratio = second_scale[p] / first_scale[p];
-      ones[0][p] = straight.tangent[p] * ratio;
-      others[0][p] = straight.tangent[p] / ratio;
-      shrink(first_scale[p], first_rest[p], straight.versine[p]);
-      shrink(second_scale[p], second_rest[p], straight.versine[p]);
-    }
-    for (int half = 0; half < kMany; half += kFours)
-      for (int four = 0; four < kFours; ++four) {
-        const int p = half + four, q = kFours - half + four;
-        const A ratio = second_scale[q] / first_scale[p];
-        ones[1][p] = crossed.tangent[p] * ratio;
-        others[1][p] = crossed.tangent[p] / ratio;
-        first_end[p] = first_then[p] - crossed.tangent[p] * crossing[p];
-        second_end[q] = second_then[p] + crossed.tangent[p] * crossing[p];
+      Turns<A> straight, crossed;
+      straight.find(product, first.squares, second.squares, limit);
+      // (c_p i - s_p j) (s_q k + c_q l), q the other pair of the four
+      Pairs<A> crossing;
+      const Pairs<A> cosine_other = straight.cosine.exchanged();
+      const Pairs<A> sine_other = straight.sine.exchanged(), across_other = across.exchanged();
+      for (int r = 0; r < Pairs<A>::kParts; ++r)
+        crossing.part[r] = straight.cosine.part[r] * (sine_other.part[r] * beside_first.part[r] +
+                                                      cosine_other.part[r] * across.part[r]) -
+                           straight.sine.part[r] * (sine_other.part[r] * across_other.part[r] +
+                                                    cosine_other.part[r] * beside_second.part[r]);
+      const auto lower = [](Vec<A> square, Vec<A> tangent, Vec<A> of) {
+        const Vec<A> then = square - tangent * of, nothing{};
+        return then > nothing ? then : nothing;
+      };
+      const auto upper = [](Vec<A> square, Vec<A> tangent, Vec<A> of) {
+        const Vec<A> then = square + tangent * of, nothing{};
+        return then > nothing ? then : nothing;
+      };
+      const Pairs<A> first_before = first.squares, second_before = second.squares;
+      first.squares = each(lower, first.squares, straight.tangent, product);
+      second.squares = each(upper, second.squares, straight.tangent, product);
+      crossed.find(crossing, first.squares, second.squares.exchanged(), limit);
+      if (straight.any || crossed.any) {
+        any = true;
+        const auto over = [](Vec<A> tangent, Vec<A> a, Vec<A> b) { return tangent * (a / b); };
+        A by[4][kMany];
+        each(over, straight.tangent, second.scale, first.scale).put(by[0]);
+        each(over, straight.tangent, first.scale, second.scale).put(by[1]);
+        shrink(first, straight.versine);
+        shrink(second, straight.versine);
+        const Pairs<A> then_other = second.scale.exchanged();
+        each(over, crossed.tangent, then_other, first.scale).put(by[2]);
+        each(over, crossed.tangent, first.scale, then_other).put(by[3]);
+        shrink(first, crossed.versine);
+        shrink(second, crossed.versine.exchanged());
+        first.squares = each(lower, first.squares, crossed.tangent, crossing);
+        const auto exchange = [](const Pairs<A>& pairs) { return pairs.exchanged(); };
+        second.squares = each(upper, second.squares, exchange(crossed.tangent), exchange(crossing));
+        for (int p = 0; p < kFours; ++p) {
+          const int q = p + kFours;
+          const A ones[4] = {by[0][p], by[0][q], by[2][p], by[2][q]};
+          const A others[4] = {by[1][p], by[1][q], by[3][p], by[3][q]};
+          if (ones[0] == 0 && ones[1] == 0 && ones[2] == 0 && ones[3] == 0) continue;
+          const int64_t i = left(p), k = left(q), j = right(p), l = right(q);
+          rotate_four(x[i], x[k], x[j], x[l], ones, others, x.step);
+          rotate_four(with[i], with[k], with[j], with[l], ones, others, with.step);
+        }
+        if (worn(first, first_before)) renew(one, 0, first, first_before);
+        if (worn(second, second_before)) renew(other, shift, second, second_before);
       }
-    for (int half = 0; half < kMany; half += kFours)
-      for (int four = 0; four < kFours; ++four) {
-        const int p = half + four, q = kFours - half + four;
-        shrink(first_scale[p], first_rest[p], crossed.versine[p]);
-        shrink(second_scale[p], second_rest[p], crossed.versine[q]);
-      }
-    for (int p = 0; p < kFours; ++p) {
-      const int q = p + kFours;
-      if (straight.tangent[p] == 0 && straight.tangent[q] == 0 && crossed.tangent[p] == 0 &&
-          crossed.tangent[q] == 0)
-        continue;
-      const A by[4] = {ones[0][p], ones[0][q], ones[1][p], ones[1][q]};
-      const A with_by[4] = {others[0][p], others[0][q], others[1][p], others[1][q]};
-      const int64_t i = left(p), k = left(q), j = right(p), l = right(q);
-      rotate_four(x[i], x[k], x[j], x[l], by, with_by, x.step);
-      rotate_four(with[i], with[k], with[j], with[l], by, with_by, with.step);
+      second = {second.squares.advanced(), second.scale.advanced(), second.rest.advanced()};
     }
-    for (int p = 0; p < kMany; ++p) {
-      put(left(p), first_scale[p], first_rest[p], first_end[p], first[p]);
-      put(right(p), second_scale[p], second_rest[p], second_end[p], second[p]);
-    }
-    return true;
+    put(one, first);
+    put(other, second);
+    return any;
   }
 };
 
@@ -327,8 +413,7 @@ int32_t orthogonalize(Vectors<A> x, Vectors<A> turn, A* squares, A* scale, A* re
     for (int64_t i = 0; i < x.count; ++i) turned.refresh(i);
     for (int64_t a = 0; a < blocks; ++a) {
       for (int round = 0; round < kMany - 1; ++round) any = turned.within(a, round) || any;
-      for (int64_t b = a + 1; b < blocks; ++b)
-        for (int shift = 0; shift < kMany / 2; ++shift) any = turned.between(a, b, shift) || any;
+      for (int64_t b = a + 1; b < blocks; ++b) any = turned.between(a, b) || any;
     }
     for (int64_t i = 0; i < x.count; ++i) turned.settle(i);
     if (!any) return sweep;

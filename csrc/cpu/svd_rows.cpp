@@ -205,11 +205,17 @@ bool load_scaled(const A* matrix, const SvdBatch& batch, const Scratch<A>& own, 
   const Vectors<A>& columns = own.columns;
   A* const sizes = own.made[0];  // of the rows
   for (int64_t i = 0; i < columns.step; ++i) sizes[i] = 0;
-  Vec<A> nothing = {};  // NaN if anything is not finite
+  Vec<A> nothing = {};                         // NaN if anything is not finite
+  constexpr int64_t kBeside = 64 / sizeof(A);  // columns of a cache line, if the rows lie whole
+  for (int64_t j = 0; j < batch.columns; j += kBeside) {
+    const int64_t end = j + kBeside < batch.columns ? j + kBeside : batch.columns;
+    for (int64_t i = 0; i < batch.rows; ++i) {
+      const A* const from = matrix + i * batch.row_stride;
+      for (int64_t c = j; c < end; ++c) columns[c][i] = from[c * batch.column_stride];
+    }
+  }
   for (int64_t j = 0; j < batch.columns; ++j) {
     A* const column = columns[j];
-    const A* const from = matrix + j * batch.column_stride;
-    for (int64_t i = 0; i < batch.rows; ++i) column[i] = from[i * batch.row_stride];
     for (int64_t i = batch.rows; i < columns.step; ++i) column[i] = 0;
     for (int64_t i = 0; i < columns.step; i += kLanes<A>) {
       const Vec<A> v = load(column + i), size = v < 0 ? -v : v, most = load(sizes + i);
@@ -280,8 +286,10 @@ void decompose(const SvdBatch& batch, int64_t number, void* memory) {
     A* made[kTogether];
     for (int t = 0; t < kTogether; ++t) {
       made[t] = own.made[t];
+      // Of its norm many rotations have made something not quite 1.
       const A* const from = turn[own.order[k + t < count ? k + t : k]];
-      for (int64_t i = 0; i < turn.step; ++i) made[t][i] = from[i];
+      const A unit = 1 / std::sqrt(dot(from, from, 0, turn.step));
+      for (int64_t i = 0; i < turn.step; ++i) made[t][i] = from[i] * unit;
     }
     reflect(own.triangle, own.second_factors, made);
     for (int t = 0; t < kTogether && k + t < count; ++t)
