@@ -90,18 +90,6 @@ def test_spectral_registration(shape, device):
     opcheck(torch.ops.soco.spectral_scale_backward.default, args)
 
 
-def test_outputs_of_many_megabytes(device):
-    """Where large pages are asked for; also the second time, in memory that has been in use."""
-    for _ in range(2):
-        x, scale, mask = spectral((3000, 801), device)
-        y = ops.spectral_scale(x, scale, mask)
-        torch.testing.assert_close(y, reference.spectral_scale(x, scale, mask), rtol=0, atol=0)
-        grad_x, _ = ops.spectral_scale_backward(y, x, scale, mask)
-        expected, _ = reference.spectral_scale_backward(y, x, scale, mask)
-        torch.testing.assert_close(grad_x, expected, rtol=0, atol=0)
-        del y, grad_x
-
-
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_spectral_at_every_simd_level(level, dtype, simd_level):

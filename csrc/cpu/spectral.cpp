@@ -2,7 +2,6 @@
 
 #include <vector>
 
-#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
@@ -28,7 +27,6 @@ std::vector<A> widened(const void* scale, int64_t rank, Dtype scale_dtype) {
 
 void spectral_scale(const void* x, const void* scale, const uint8_t* mask, void* y, int64_t tokens,
                     int64_t rank, Dtype dtype, Dtype scale_dtype, int threads) {
-  use_large_pages(y, tokens * rank * bytes_of(dtype));
   visit(dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const auto wide = widened<Accumulate<T>>(scale, rank, scale_dtype);
@@ -46,7 +44,6 @@ void spectral_scale_backward(const void* grad, const void* x, const void* scale,
                              const uint8_t* mask, void* grad_x, void* sums, void* partials,
                              int64_t tokens, int64_t rank, int64_t segments, Dtype dtype,
                              Dtype scale_dtype, int threads) {
-  use_large_pages(grad_x, tokens * rank * bytes_of(dtype));
   visit(dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using A = Accumulate<T>;
