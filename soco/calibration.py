@@ -18,6 +18,8 @@ KINDS = frozenset(
 )
 OF_GRADIENTS = frozenset({"fisher", "grad_gram", "sampled_grad_gram"})
 
+Run = Callable[[int, Tensor], object]
+
 # One batch of so many goes into the sampled statistics: a backward pass takes twice a forward pass.
 SAMPLED = 8
 
@@ -80,6 +82,7 @@ def collect(
     kinds: Collection[str] = ("gram",),
     objective: Objective | None = None,
     seed: int = 0,
+    run: Run | None = None,
 ) -> dict[str, Statistics]:
     """Run ``model`` over the windows and collect statistics of ``layers``, all in one pass.
 
@@ -108,6 +111,8 @@ def collect(
             part of the batches (one in ``SAMPLED``) is used, and the others run forward only.
         objective: what gradients are of; None: by what the model returns.
         seed: of the drawn labels.
+        run: what runs a batch instead of the model (its number, and its token ids on the model's
+            device); for statistics that need no gradient.
 
     Returns:
         name to statistics. A layer that saw nothing (an expert no token was sent to) has zeros and
@@ -150,7 +155,10 @@ def collect(
                     if gradients is None or not gradients.wants(done <= sample):
                         # Not inference_mode: what the model caches has to serve in training later.
                         with torch.no_grad():
-                            run_model(_body(model, layers), ids)
+                            if run is None:
+                                run_model(_body(model, layers), ids)
+                            else:
+                                run(done - 1, ids)
                     else:
                         gradients.run(model, cast(Objective, objective), ids, generator)
                     collector.end_forward()
@@ -174,7 +182,9 @@ def _body(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
 
 
 @torch.no_grad()
-def uncalled(model: nn.Module, layers: Mapping[str, nn.Module], ids: Tensor) -> list[str]:
+def uncalled(
+    model: nn.Module, layers: Mapping[str, nn.Module], ids: Tensor, run: Run | None = None
+) -> list[str]:
     """Layers that their model does not call, though it runs the module they belong to.
 
     Such a module reads the layer's weight itself (Mamba's ``dt_proj``), and could not work with
@@ -185,6 +195,7 @@ def uncalled(model: nn.Module, layers: Mapping[str, nn.Module], ids: Tensor) -> 
         model: run once.
         layers: name to module in ``model``.
         ids: token ids (sequences, length), a few are enough.
+        run: as of ``collect``.
 
     Returns:
         Names, in the order of ``layers``.
@@ -196,8 +207,12 @@ def uncalled(model: nn.Module, layers: Mapping[str, nn.Module], ids: Tensor) -> 
         module.register_forward_pre_hook(lambda module, inputs: called.add(module))
         for module in watched
     ]
+    ids = ids.to(next(model.parameters()).device)
     try:
-        run_model(model, ids.to(next(model.parameters()).device))
+        if run is None:
+            run_model(model, ids)
+        else:
+            run(0, ids)
     finally:
         for hook in hooks:
             hook.remove()

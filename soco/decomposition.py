@@ -8,20 +8,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from soco.contents import BROKEN, CONFIG, architecture_of
 from soco.folders import replaced
-from soco.headers import Entry, check_index, read_headers, read_json, weight_files
+from soco.headers import read_headers, read_json
 from soco.linalg import SVD, truncated_svd
 from soco.ops import check_finite
+from soco.stored import StoredModel
 from soco.surgery import Patterns, find_linears, layout_of, shape_of, weight_of
 
 CONTENTS = "decomposition.json"  # beside the files of tensors
@@ -247,64 +246,14 @@ def _open(
         layers = find_linears(source, include, exclude)
         reads = {n: (lambda module=m: weight_of(module).detach()) for n, m in layers.items()}
         return reads, {name: shape_of(module) for name, module in layers.items()}
-    folder = Path(source)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    files = weight_files(folder)
-    entries = read_headers(files)
-    check_index(folder, entries)
-    model = _empty_model(folder)
-    layers = find_linears(model, include, exclude)
-    keys = _keys_in_files(model, layers, entries, folder)
-    reads = {
-        name: _from_file(entries[keys[name]], keys[name], layout_of(module))
-        for name, module in layers.items()
-    }
+    stored = StoredModel(source)
+    layers = find_linears(stored.model, include, exclude)
+    reads = {name: _from_file(stored, name, module) for name, module in layers.items()}
     return reads, {name: shape_of(module) for name, module in layers.items()}
 
 
-def _empty_model(folder: Path) -> Any:
-    """The model of a folder without its weights."""
-    described = read_json(folder / CONFIG)
-    if described.get("quantization_config") is not None:
-        raise ValueError(f"{folder} is quantized or compressed already: start from dense")
-    kind = architecture_of(folder, described)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            return kind(config)
-    except (*BROKEN, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{folder / CONFIG} describes no model: {reason[0]}") from error
-
-
-def _keys_in_files(
-    model: Any, layers: Mapping[str, nn.Module], entries: Mapping[str, Entry], folder: Path
-) -> dict[str, str]:
-    """Layer to the name of its weight in the files, with the base model's prefix or without."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found = {}
-    for name, module in layers.items():
-        key = f"{name}.weight"
-        shape = shape_of(module) if layout_of(module) == "linear" else shape_of(module)[::-1]
-        for variant in (key, f"{prefix}{key}", key.removeprefix(prefix)):
-            if variant in entries and entries[variant].shape == shape:
-                found[name] = variant
-                break
-        else:
-            raise ValueError(
-                f"{folder} holds no {key} of shape {shape}, which its model has: load the model, "
-                "and give that instead of the folder"
-            )
-    return found
-
-
-def _from_file(entry: Entry, key: str, layout: str) -> Read:
-    def read() -> Tensor:
-        with safe_open(entry.file, "pt") as file:
-            weight = file.get_tensor(key)
-        if not weight.is_floating_point():
-            raise ValueError(f"{entry.file} holds {key} in {entry.dtype}, which is no float")
-        return weight.mT if layout == "conv1d" else weight
-
-    return read
+def _from_file(stored: StoredModel, name: str, module: nn.Module) -> Read:
+    turned = layout_of(module) == "conv1d"
+    shape = shape_of(module)
+    key = stored.require(f"{name}.weight", shape[::-1] if turned else shape)
+    return lambda: stored.read(key).mT if turned else stored.read(key)

@@ -272,7 +272,8 @@ def _factor(
     groups = groups_of(method, shared)
     if needs := choices.needs:
         with clock("statistics"), noted(run.notes):
-            warn_of_rare(shared.statistics(needs))
+            collected = shared.statistics(needs)
+            warn_of_rare({name: (each.tokens, len(each.gram)) for name, each in collected.items()})
     if isinstance(method, RankLearner):
         with clock("training"), noted(run.notes):
             found, history = learn_positions(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from soco.calibration import Statistics, uncalled
+from soco.calibration import uncalled
 from soco.data import token_windows
 from soco.experts import experts_split
 from soco.guard import unchanged_on_error
@@ -81,7 +81,9 @@ def prepare(
         windows = None
         if calibration is not None:
             with unchanged_on_error(model, targets):  # in evaluation mode, if it is to write text
-                windows = _windows(model, calibration, tokenizer, samples, length, seed, progress)
+                windows = calibration_windows(
+                    model, calibration, tokenizer, samples, length, seed, progress
+                )
     return Workbench(
         model,
         targets,
@@ -91,7 +93,7 @@ def prepare(
         directory=stats,
         progress=lambda total, title: progress_bar(total, title, progress),
         keep=keep,
-        source=_describe(calibration, windows, seed),
+        source=calibration_source(calibration, windows, seed),
     )
 
 
@@ -145,7 +147,7 @@ def noted(notes: list[str]) -> Iterator[None]:
         warnings.warn(str(warning.message), warning.category, stacklevel=4)
 
 
-def _windows(
+def calibration_windows(
     model: nn.Module,
     calibration: Any,
     tokenizer: Any,
@@ -154,7 +156,11 @@ def _windows(
     seed: int,
     progress: bool | None,
 ) -> Tensor:
-    """Calibration token ids (samples, length)."""
+    """Calibration token ids (samples, length), chosen as ``prepare`` says.
+
+    Raises:
+        ValueError: the text cannot be read or is too short, or a number is out of range.
+    """
     context = context_length(model) or sys.maxsize
     own = isinstance(calibration, str) and calibration == "self"
     if length is None:
@@ -184,10 +190,14 @@ def _windows(
         return sample_from_model(model, samples, length, start=start, seed=seed, on_batch=bar)
 
 
-def warn_of_rare(stats: Mapping[str, Statistics]) -> None:
-    """Say which layers saw too few tokens for their Gram matrix to have full rank."""
-    unseen = [name for name, each in stats.items() if each.tokens == 0]
-    few = {n: s.tokens for n, s in stats.items() if 0 < s.tokens < len(s.gram)}
+def warn_of_rare(seen: Mapping[str, tuple[int, int]]) -> None:
+    """Say which layers saw too few tokens for their Gram matrix to have full rank.
+
+    Args:
+        seen: layer to the calibration tokens that it saw, and to how many inputs it has.
+    """
+    unseen = [name for name, (tokens, _) in seen.items() if tokens == 0]
+    few = {name: each for name, each in seen.items() if 0 < each[0] < each[1]}
     if unseen:
         warnings.warn(
             f"{len(unseen)} layers saw no calibration token, the first {unseen[0]}: they are "
@@ -195,15 +205,16 @@ def warn_of_rare(stats: Mapping[str, Statistics]) -> None:
             stacklevel=3,
         )
     if few:
-        name = min(few, key=lambda name: few[name] / len(stats[name].gram))
+        name = min(few, key=lambda name: few[name][0] / few[name][1])
         warnings.warn(
             f"{len(few)} layers saw fewer calibration tokens than they have inputs, {name} "
-            f"{few[name]} of {len(stats[name].gram)}: give more or longer samples",
+            f"{few[name][0]} of {few[name][1]}: give more or longer samples",
             stacklevel=3,
         )
 
 
-def _describe(calibration: Any, windows: Tensor | None, seed: int) -> dict[str, Any]:
+def calibration_source(calibration: Any, windows: Tensor | None, seed: int) -> dict[str, Any]:
+    """What a report says of the calibration."""
     if windows is None:
         return {}
     source = type(calibration).__name__

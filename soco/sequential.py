@@ -24,8 +24,8 @@ class Behind:
     aligned: bool  # False: the layer sees other tokens than in the dense model; cross is gram
 
 
-class _EnoughError(Exception):
-    """The block has run; nothing behind it matters."""
+class EnoughError(Exception):
+    """What a run is ended with when the block has run; nothing behind it matters."""
 
 
 def stages(model: nn.Module, names: Mapping[str, nn.Module]) -> list[tuple[nn.Module, list[str]]]:
@@ -154,7 +154,7 @@ class Walk:
             nonlocal calls
             calls += 1
             if self._stop:
-                raise _EnoughError
+                raise EnoughError
 
         hooks = [self.dense[n].register_forward_pre_hook(observe(n)) for n in names]
         if self.chained and 0 <= place < len(self.blocks):
@@ -162,7 +162,7 @@ class Walk:
         hooks.append(block.register_forward_hook(count))
         blocks = self.blocks[: stand_in + 1] if kept is not None else []
         try:
-            with _standing_in(blocks, kept, ids.device), suppress(_EnoughError):
+            with standing_in(blocks, kept, ids.device), suppress(EnoughError):
                 run_model(self.model, ids)
         finally:
             for hook in hooks:
@@ -270,8 +270,8 @@ def _alike(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> bool
 
 
 @contextmanager
-def _standing_in(blocks: list[nn.Module], output: Any, device: torch.device) -> Iterator[None]:
-    """Inside, the blocks do not run, and return ``output``."""
+def standing_in(blocks: list[nn.Module], output: Any, device: torch.device) -> Iterator[None]:
+    """Inside, the blocks do not run, and return ``output``: tensors, or tuples or lists of them."""
     own = [block.__dict__.get("forward") for block in blocks]  # set by hooks of others
     for block in blocks:
         block.forward = lambda *_, **__: _mapped(  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """What compressions of one model share: statistics, decompositions, sensitivities, its own text."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
@@ -282,6 +282,10 @@ class Workbench:
     def saw_nothing(self, group: tuple[str, ...]) -> bool:
         """Whether statistics were collected, and none of a unit's layers saw a token."""
         return self._unseen.issuperset(group)
+
+    def note_unseen(self, names: Iterable[str]) -> None:
+        """What ``saw_nothing`` is to know of layers whose statistics were collected elsewhere."""
+        self._unseen.update(names)
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device

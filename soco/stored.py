@@ -1,0 +1,145 @@
+"""A dense model that stays in its folder: its modules, and its weights when they are wanted."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from soco.contents import BROKEN, CONFIG, architecture_of
+from soco.headers import Entry, check_index, read_headers, read_json, weight_files
+from soco.ops import check_finite
+
+# The floating dtypes of torch by the names that safetensors has for them.
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class StoredModel:
+    """A transformers model whose parameters lie in safetensors files and are read one by one.
+
+    Attributes:
+        folder: where it lies.
+        model: the model in evaluation mode, its parameters on the meta device. Buffers that are
+            computed (rotary frequencies, masks) are there.
+        dtype: of its parameters, as config.json has it, or else as the files do.
+        entries: every tensor in the files.
+    """
+
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        """Read config and headers, no tensor.
+
+        Raises:
+            ValueError: there is no such folder, something in it is broken or missing, it describes
+                no model of transformers, or one that is quantized or compressed.
+        """
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is not a folder")
+        self.files = weight_files(self.folder)
+        self.entries: Mapping[str, Entry] = read_headers(self.files)
+        check_index(self.folder, self.entries)
+        self.model, self.dtype = self._empty()
+        self._prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+
+    def key(self, name: str) -> str | None:
+        """What a tensor of the model is called in the files: with the base model's prefix or not.
+
+        None if they do not hold it, as of two tied weights.
+        """
+        variants = (name, f"{self._prefix}{name}", name.removeprefix(self._prefix))
+        return next((key for key in variants if key in self.entries), None)
+
+    def require(self, name: str, shape: tuple[int, ...]) -> str:
+        """The same of a tensor that has to be there.
+
+        Raises:
+            ValueError: it is not, or in another shape.
+        """
+        key = self.key(name)
+        if key is None or self.entries[key].shape != shape:
+            raise ValueError(
+                f"{self.folder} holds no {name} of shape {shape}, which its model has: load the "
+                f"model, and give that instead of the folder"
+            )
+        return key
+
+    def read(self, key: str, *, floating: bool = True) -> Tensor:
+        """A tensor of the files as it is stored, mapped into memory.
+
+        Args:
+            key: its name there.
+            floating: whether it has to be of a floating-point dtype.
+
+        Raises:
+            ValueError: it is of another dtype.
+        """
+        entry = self.entries[key]
+        if floating and entry.dtype not in _FLOATS:
+            raise ValueError(f"{entry.file} holds {key} in {entry.dtype}, which is no float")
+        with safe_open(entry.file, "pt") as file:
+            return file.get_tensor(key)
+
+    @contextmanager
+    def in_memory(
+        self, names: Iterable[str], dtype: torch.dtype, device: torch.device
+    ) -> Iterator[None]:
+        """Inside, some parameters have their values; afterwards they are empty again.
+
+        Args:
+            names: of parameters of the model.
+            dtype: of the values.
+            device: to put them on.
+
+        Raises:
+            ValueError: a parameter is not in the files, or holds NaN or Inf; it is named.
+        """
+        empty: list[tuple[nn.Module, str, nn.Parameter]] = []
+        try:
+            for name in names:
+                path, _, leaf = name.rpartition(".")
+                module = self.model.get_submodule(path)
+                parameter = module._parameters[leaf]
+                value = self.read(self.require(name, tuple(parameter.shape)))
+                check_finite(name, value)
+                empty.append((module, leaf, parameter))
+                value = value.to(device, dtype)
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            yield
+        finally:
+            for module, leaf, parameter in empty:
+                module._parameters[leaf] = parameter
+
+    def _empty(self) -> tuple[Any, torch.dtype]:
+        described = read_json(self.folder / CONFIG)
+        if described.get("quantization_config") is not None:
+            raise ValueError(f"{self.folder} is quantized or compressed already: start from dense")
+        kind = architecture_of(self.folder, described)
+        usual = torch.get_default_dtype()
+        try:
+            config = transformers.AutoConfig.from_pretrained(self.folder)
+            dtype = getattr(config, "dtype", None) or self._dtype_of_files()
+            torch.set_default_dtype(dtype)
+            with init_empty_weights(include_buffers=False):
+                model = kind(config)
+            model.tie_weights()
+        except (*BROKEN, TypeError, AttributeError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"{self.folder / CONFIG} describes no model: {reason[0]}") from error
+        finally:
+            torch.set_default_dtype(usual)
+        return model.eval(), cast(torch.dtype, dtype)
+
+    def _dtype_of_files(self) -> torch.dtype:
+        kinds = (_FLOATS.get(entry.dtype) for entry in self.entries.values())
+        return next((kind for kind in kinds if kind is not None), torch.float32)

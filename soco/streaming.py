@@ -1,0 +1,585 @@
+"""Models larger than memory: a folder compressed into another, block by block."""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from soco.allocators import Allocator, Uniform
+from soco.calibration import OF_GRADIENTS, Statistics, collect, uncalled
+from soco.checkpoint import mark_compressed
+from soco.choices import Choices, choose
+from soco.contents import CONFIG, check_contents
+from soco.factorization import choose_ranks
+from soco.folders import carry_over, replaced
+from soco.guard import Clock
+from soco.headers import INDEX, read_headers, weight_files
+from soco.installation import install, layer_reports, size_of
+from soco.linalg import Factors, Spectrum
+from soco.methods import (
+    FittedMethod,
+    Method,
+    RankLearner,
+    SequentialMethod,
+    SharingMethod,
+    TrainedMethod,
+)
+from soco.objectives import run_model
+from soco.ops import check_finite
+from soco.preparation import (
+    calibration_source,
+    calibration_windows,
+    noted,
+    progress_bar,
+    warn_of_rare,
+)
+from soco.ranks import check_ratio, is_dense, parameter_budget, uniform_ranks
+from soco.reporting import Report
+from soco.sequential import EnoughError, stages, standing_in
+from soco.steps import frozen
+from soco.stored import StoredModel
+from soco.surgery import (
+    bias_of,
+    find_linears,
+    fused_experts,
+    layout_of,
+    shape_of,
+    transformer_blocks,
+)
+from soco.workbench import Workbench
+from soco.workfolder import WorkFolder, opened
+
+FORMAT = 1  # of the work folder
+UNFINISHED = "unfinished.json"
+SHARD_BYTES = 2**29  # of tensors outside of the blocks
+_BY_SIGMA = ("uniform", "energy", "v2", "effective-rank")  # allocators that run no model
+
+
+def compress_folder(
+    folder: str | PathLike[str],
+    output: str | PathLike[str],
+    ratio: float = 0.5,
+    *,
+    method: str | Method = "svd-llm",
+    tokenizer: Any = None,
+    calibration: Any = None,
+    samples: int = 256,
+    length: int | None = None,
+    seed: int = 0,
+    allocator: str | Allocator | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    work: str | PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Report:
+    """Compress a model that need not fit into memory, by a closed form, from folder to folder.
+
+    One transformer block is in memory at a time: the calibration text runs through it, its layers
+    are taken apart, and what it puts out goes to disk for the next one. So memory holds one block,
+    the statistics of its layers (float64: the squares of their inputs), the decomposition of one
+    layer, one batch, and the embeddings; not more for a deeper model. The result is that of
+    ``soco.compress`` with the same batch size.
+
+    What is done is kept in a work folder. After a crash, a kill or Ctrl-C the same call goes on
+    where it was, repeats the calibration of one block and the decomposition of one layer at most,
+    and ends with the same weights, bit for bit. On disk the work folder takes twice the hidden
+    states of the calibration, and the factors in float32.
+
+    Args:
+        folder: of a dense transformers model in safetensors.
+        output: folder to write, new or empty, or of a model compressed by soco, which is replaced.
+        ratio: fraction of the layers' parameters to remove, above 0 and below 1.
+        method: a closed form that needs no gradients, such as "svd", "asvd" or "svd-llm".
+        tokenizer: needed where the calibration is text.
+        calibration: as in ``soco.compress``, but not "self". Not needed by "svd".
+        samples: calibration sequences.
+        length: tokens of each; None: what the model allows, at most 2048.
+        seed: of the choice of sequences.
+        allocator: "uniform", "energy", "v2" or "effective-rank"; None: the method's own.
+        include: glob patterns of the layers to compress, in the transformer blocks.
+        exclude: glob patterns of layers to leave alone.
+        batch_size: sequences at a time.
+        dtype: to compute in; None: as the model is stored.
+        device: to compute on.
+        work: the work folder; None: ``output`` with ".work" at its end. Deleted at the end.
+        progress: whether to show progress bars, on stderr; None: if that is a terminal.
+
+    Returns:
+        What was done, as ``soco.report`` reads it from the folder.
+
+    Raises:
+        ValueError: an argument makes no sense or does not go with streaming, the folder is broken,
+            a weight or activation holds NaN or Inf (the layer is named), or the work folder is in
+            use or of another run.
+        OSError: a file cannot be written, the disk being full, say.
+
+    Warns:
+        UserWarning: the calibration has less than was asked for, or layers saw too little of it.
+    """
+    choices = choose(method, allocator, seed=seed)
+    check_ratio(ratio)
+    _check_choices(choices, ratio)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive whole number, got {batch_size!r}")
+    if choices.needs and calibration is None:
+        raise ValueError(f"method {choices.method.name} learns from text: give calibration=")
+    if isinstance(calibration, str) and calibration == "self":
+        raise ValueError(
+            "a model that is not in memory cannot write its calibration text: give one"
+        )
+    target = Path(output)
+    stored = StoredModel(folder)
+    targets = _check_model(stored, include, exclude)
+    notes: list[str] = []
+    clock = Clock(torch.device(device))
+    windows = None
+    if choices.needs:
+        with clock("calibration text"), noted(notes):
+            windows = calibration_windows(
+                stored.model, calibration, tokenizer, samples, length, seed, progress
+            )
+    plan = {
+        "format": FORMAT,
+        "model": _fingerprint(stored),
+        "calibration": None if windows is None else _hash_of(windows),
+        "method": choices.method.name,
+        "settings": choices.settings(),
+        "ratio": ratio,
+        "layers": list(targets),
+        "batch_size": batch_size,
+        "dtype": str(dtype or stored.dtype),
+        "device": torch.device(device).type,
+        "versions": _versions(),
+    }
+    place = Path(work) if work is not None else target.with_name(f"{target.name}.work")
+    with opened(place, plan) as kept:
+        _clear(kept, target)
+        run = _Run(
+            stored, targets, windows, choices, ratio, batch_size, dtype or stored.dtype,
+            torch.device(device), kept, clock, notes, progress,
+        )  # fmt: skip
+        run.all_blocks()
+        source = calibration_source(calibration, windows, seed)
+        report = run.write(target, source)
+    return report
+
+
+def _check_choices(choices: Choices, ratio: float) -> None:
+    """Refuse what looks at more than one block."""
+    method, rule = choices.method, choices.rule
+    name = method.name
+    trained = isinstance(method, TrainedMethod | RankLearner)
+    sequential = isinstance(method, SequentialMethod) and method.is_sequential(ratio)
+    if trained or isinstance(method, FittedMethod | SharingMethod) or sequential:
+        raise ValueError(f"method {name} needs the whole model in memory: stream svd-llm, say")
+    if choices.needs & OF_GRADIENTS:
+        raise ValueError(
+            f"method {name} reads gradients of the whole model, which is not in memory: stream "
+            f"svd-llm, say"
+        )
+    if rule.name not in _BY_SIGMA:
+        raise ValueError(
+            f"the allocator {rule.name!r} runs the whole model, which is not in memory: give "
+            f"allocator= one of {', '.join(_BY_SIGMA)}"
+        )
+    if choices.surgeon is not None or choices.refinement is not None or choices.pivoted:
+        raise ValueError("surgeon, refine and pivoted need the whole model in memory")
+
+
+def _check_model(
+    stored: StoredModel, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+) -> dict[str, nn.Module]:
+    """The layers to compress; refuses models that are no chain of blocks."""
+    model = stored.model
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} has an encoder and a decoder, and cannot be streamed")
+    if fused_experts(model):
+        raise ValueError(f"{kind} has fused experts, and cannot be streamed yet")
+    targets = find_linears(model, include, exclude)
+    for block, names in stages(model, targets):
+        if block is model:
+            raise ValueError(f"{names[0]} lies outside of the blocks, and cannot be streamed")
+    for name, module in targets.items():
+        shape = shape_of(module)
+        turned = layout_of(module) == "conv1d"
+        stored.require(f"{name}.weight", shape[::-1] if turned else shape)
+    return targets
+
+
+@dataclass
+class _Run:
+    """One compression under way."""
+
+    stored: StoredModel
+    targets: dict[str, nn.Module]
+    windows: Tensor | None  # None: the method reads no text
+    choices: Choices
+    ratio: float
+    batch_size: int
+    dtype: torch.dtype  # that is computed in
+    device: torch.device
+    work: WorkFolder
+    clock: Clock
+    notes: list[str]
+    progress: bool | None
+
+    def __post_init__(self) -> None:
+        """What follows from that."""
+        self.model = self.stored.model
+        self.blocks = transformer_blocks(self.model)
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        self.paths = [paths[id(block)] for block in self.blocks]
+        self.names = [[n for n in self.targets if _inside(n, path)] for path in self.paths]
+        self.last = max(i for i, names in enumerate(self.names) if names)
+        self.shapes = {name: shape_of(module) for name, module in self.targets.items()}
+        self.budget = parameter_budget(self.shapes, self.ratio)
+        self.files = {name: f"layer-{i}.safetensors" for i, name in enumerate(self.targets)}
+        self.known = None  # ranks that can be told before any layer is taken apart
+        if isinstance(self.choices.rule, Uniform):
+            self.known = uniform_ranks(self.shapes, self.budget)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.to(self.device)
+
+    # Block after block ----------------------------------------------------------------------------
+
+    def all_blocks(self) -> None:
+        """Take all layers apart, from where an earlier run stopped."""
+        with progress_bar(len(self.blocks), "blocks", self.progress) as bar:
+            for number in range(self.last + 1):
+                if not self.work.has(_marker(number)):
+                    self.work.put_json(_marker(number), self._block(number))
+                self.work.drop(f"hidden-{number}-*.pt")
+                bar(number + 1)
+        for number in range(self.last + 1):
+            for phase, seconds in self.work.get_json(_marker(number))["seconds"].items():
+                self.clock.seconds[phase] = round(self.clock.seconds.get(phase, 0) + seconds, 3)
+        if self.windows is not None:
+            with noted(self.notes):
+                warn_of_rare(self._seen())
+
+    def _seen(self) -> dict[str, tuple[int, int]]:
+        """Layer to the tokens that it saw, and to how many inputs it has."""
+        every = [self.work.get_json(_marker(number))["tokens"] for number in range(self.last + 1)]
+        return {n: (t, self.shapes[n][1]) for tokens in every for n, t in tokens.items()}
+
+    def _block(self, number: int) -> dict[str, Any]:
+        """One block: its statistics, and its layers taken apart."""
+        begin = time.perf_counter()
+        statistics: dict[str, Statistics] = {}
+        if self.windows is not None:
+            statistics = self._statistics(number, self.windows)
+        tokens = {name: each.tokens for name, each in statistics.items()}
+        between = time.perf_counter()
+        for name in self.names[number]:
+            self._take_apart(name, statistics.pop(name, None))
+        seconds = {"statistics": between - begin, "decomposition": time.perf_counter() - between}
+        return {"tokens": tokens, "seconds": seconds}
+
+    def _statistics(self, number: int, windows: Tensor) -> dict[str, Statistics]:
+        """What the layers of a block see, while what the block puts out is written."""
+        block, path = self.blocks[number], self.paths[number]
+        layers = {name: self.targets[name] for name in self.names[number]}
+        base = getattr(self.model, "base_model", self.model)
+        of_base = {id(parameter) for parameter in base.parameters()}
+        needed = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if id(parameter) in of_base
+            and (_inside(name, path) or not any(_inside(name, other) for other in self.paths))
+        ]
+        first = windows[: self.batch_size]
+        with (
+            self.stored.in_memory(needed, self.dtype, self.device),
+            torch.no_grad(),
+            frozen(block),
+        ):
+            self._check_chain(number, first.to(self.device))
+            left = uncalled(
+                self.model, layers, first, lambda batch, ids: self._run(number, batch, ids)
+            )
+            if left:
+                raise ValueError(
+                    f"{left[0]} is never called, because its module reads the weight itself: "
+                    f"leave it out (exclude)"
+                )
+            return collect(
+                block, layers, windows, self.batch_size, kinds=self.choices.needs,
+                run=lambda batch, ids: self._step(number, batch, ids),
+            )  # fmt: skip
+
+    def _step(self, number: int, batch: int, ids: Tensor) -> None:
+        """One batch through a block; what comes out is written."""
+        output = self._run(number, batch, ids)
+        if number < self.last:
+            self.work.put_any(_hidden(number + 1, batch), output)
+
+    def _run(self, number: int, batch: int, ids: Tensor) -> Any:
+        """What a block puts out for a batch."""
+        outputs: list[Any] = []
+
+        def keep(module: nn.Module, inputs: object, output: Any) -> None:
+            outputs.append(output)
+            raise EnoughError
+
+        kept = self.work.get_any(_hidden(number, batch)) if number else None
+        hook = self.blocks[number].register_forward_hook(keep)
+        try:
+            with standing_in(self.blocks[:number], kept, self.device), suppress(EnoughError):
+                run_model(getattr(self.model, "base_model", self.model), ids)
+        finally:
+            hook.remove()
+        if not outputs:
+            raise ValueError(
+                f"{self._kind} does not call {self.paths[number]}: it has no chain of "
+                f"blocks, and cannot be streamed"
+            )
+        return outputs[0]
+
+    @property
+    def _kind(self) -> str:
+        return type(self.model).__name__
+
+    def _check_chain(self, number: int, ids: Tensor) -> None:
+        """Refuse blocks that run more than once, or read more than what the last one put out.
+
+        Tried on the first batch: blocks before the last one give something else, and blocks behind
+        this one only pass something on.
+        """
+        kept = self.work.get_any(_hidden(number, 0)) if number else None
+        wrong = _changed(kept)
+        expected = self._run(number, 0, ids)
+        outputs = []
+        for before in (kept, wrong):
+            calls: list[Any] = []
+            hook = self.blocks[number].register_forward_hook(
+                lambda module, inputs, output, calls=calls: calls.append(output)
+            )
+            try:
+                with (
+                    standing_in(self.blocks[: max(0, number - 1)], before, self.device),
+                    standing_in(self.blocks[max(0, number - 1) : number], kept, self.device),
+                    standing_in(self.blocks[number + 1 :], expected, self.device),
+                ):
+                    run_model(getattr(self.model, "base_model", self.model), ids)
+            finally:
+                hook.remove()
+            outputs.append(calls)
+        if any(len(calls) != 1 or not _equal(calls[0], expected) for calls in outputs):
+            raise ValueError(
+                f"{self._kind} is no chain of blocks ({self.paths[number]} runs more than once, or "
+                f"reads more than the block before it gives), and cannot be streamed"
+            )
+
+    # One layer ------------------------------------------------------------------------------------
+
+    def _take_apart(self, name: str, statistics: Statistics | None) -> None:
+        """Write the factors of a layer, of as many components as it may come to."""
+        shape = self.shapes[name]
+        known = None if self.known is None else self.known[name]
+        if self.work.has(self.files[name]) or (known is not None and is_dense(shape, known)):
+            return
+        rows, columns = shape
+        weight = self._weight(name)
+        check_finite(f"{name}.weight", weight)
+        means = {} if statistics is None else statistics.means(cast(Tensor, self.windows).numel())
+        basis = self.choices.method.components
+        spectrum = basis.spectrum(weight, means, name=f"{name}.weight")
+        most = known if known is not None else max(1, (rows * columns - 1) // (rows + columns))
+        factors = spectrum.truncate(min(most, len(spectrum.sigma)))
+        wide = torch.promote_types(self.dtype, torch.float32)
+        tensors = {"up": factors.up.to(wide), "down": factors.down.to(wide)}
+        self.work.put_tensors(self.files[name], {**tensors, "sigma": spectrum.sigma})
+
+    def _weight(self, name: str) -> Tensor:
+        weight = self.stored.read(cast(str, self.stored.key(f"{name}.weight")))
+        weight = weight.to(self.device, self.dtype)
+        return weight.mT if layout_of(self.targets[name]) == "conv1d" else weight
+
+    # The result -----------------------------------------------------------------------------------
+
+    def _ranks(self) -> dict[str, int]:
+        if self.known is not None:
+            return self.known
+        bench = Workbench(self.model, self.targets, self.windows)
+        if self.windows is not None:
+            bench.note_unseen(name for name, (tokens, _) in self._seen().items() if not tokens)
+        empty = torch.empty(0)
+        spectra = {
+            name: Spectrum(empty, self.work.get_tensors(file)["sigma"], empty)
+            for name, file in self.files.items()
+        }
+        method, rule = self.choices.method, self.choices.rule
+        groups = [(name,) for name in self.targets]
+        return choose_ranks(bench, method, rule, groups, spectra, self.budget, False, dict)
+
+    def write(self, target: Path, source: Mapping[str, Any]) -> Report:
+        """Put the result into a folder: factors, and all other tensors as they are."""
+        ranks = self._ranks()
+        before = size_of(self.model)
+        names = list(self.model.state_dict())
+        dtype = self.stored.dtype
+        placed = {}
+        for name, module in self.targets.items():
+            rows, columns = self.shapes[name]
+            factors = None
+            if not is_dense((rows, columns), ranks[name]):
+                factors = Factors(
+                    torch.empty(rows, ranks[name], dtype=dtype, device="meta"),
+                    torch.empty(ranks[name], columns, dtype=dtype, device="meta"),
+                )
+            placed[name] = (factors, bias_of(module))
+        groups = [(name,) for name in self.targets]
+        made, _ = install(self.model, self.targets, placed, groups, pivoted=False)
+        after, peak = size_of(self.model), self.clock.peak()
+        report = Report(
+            method=self.choices.method.name,
+            ratio=self.ratio,
+            layers=layer_reports(self.targets, made, groups, {}),
+            model_params_before=before[0],
+            model_params_after=after[0],
+            model_bytes_before=before[1],
+            model_bytes_after=after[1],
+            seconds=self.clock.seconds,
+            peak_bytes=peak[0],
+            peak_of=peak[1],
+            calibration=dict(source),
+            settings=self.choices.settings(),
+            warnings=tuple(self.notes),
+            versions=_versions(),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        factored = {name: layer.rank for name, layer in made.items()}
+        mark_compressed(self.model, factored, report.to_dict())
+        with replaced(target) as folder:
+            self.work.put_json(UNFINISHED, folder.name)
+            self.model.config.save_pretrained(str(folder))
+            self._write_weights(folder, names, factored)
+            described = self.model.config.quantization_config.layers
+            check_contents(self.model, read_headers(weight_files(folder)), described)
+            carry_over(self.stored.folder, folder)
+        self.work.drop(UNFINISHED)
+        return report
+
+    def _write_weights(self, folder: Path, names: list[str], ranks: Mapping[str, int]) -> None:
+        """One file for every block, and as many as it takes for what is outside."""
+        parts = [[n for n in names if _inside(n, path)] for path in self.paths]
+        held = SHARD_BYTES
+        for name in names:
+            key = self.stored.key(name)
+            if key is None or any(_inside(name, path) for path in self.paths):
+                continue
+            size = math.prod(self.stored.entries[key].shape) * self.stored.dtype.itemsize
+            if held + size > SHARD_BYTES:
+                parts.append([])
+                held = 0
+            parts[-1].append(name)
+            held += size
+        places, total = {}, 0
+        with progress_bar(len(parts), "writing", self.progress) as bar:
+            for number, part in enumerate(parts, 1):
+                file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+                tensors: dict[str, Tensor] = {}
+                for name in part:
+                    tensors |= self._tensors(name, ranks)
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+                places |= dict.fromkeys(tensors, file)
+                total += sum(tensor.nbytes for tensor in tensors.values())
+                bar(number)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _tensors(self, name: str, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+        """What is written of a tensor of the dense model, by its names in the files."""
+        key = self.stored.key(name)
+        if key is None:  # tied to another one
+            return {}
+        layer = name.removesuffix(".weight")
+        if name.endswith(".weight") and layer in ranks:
+            rank, stem = ranks[layer], key.removesuffix("weight")
+            held = self.work.get_tensors(self.files[layer])
+            factors = {"up": held["up"][:, :rank], "down": held["down"][:rank]}
+            return {key: torch.zeros(1, dtype=self.stored.dtype)} | {
+                f"{stem}{part}.weight": each.to(self.dtype).to(self.stored.dtype).contiguous()
+                for part, each in factors.items()
+            }
+        value = self.stored.read(key, floating=False)
+        dtype = self.stored.dtype if value.is_floating_point() else value.dtype
+        return {key: value.to(dtype, copy=True)}
+
+
+def _inside(name: str, path: str) -> bool:
+    return name.startswith(f"{path}.")
+
+
+def _marker(number: int) -> str:
+    return f"block-{number}.json"
+
+
+def _hidden(number: int, batch: int) -> str:
+    """What a block is given: the outputs of the one before it."""
+    return f"hidden-{number}-{batch}.pt"
+
+
+def _changed(value: Any) -> Any:
+    """The same tensors with other numbers in them."""
+    if isinstance(value, Tensor):
+        return value * 0 + 1 if value.is_floating_point() else value
+    return type(value)(map(_changed, value)) if type(value) in (tuple, list) else value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if type(one) in (tuple, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return True
+
+
+def _clear(work: WorkFolder, target: Path) -> None:
+    """Delete the half-written result of an earlier run."""
+    if work.has(UNFINISHED):
+        name = work.get_json(UNFINISHED)
+        ours = isinstance(name, str) and name.startswith(f".{target.resolve().name}.")
+        if ours and Path(name).name == name:
+            shutil.rmtree(target.resolve().parent / name, ignore_errors=True)
+        work.drop(UNFINISHED)
+
+
+def _fingerprint(stored: StoredModel) -> dict[str, str]:
+    """What is noticed of a model that was changed: config, headers, sizes and times of files."""
+    config = hashlib.sha256((stored.folder / CONFIG).read_bytes()).hexdigest()
+    found = {CONFIG: config[:16]}
+    for file in stored.files:
+        told = file.stat()
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = hashlib.sha256(stream.read(length)).hexdigest()
+        found[file.name] = f"{told.st_size} bytes, {header[:16]}, written at {told.st_mtime_ns}"
+    return found
+
+
+def _hash_of(windows: Tensor) -> str:
+    told = hashlib.sha256(f"{tuple(windows.shape)};".encode())
+    told.update(windows.contiguous().numpy().data)
+    return told.hexdigest()[:16]
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("soco-llm", "torch", "transformers")}

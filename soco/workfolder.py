@@ -1,0 +1,173 @@
+"""A folder in which a long run keeps what it has done, for the same command to go on from."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+PLAN = "plan.json"  # what the run is of
+_LOCK = "lock"
+
+
+class WorkFolder:
+    """Files that are there as a whole or not at all, and a plan that they belong to.
+
+    Attributes:
+        path: of the folder.
+        resumed: whether an earlier run began it.
+    """
+
+    def __init__(self, path: Path, plan: Mapping[str, Any]) -> None:
+        """Prepared by ``opened``."""
+        self.path = path
+        self._plan = json.loads(json.dumps(plan))
+        self.resumed = (path / PLAN).is_file()
+        if self.resumed:
+            self._compare()
+        else:
+            self.put_json(PLAN, self._plan)
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return (self.path / name).is_file()
+
+    def put_json(self, name: str, data: object) -> None:
+        """Write a JSON file."""
+        text = json.dumps(data, indent=1) + "\n"
+        self._put(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def get_json(self, name: str) -> Any:
+        """Read one."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise self._broken(name) from error
+
+    def put_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file."""
+        held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        self._put(name, lambda path: save_file(held, path))
+
+    def get_tensors(self, name: str) -> dict[str, Tensor]:
+        """Read one."""
+        try:
+            return load_file(self.path / name)
+        except SafetensorError as error:
+            raise self._broken(name) from error
+
+    def put_any(self, name: str, value: Any) -> None:
+        """Write tensors in tuples and lists, None among them."""
+        self._put(name, lambda path: torch.save(value, path))
+
+    def get_any(self, name: str) -> Any:
+        """Read such a file."""
+        try:
+            return torch.load(self.path / name, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, OSError) as error:
+            raise self._broken(name) from error
+
+    def drop(self, pattern: str) -> None:
+        """Delete the files that match a glob pattern."""
+        for path in self.path.glob(pattern):
+            path.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Delete the folder; what a user put into it stays."""
+        self.drop("*.json")
+        self.drop("*.safetensors")
+        self.drop("*.pt")
+
+    def _put(self, name: str, write: Callable[[Path], object]) -> None:
+        part = self.path / f".{name}.part"
+        try:
+            write(part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(self.path / name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise OSError(
+                f"{self.path / name} cannot be written ({reason}): make room, and give the same "
+                f"command again, which goes on from here"
+            ) from error
+
+    def _broken(self, name: str) -> ValueError:
+        return ValueError(
+            f"{self.path / name} is damaged: delete the folder {self.path} to begin anew"
+        )
+
+    def _compare(self) -> None:
+        """Refuse to go on with a run of something else.
+
+        Raises:
+            ValueError: the plans differ; the first difference is named.
+        """
+        before, now = _flat(self.get_json(PLAN)), _flat(self._plan)
+        for key in {**before, **now}:
+            if before.get(key) != now.get(key):
+                raise ValueError(
+                    f"{self.path} holds the beginning of another run: {key} is "
+                    f"{_told(before.get(key))} there and {_told(now.get(key))} here; give the "
+                    f"command as it was, another work folder, or delete this one"
+                )
+
+
+@contextmanager
+def opened(path: Path, plan: Mapping[str, Any]) -> Iterator[WorkFolder]:
+    """A work folder for one run at a time, deleted when the block ends well and kept otherwise.
+
+    Args:
+        path: new, empty, or of an earlier run.
+        plan: all that the result depends on, as JSON data.
+
+    Raises:
+        ValueError: another run works in it, it holds something else, or a run with another plan.
+        OSError: it cannot be written.
+    """
+    if path.is_dir() and not (path / PLAN).is_file():
+        left = [
+            entry.name for entry in path.iterdir() if entry.name not in (_LOCK, f".{PLAN}.part")
+        ]
+        if left:
+            raise ValueError(f"{path} holds {left[0]} and is no work folder: choose another one")
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another run works in {path}: wait for it, or stop it") from None
+    try:
+        folder = WorkFolder(path, plan)
+        for part in path.glob(".*.part"):
+            part.unlink()
+        yield folder
+        folder.discard()
+    finally:
+        lock.release()
+    (path / _LOCK).unlink(missing_ok=True)
+    if not any(path.iterdir()):
+        path.rmdir()
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, their keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _told(value: object) -> str:
+    return "not given" if value is None else json.dumps(value)
