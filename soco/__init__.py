@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from soco.reporting import Report as Report
     from soco.reporting import report as report
     from soco.resizing import resize as resize
+    from soco.streaming import compress_folder as compress_folder
     from soco.tasks import TaskScore as TaskScore
     from soco.tasks import TaskScores as TaskScores
     from soco.tasks import evaluate_tasks as evaluate_tasks
@@ -43,6 +44,7 @@ __all__ = [
     "TaskScores",
     "compare",
     "compress",
+    "compress_folder",
     "data",
     "decompose",
     "diagnosis",
@@ -69,6 +71,7 @@ _HOME = {  # public name to the file it lives in
     "TaskScores": "tasks",
     "compare": "comparison",
     "compress": "pipeline",
+    "compress_folder": "streaming",
     "decompose": "decomposition",
     "evaluate": "evaluation",
     "evaluate_tasks": "tasks",

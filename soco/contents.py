@@ -34,6 +34,9 @@ BROKEN = (
     StrictDataclassError,
 )
 
+# Whether transformers renames tensors on loading and saving, as version 5 does.
+_CONVERTS = importlib.util.find_spec("transformers.core_model_loading") is not None
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -216,20 +219,15 @@ def _variants(
     that transformers 5 gives them on saving, where some architectures keep the names of the models
     they were first published as. Transformers 4 does that for a few, and then there is no telling.
     """
-    optional = _optional(model, state)
+    optional = may_lack(model, state)
     required = {key: tensor for key, tensor in state.items() if key not in optional}
     own = _Names(_shapes(required), _shapes(state))
-    if importlib.util.find_spec("transformers.core_model_loading") is None:
+    if not _CONVERTS:
         if getattr(model, "_checkpoint_conversion_mapping", None):
             return []
         reverted = own
     else:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        reverted = _Names(
-            _shapes(revert_weight_conversion(model, dict(required))),
-            _shapes(revert_weight_conversion(model, dict(state))),
-        )
+        reverted = _Names(_shapes(_as_saved(model, required)), _shapes(_as_saved(model, state)))
     variants = [own, reverted]
     if prefixes and model.base_model_prefix:
         prefix = f"{model.base_model_prefix}."
@@ -240,11 +238,28 @@ def _variants(
     return variants
 
 
+def _as_saved(model: "PreTrainedModel", state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that transformers 5 saves them by."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, dict(state))
+
+
+def saved_name(model: "PreTrainedModel", name: str, tensor: Tensor) -> str:
+    """What a tensor of a model may be called in files, if it has another name there.
+
+    Its own name where it has none, or where it is saved as several tensors.
+    """
+    found = list(_as_saved(model, {name: tensor}).items()) if _CONVERTS else []
+    same = len(found) == 1 and found[0][1].shape == tensor.shape
+    return found[0][0] if same else name
+
+
 def _shapes(state: Mapping[str, Tensor]) -> Shapes:
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
-def _optional(model: "PreTrainedModel", state: Mapping[str, Tensor]) -> set[str]:
+def may_lack(model: "PreTrainedModel", state: Mapping[str, Tensor]) -> set[str]:
     """Names that a file may lack: tied to others, never saved, or made anew on loading."""
     ties = getattr(model, "all_tied_weights_keys", None)
     patterns = list(model._keys_to_ignore_on_load_missing or ())

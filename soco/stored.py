@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from soco.contents import BROKEN, CONFIG, architecture_of
+from soco.contents import BROKEN, CONFIG, architecture_of, may_lack, saved_name
 from soco.headers import Entry, check_index, read_headers, read_json, weight_files
 from soco.ops import check_finite
 
@@ -50,15 +50,31 @@ class StoredModel:
         self.entries: Mapping[str, Entry] = read_headers(self.files)
         check_index(self.folder, self.entries)
         self.model, self.dtype = self._empty()
+        self._state = self.model.state_dict()
         self._prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
 
     def key(self, name: str) -> str | None:
-        """What a tensor of the model is called in the files: with the base model's prefix or not.
+        """What a tensor of the model is called in the files; None if they do not hold it.
 
-        None if they do not hold it, as of two tied weights.
+        Its own name, with the base model's prefix or without, or the one that transformers saves it
+        by.
         """
         variants = (name, f"{self._prefix}{name}", name.removeprefix(self._prefix))
-        return next((key for key in variants if key in self.entries), None)
+        found = next((key for key in variants if key in self.entries), None)
+        if found is None and name in self._state:
+            found = saved_name(self.model, name, self._state[name])
+        return found if found in self.entries else None
+
+    def check_complete(self) -> None:
+        """Refuse files that lack a tensor of the model.
+
+        Raises:
+            ValueError: they do, and it is neither tied to another one nor made anew on loading.
+        """
+        missing = may_lack(self.model, self._state)
+        for name, tensor in self._state.items():
+            if name not in missing:
+                self.require(name, tuple(tensor.shape))
 
     def require(self, name: str, shape: tuple[int, ...]) -> str:
         """The same of a tensor that has to be there.
@@ -133,7 +149,7 @@ class StoredModel:
             with init_empty_weights(include_buffers=False):
                 model = kind(config)
             model.tie_weights()
-        except (*BROKEN, TypeError, AttributeError) as error:
+        except (*BROKEN, TypeError, AttributeError, ArithmeticError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"{self.folder / CONFIG} describes no model: {reason[0]}") from error
         finally:

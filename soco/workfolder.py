@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class WorkFolder:
         """Read such a file."""
         try:
             return torch.load(self.path / name, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, OSError) as error:
+        except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
             raise self._broken(name) from error
 
     def drop(self, pattern: str) -> None:
@@ -111,7 +112,10 @@ class WorkFolder:
         Raises:
             ValueError: the plans differ; the first difference is named.
         """
-        before, now = _flat(self.get_json(PLAN)), _flat(self._plan)
+        held = self.get_json(PLAN)
+        if not isinstance(held, dict):
+            raise self._broken(PLAN)
+        before, now = _flat(held), _flat(self._plan)
         for key in {**before, **now}:
             if before.get(key) != now.get(key):
                 raise ValueError(

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import soco
+from soco import streaming
 from soco.allocators import ALLOCATORS
 from soco.cli import commands, comparing, demo, main, sources
 from soco.cli.messages import sentence
@@ -180,6 +181,80 @@ def test_compress_writes_a_model_that_transformers_loads(run, place):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(place / "new" / "out")
     assert tokenizer("cat")["input_ids"] == [5, 3, 22]
     assert not list(place.rglob(".*"))
+
+
+STREAM = ["--stream", "--method", "svd-llm", "-c", "text.txt", "--samples", "8", "--length", "16"]
+
+
+def test_a_streamed_model_is_the_same(run, place):
+    code, out, err = run("compress", "dense", "--ratio", "0.4", "-o", "streamed", *STREAM)
+    assert code == 0
+    assert [line for line in err.splitlines() if "warning" not in line] == [
+        f"soco: compressing block by block by svd-llm on {commands.find_device(None)}",
+    ]
+    words = [word for word in STREAM if word != "--stream"]
+    code, whole, _ = run("compress", "dense", "--ratio", "0.4", "-o", "whole", *words)
+    assert code == 0
+    one, other = (AutoModelForCausalLM.from_pretrained(place / n) for n in ("streamed", "whole"))
+    for key, tensor in other.state_dict().items():
+        assert torch.equal(one.state_dict()[key], tensor), key
+    lines = [line for line in whole.splitlines() if line.startswith(("method", "target", "their"))]
+    assert set(lines) <= set(out.splitlines())
+    assert PreTrainedTokenizerFast.from_pretrained(place / "streamed")("cat")["input_ids"]
+    assert not list(place.rglob(".*"))
+    assert not (place / "streamed.work").exists()
+
+
+def test_a_streamed_run_that_is_stopped_goes_on(run, place, monkeypatch):
+    words = ["compress", "dense", "-o", "out", "--work", "kept", *STREAM]
+    take_apart, calls = streaming._Run._take_apart, []
+
+    def stopping(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        take_apart(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming._Run, "_take_apart", stopping)
+        code, out, err = run(*words)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-2:] == [
+        "soco: stopped: the same command goes on from here", "soco: interrupted",
+    ]  # fmt: skip
+    assert (place / "kept" / "plan.json").is_file()
+    assert run(*words)[0] == 0
+    assert not (place / "kept").exists()
+    assert AutoModelForCausalLM.from_pretrained(place / "out") is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "soco"], "method soco needs the whole model in memory"),
+        (["--method", "kfac-svd"], "method kfac-svd reads gradients of the whole model"),
+        (["--allocator", "lems"], "the allocator 'lems' runs the whole model"),
+        (["--refine"], "--refine needs the whole model in memory: leave out --stream"),
+        (["--surgeon"], "--surgeon needs the whole model"),
+        (["--pivoted"], "--pivoted needs the whole model"),
+        (["--size", "1MB"], "--size needs the whole model"),
+        (["--stats", "stats"], "--stats needs the whole model"),
+        (["--method", "soco", "--steps", "3"], "--steps needs the whole model"),
+        (["-c", "self"], "cannot write its calibration text"),
+        (["-o", "dense"], "is not the folder of a model compressed by soco"),
+    ],
+)
+def test_what_cannot_be_streamed(fails, place, words, message):
+    before = state(place)
+    assert message in fails("compress", "dense", "-o", "out", *STREAM, *words)
+    assert state(place) == before
+
+
+def test_streaming_takes_a_folder(fails):
+    message = "--stream reads a folder, and no/where is none"
+    assert message in fails("compress", "no/where", "-o", "x", *STREAM)
+    message = "--work is where --stream keeps what is done: give both"
+    assert message in fails("compress", "dense", "-o", "x", "--work", "w")
 
 
 @pytest.mark.parametrize(

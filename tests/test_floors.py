@@ -13,7 +13,7 @@ PACKAGE = ROOT / "soco"
 # A folder is one inhabitant of its floor.
 FLOORS = [
     {"core"},
-    {"data", "folders", "headers", "ops", "taskdata"},
+    {"data", "folders", "headers", "ops", "taskdata", "workfolder"},
     {"diagnosis", "linalg", "modules", "objectives", "quadratics", "ranks"},
     {
         "allocators", "component_gradients", "fitting", "masters", "packing", "pivots", "principal",
@@ -23,10 +23,13 @@ FLOORS = [
         "calibration", "choosing", "contents", "experts", "guard", "optimization", "refinement",
         "sampling", "sequential", "sizes", "stages", "surgeon", "truncation",
     },
-    {"archive", "decomposition", "methods", "plugin", "training"},
-    {"checkpoint", "choices", "elastic", "evaluation", "reporting", "tasks", "workbench"},
+    {"archive", "methods", "plugin", "stored", "training"},
+    {
+        "checkpoint", "choices", "decomposition", "elastic", "evaluation", "reporting", "tasks",
+        "workbench",
+    },
     {"factorization", "installation", "preparation", "record"},
-    {"learning", "plots", "resizing"},
+    {"learning", "plots", "resizing", "streaming"},
     {"pipeline"},
     {"comparison", "rendering"},
     {"cli"},
@@ -34,7 +37,7 @@ FLOORS = [
 ]  # fmt: skip
 OUTSIDE = {"__init__", "_autoload"}  # public names; the standard library only
 KNOW_TRANSFORMERS = {
-    "bench", "checkpoint", "cli", "contents", "decomposition", "evaluation", "pipeline", "plugin",
+    "bench", "checkpoint", "cli", "contents", "evaluation", "pipeline", "plugin", "stored",
     "surgery",
 }  # fmt: skip
 KNOWS_THE_CORE = {"core"}

@@ -42,8 +42,10 @@ from soco.cli.options import (
     SpacingOption,
     StatsOption,
     StepsOption,
+    StreamOption,
     SurgeonOption,
     TaskDataOption,
+    WorkOption,
     WrittenOption,
 )
 from soco.cli.program import Commands, run_program
@@ -135,6 +137,8 @@ def compress(
     surgeon: SurgeonOption = False,
     stats: StatsOption = None,
     batch_size: BatchSizeOption = 8,
+    stream: StreamOption = False,
+    work: WorkOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     quiet: QuietOption = False,
@@ -162,36 +166,40 @@ def compress(
     if method is not MethodName.soco and training:
         option = next(iter(training)).replace("_", "-")
         raise ValueError(f"--{option} is for method soco: method {method.value} has no training")
-    from soco.cli import commands
+    if work is not None and not stream:
+        raise ValueError("--work is where --stream keeps what is done: give both")
+    from soco.cli import commands, streamed
 
-    commands.compress(
-        commands.Compression(
-            model=model,
-            output=output,
-            ratio=ratio,
-            ratios=ratios,
-            size=size,
-            method=method.value,
-            effort=None if effort is None else effort.value,
-            preset=None if preset is None else preset.value,
-            calibration=calibration,
-            samples=samples,
-            length=length,
-            seed=seed,
-            include=include,
-            exclude=exclude,
-            allocator=None if allocator is None else allocator.value,
-            pivoted=pivoted,
-            refine=refine or None,
-            surgeon=surgeon or None,
-            stats=stats,
-            batch_size=batch_size,
-            dtype=dtype.value,
-            device=device,
-            quiet=quiet,
-            training=training,
-        )
+    wanted = commands.Compression(
+        model=model,
+        output=output,
+        ratio=ratio,
+        ratios=ratios,
+        size=size,
+        method=method.value,
+        effort=None if effort is None else effort.value,
+        preset=None if preset is None else preset.value,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        include=include,
+        exclude=exclude,
+        allocator=None if allocator is None else allocator.value,
+        pivoted=pivoted,
+        refine=refine or None,
+        surgeon=surgeon or None,
+        stats=stats,
+        batch_size=batch_size,
+        dtype=dtype.value,
+        device=device,
+        quiet=quiet,
+        training=training,
     )
+    if stream:
+        streamed.compress(wanted, work)
+    else:
+        commands.compress(wanted)
 
 
 @app.command()

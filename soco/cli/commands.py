@@ -144,7 +144,7 @@ def compress(wanted: Compression) -> None:
                 nn.Module.float(model)
             rows = demo.compare(dense, model, tokenizer, options, tell)
             demo.show(rows, options["length"], out)
-    _tell_files(wanted, next(iter(folders.values()), wanted.output), options, out)
+    tell_files(wanted, next(iter(folders.values()), wanted.output), options, out)
 
 
 def _size_in(folder: Path) -> str:
@@ -212,7 +212,7 @@ def _tokenizer(model: str, *, needed: bool) -> Any:
         return None
 
 
-def _tell_files(
+def tell_files(
     wanted: Compression, written: Path, options: Mapping[str, Any], out: Console
 ) -> None:
     """Where the result is, and what to do with it."""

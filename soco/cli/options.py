@@ -216,6 +216,24 @@ StatsOption = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+StreamOption = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Read the model block by block, never whole, and go on after a crash. For closed "
+        "forms: --method svd-llm, say.",
+        rich_help_panel=RUNNING,
+    ),
+]
+WorkOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where --stream keeps what is done.",
+        show_default="the output with .work at its end",
+        rich_help_panel=RUNNING,
+    ),
+]
 BatchSizeOption = Annotated[
     int,
     typer.Option(

@@ -1,0 +1,197 @@
+"""Memory of ``soco.compress_folder`` on random Llamas, and runs of it that are killed on the way.
+
+    python benchmarks/streaming.py memory --layers 31,62 --hidden 2048 --inner 5632 --threads 2 \
+        --output benchmarks/results/streaming-memory.json
+    python benchmarks/streaming.py killed --layers 8 --hidden 512 --inner 1408 --kills 20 \
+        --threads 2 --output benchmarks/results/streaming-killed.json
+
+Every run is a process of its own, whose peak memory (resident, mapped files among it) is written
+down. A killed run gets SIGKILL after a random time and is started again, until it ends; then its
+weights are compared with those of a run that nobody disturbed, bit for bit.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from protocol import write_record
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 32000
+
+
+def make(folder: Path, layers: int, hidden: int, inner: int) -> int:
+    """A random model in bfloat16, written tensor by tensor; returns the bytes of its weights."""
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        vocab_size=VOCABULARY, num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 512), architectures=["LlamaForCausalLM"],
+        dtype=torch.bfloat16, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = {
+            name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()
+        }
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    parts: dict[str, list[str]] = {}
+    for name in shapes:
+        number = name.split(".")[2] if name.startswith("model.layers.") else "rest"
+        parts.setdefault(number, []).append(name)
+    places, total = {}, 0
+    for count, names in enumerate(parts.values(), 1):
+        file = f"model-{count:05}-of-{len(parts):05}.safetensors"
+        tensors = {
+            name: torch.ones(shapes[name], dtype=torch.bfloat16)
+            if len(shapes[name]) == 1
+            else torch.randn(shapes[name], generator=generator).mul_(0.02).bfloat16()
+            for name in names
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return total
+
+
+def stream(folder: Path, output: Path, threads: int, samples: int, length: int) -> dict[str, Any]:
+    """What this process needs for it."""
+    from soco.streaming import compress_folder
+
+    torch.set_num_threads(threads)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ids = torch.randint(
+        0, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(1)
+    )
+    begin = time.perf_counter()
+    report = compress_folder(
+        folder, output, 0.5, method="svd-llm", calibration=ids, samples=samples
+    )
+    return {
+        "removed": report.removed,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "phases": report.seconds,
+        "peak_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "of_them_before": before,
+    }
+
+
+def _command(arguments: argparse.Namespace, folder: Path, output: Path) -> list[str]:
+    given = {"--threads": arguments.threads, "--samples": arguments.samples}
+    given["--length"] = arguments.length
+    told = [str(word) for pair in given.items() for word in pair]
+    return [sys.executable, __file__, "once", str(folder), str(output), *told]
+
+
+def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A run for every depth."""
+    rows = []
+    for layers in arguments.layers:
+        with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+            folder = Path(scratch) / "dense"
+            size = make(folder, layers, arguments.hidden, arguments.inner)
+            command = _command(arguments, folder, Path(scratch) / "compressed")
+            told = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+            rows.append({"layers": layers, "bytes": size, **_sizes(arguments), **json.loads(told)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def killed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """An undisturbed run, and one that is killed many times."""
+    chance = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        folder, once, often = (Path(scratch) / name for name in ("dense", "once", "often"))
+        size = make(folder, arguments.layers[0], arguments.hidden, arguments.inner)
+        begin = time.perf_counter()
+        subprocess.run(_command(arguments, folder, once), stdout=subprocess.DEVNULL, check=True)
+        seconds = time.perf_counter() - begin
+        begin, kills, starts = time.perf_counter(), [], 0
+        while True:
+            starts += 1
+            run = subprocess.Popen(_command(arguments, folder, often), stdout=subprocess.DEVNULL)
+            wait = chance.uniform(0, seconds / 2) if len(kills) < arguments.kills else None
+            try:
+                if run.wait(wait) != 0:
+                    raise RuntimeError(f"run {starts} failed")
+                break
+            except subprocess.TimeoutExpired:
+                run.send_signal(signal.SIGKILL)
+                run.wait()
+                kills.append(round(cast_wait(wait), 2))
+                print(f"killed after {kills[-1]} s", flush=True)
+        return [
+            {
+                "layers": arguments.layers[0],
+                "bytes": size,
+                **_sizes(arguments),
+                "seconds_undisturbed": round(seconds, 1),
+                "seconds_with_kills": round(time.perf_counter() - begin, 1),
+                "killed_after_seconds": kills,
+                "identical": _hashes(once) == _hashes(often),
+                "left_behind": sorted(
+                    entry.name
+                    for entry in Path(scratch).iterdir()
+                    if entry.name not in ("dense", "once", "often")
+                ),
+            }
+        ]
+
+
+def cast_wait(wait: float | None) -> float:
+    """A time that is known to be one."""
+    assert wait is not None
+    return wait
+
+
+def _sizes(arguments: argparse.Namespace) -> dict[str, int]:
+    names = ("hidden", "inner", "samples", "length")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.glob("model*"))
+    }
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["memory", "killed", "once"])
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--layers", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--inner", type=int, default=1408)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scratch", type=Path, help="where the models are made")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.what == "once":
+        folder, output = arguments.folders
+        found = stream(folder, output, arguments.threads, arguments.samples, arguments.length)
+        print(json.dumps(found))
+        return
+    rows = memory(arguments) if arguments.what == "memory" else killed(arguments)
+    write_record(arguments.output, Path(), rows)
+
+
+if __name__ == "__main__":
+    main()

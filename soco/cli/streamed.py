@@ -1,0 +1,72 @@
+"""``soco compress --stream``: from folder to folder, without the model in memory."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from soco.cli.commands import Compression, tell_files
+from soco.cli.messages import console, quiet_libraries, say
+from soco.cli.sources import (
+    check_output,
+    find_device,
+    find_model,
+    find_text,
+    is_slow,
+    open_tokenizer,
+)
+from soco.stored import StoredModel
+from soco.streaming import compress_folder
+
+# Options of `soco compress` that need what streaming has not.
+_WHOLE = ("ratios", "size", "effort", "preset", "pivoted", "refine", "surgeon", "stats", "training")
+
+
+def compress(wanted: Compression, work: Path | None) -> None:
+    """Compress block by block; the same command goes on after it was stopped."""
+    begin = time.perf_counter()
+    for name in _WHOLE:
+        if getattr(wanted, name):
+            option = next(iter(wanted.training)) if name == "training" else name
+            raise ValueError(
+                f"--{option.replace('_', '-')} needs the whole model in memory: leave out --stream"
+            )
+    place = find_model(wanted.model)
+    if not Path(place).is_dir():
+        raise ValueError(f"--stream reads a folder, and {wanted.model} is none: download it first")
+    check_output(wanted.output, replace=True)
+    device = find_device(wanted.device)
+    tell = (lambda text: None) if wanted.quiet else say
+    options = {
+        name: value
+        for name in ("ratio", "samples", "length", "include", "exclude", "allocator")
+        if (value := getattr(wanted, name)) is not None
+    }
+    with quiet_libraries(bars=False):
+        stored = StoredModel(place).dtype
+        dtype = stored if wanted.dtype == "auto" else getattr(torch, wanted.dtype)
+        if wanted.dtype == "auto" and is_slow(stored, device):
+            name = str(stored).removeprefix("torch.")
+            tell(f"computing in float32: this CPU is slow in {name}, which the model is stored in")
+            dtype = torch.float32
+        tokenizer = None
+        if wanted.calibration not in (None, "self"):
+            options["calibration"] = find_text(wanted.calibration)
+            tokenizer = open_tokenizer(wanted.model)
+        elif wanted.calibration == "self":
+            options["calibration"] = "self"
+        tell(f"compressing block by block by {wanted.method} on {device}")
+        try:
+            report = compress_folder(
+                place, wanted.output, method=wanted.method, tokenizer=tokenizer, seed=wanted.seed,
+                batch_size=wanted.batch_size, dtype=dtype, device=device, work=work,
+                progress=False if wanted.quiet else None, **options,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            tell("stopped: the same command goes on from here")
+            raise
+    out = console()
+    seconds = time.perf_counter() - begin
+    out.print(f"{wanted.model}, compressed and written in {seconds:.0f} s", style="bold")
+    out.print(report.summary(), markup=False)
+    tell_files(wanted, wanted.output, options, out)

@@ -1,0 +1,525 @@
+"""soco.compress_folder: the same weights as in memory, whatever happens on the way."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import soco
+from soco import streaming
+from soco.methods import SVDLLM
+from soco.streaming import compress_folder
+from soco.surgery import find_linears
+from soco.workfolder import WorkFolder, opened
+from tiny_models import NEEDS_5, tiny_model
+
+IDS = torch.randint(3, 96, (6, 16), generator=torch.Generator().manual_seed(0))
+STREAMED = [
+    "llama", "llama-tied", "mistral", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "gptj", "bloom",
+    "bert", "roberta",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _few_samples():
+    """The texts here are short, which is warned of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*saw fewer calibration tokens")
+        yield
+
+
+def dense(folder, name="llama", dtype=torch.float32, **changes):
+    """A model in a folder."""
+    model = tiny_model(name, dtype, **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+def stream(folder, output, ratio=0.4, **options):
+    return compress_folder(
+        folder, output, ratio, **{"calibration": IDS, "samples": 6, "progress": False} | options
+    )
+
+
+def tensors(folder):
+    return {
+        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
+
+
+def check_same(folder, model, ratio=0.4, **options):
+    """The folder holds what the model becomes in memory."""
+    options = {"method": "svd-llm", "calibration": IDS, "samples": 6, "progress": False} | options
+    soco.compress(model, ratio, **options)
+    loaded = soco.load(folder)
+    expected = model.state_dict()
+    found = loaded.state_dict()
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype
+        assert torch.equal(found[key], tensor), key
+    ours, theirs = soco.report(loaded), soco.report(model)
+    for name in ("method", "ratio", "layers", "calibration", "settings", "warnings"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    for name in ("model_params_before", "model_params_after", "model_bytes_after"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_the_same_weights_as_in_memory(name, tmp_path):
+    model = dense(tmp_path / "dense", name)
+    stream(tmp_path / "dense", tmp_path / "out")
+    check_same(tmp_path / "out", model)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "out"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype, tmp_path):
+    model = dense(tmp_path / "dense", dtype=dtype)
+    stream(tmp_path / "dense", tmp_path / "out")
+    check_same(tmp_path / "out", model)
+
+
+def test_computed_in_another_dtype_than_stored(tmp_path):
+    model = dense(tmp_path / "dense", dtype=torch.bfloat16)
+    stream(tmp_path / "dense", tmp_path / "out", dtype=torch.float32)
+    model = model.float()
+    soco.compress(model, 0.4, method="svd-llm", calibration=IDS, samples=6, progress=False)
+    found = soco.load(tmp_path / "out").state_dict()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(found[key], tensor.bfloat16()), key
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("allocator", ["energy", "v2", "effective-rank"])
+def test_allocators(allocator, batch_size, tmp_path):
+    model = dense(tmp_path / "dense", num_hidden_layers=3)
+    options = {"allocator": allocator, "batch_size": batch_size}
+    stream(tmp_path / "dense", tmp_path / "out", **options)
+    check_same(tmp_path / "out", model, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "svd", "calibration": None},
+        {"method": "svd", "calibration": None, "allocator": "energy"},
+        {"method": "asvd", "allocator": "uniform"},
+        {"method": "svd-llm-v2"},
+        {"method": SVDLLM(route="qr")},
+        {"method": "svd-llm", "include": "*.layers.1.*", "exclude": "*up_proj"},
+    ],
+)
+def test_methods_and_patterns(options, tmp_path):
+    model = dense(tmp_path / "dense", num_hidden_layers=3)
+    stream(tmp_path / "dense", tmp_path / "out", **options)
+    check_same(tmp_path / "out", model, **options)
+
+
+def test_shards_and_names_of_the_base_model(tmp_path):
+    model = tiny_model("gpt2")
+    model.transformer.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    config = tmp_path / "dense" / "config.json"
+    described = json.loads(config.read_text()) | {"architectures": ["GPT2LMHeadModel"]}
+    config.write_text(json.dumps(described))
+    (tmp_path / "dense" / "notes.txt").write_text("kept")
+    stream(tmp_path / "dense", tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "kept"
+    check_same(tmp_path / "out", model)
+
+
+def test_a_trained_model(model_dir, tmp_path):
+    folder = model_dir("books-llama-1m")
+    ids = torch.randint(0, 1000, (8, 64), generator=torch.Generator().manual_seed(0))
+    options = {"calibration": ids, "samples": 8, "allocator": "energy"}
+    stream(folder, tmp_path / "out", **options)
+    check_same(tmp_path / "out", AutoModelForCausalLM.from_pretrained(folder), **options)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_one_block_at_a_time(tmp_path, monkeypatch):
+    """While a block runs, all others are empty; afterwards it is, too."""
+    dense(tmp_path / "dense", num_hidden_layers=4)
+    held, models = [], []
+    collect = streaming.collect
+
+    def watched(block, layers, *arguments, **options):
+        run = options["run"]
+
+        def watching(number, ids):
+            names = [n for n, p in models[0].named_parameters() if not p.is_meta]
+            held.append({n.split(".")[2] for n in names if ".layers." in n})
+            return run(number, ids)
+
+        return collect(block, layers, *arguments, **options | {"run": watching})
+
+    empty = streaming.StoredModel._empty
+
+    def noted(self):
+        model, dtype = empty(self)
+        models.append(model)
+        return model, dtype
+
+    monkeypatch.setattr(streaming.StoredModel, "_empty", noted)
+    monkeypatch.setattr(streaming, "collect", watched)
+    stream(tmp_path / "dense", tmp_path / "out", batch_size=2)
+    assert held == [{str(block)} for block in range(4) for _ in range(3)]
+    assert all(parameter.is_meta for parameter in models[0].parameters())
+
+
+# What is no chain of blocks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("t5", "has an encoder and a decoder"),
+        pytest.param("mixtral", "has fused experts", marks=NEEDS_5),
+        ("albert", "is no chain of blocks .* runs more than once"),
+        ("mamba", "dt_proj is never called, because its module reads the weight itself"),
+    ],
+)
+def test_models_that_cannot_be_streamed(name, message, tmp_path):
+    dense(tmp_path / "dense", name)
+    with pytest.raises(ValueError, match=message):
+        stream(tmp_path / "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mamba_without_what_it_reads_itself(tmp_path):
+    model = dense(tmp_path / "dense", "mamba")
+    stream(tmp_path / "dense", tmp_path / "out", exclude="*dt_proj")
+    check_same(tmp_path / "out", model, exclude="*dt_proj")
+
+
+def test_blocks_that_read_what_earlier_ones_gave(tmp_path, monkeypatch):
+    """Found by giving something else for what the blocks before the last one put out."""
+    dense(tmp_path / "dense", num_hidden_layers=3)
+    forward, first = LlamaDecoderLayer.forward, []
+
+    def skipping(self, hidden_states, *arguments, **options):
+        if self.self_attn.layer_idx == 2:
+            hidden_states = hidden_states + first[-1]
+        return forward(self, hidden_states, *arguments, **options)
+
+    def remembering(self, *arguments, **options):
+        output = self._call_impl(*arguments, **options)
+        if self.self_attn.layer_idx == 0:
+            first.append(output)
+        return output
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", skipping)
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", remembering)
+    with pytest.raises(
+        ValueError, match=r"no chain of blocks \(model.layers.2 runs more than once"
+    ):
+        stream(tmp_path / "dense", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "soco"}, "method soco needs the whole model in memory"),
+        ({"method": "basis-sharing"}, "method basis-sharing needs the whole model"),
+        ({"method": "adasvd"}, "method adasvd needs the whole model"),
+        ({"method": SVDLLM(update=True)}, "method svd-llm needs the whole model"),
+        ({"method": "kfac-svd"}, "method kfac-svd reads gradients of the whole model"),
+        ({"method": "asvd"}, "the allocator 'sensitivity' runs the whole model"),
+        ({"method": "svd-surgeon"}, "surgeon, refine and pivoted need the whole model"),
+        ({"calibration": None}, "method svd-llm learns from text: give calibration="),
+        ({"calibration": "self"}, "cannot write its calibration text"),
+        ({"ratio": 1.5}, "ratio is the fraction"),
+        ({"batch_size": 0}, "batch_size must be a positive whole number"),
+        ({"include": "lm_head"}, "lm_head lies outside of the blocks"),
+    ],
+)
+def test_what_cannot_be_asked_for(options, message, tmp_path):
+    dense(tmp_path / "dense")
+    with pytest.raises(ValueError, match=message):
+        stream(tmp_path / "dense", tmp_path / "out", **options)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["dense"]
+
+
+# Weights and numbers that are broken --------------------------------------------------------------
+
+
+def edit(folder, change):
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    change(held)
+    save_file(held, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["svd", "svd-llm"])
+def test_a_weight_that_is_not_finite_is_named(method, tmp_path):
+    dense(tmp_path / "dense")
+    key = "model.layers.1.mlp.up_proj.weight"
+    edit(tmp_path / "dense", lambda held: held[key][3, 2].fill_(float("nan")))
+    with pytest.raises(ValueError, match=rf"{key} .* holds NaN or Inf in 1 of its entries"):
+        stream(tmp_path / "dense", tmp_path / "out", method=method)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_are_not_finite_are_named(tmp_path):
+    dense(tmp_path / "dense")
+    key = "model.layers.0.input_layernorm.weight"
+    edit(tmp_path / "dense", lambda held: held[key].fill_(1e38))
+    with pytest.raises(ValueError, match=r"the inputs of .* hold NaN or Inf"):
+        stream(tmp_path / "dense", tmp_path / "out")
+
+
+def test_a_layer_of_zeros(tmp_path):
+    model = dense(tmp_path / "dense")
+    key = "model.layers.1.mlp.up_proj.weight"
+    edit(tmp_path / "dense", lambda held: held[key].zero_())
+    model.state_dict()[key].zero_()
+    stream(tmp_path / "dense", tmp_path / "out")
+    check_same(tmp_path / "out", model)
+
+
+def test_a_tensor_that_is_missing_is_named(tmp_path):
+    dense(tmp_path / "dense")
+    edit(tmp_path / "dense", lambda held: held.pop("model.embed_tokens.weight"))
+    with pytest.raises(ValueError, match=r"holds no model.embed_tokens.weight of shape \(96, 32\)"):
+        stream(tmp_path / "dense", tmp_path / "out")
+
+
+def test_a_shard_that_cannot_be_read(tmp_path):
+    dense(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is truncated"):
+        stream(tmp_path / "dense", tmp_path / "out")
+
+
+# Stopped on the way -------------------------------------------------------------------------------
+
+
+def weights(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("model*"))}
+
+
+def test_stopped_at_every_file(tmp_path, monkeypatch):
+    """Ctrl-C before and in the middle of each file that is written; then the same call goes on."""
+    dense(tmp_path / "dense", num_hidden_layers=3)
+    options = {"allocator": "energy", "batch_size": 3}
+    stream(tmp_path / "dense", tmp_path / "once", **options)
+    put, count = WorkFolder._put, [0]
+
+    def stopping(self, name, write):
+        def partly(path):
+            if count[0] == 0:
+                path.write_bytes(b"half")
+                raise KeyboardInterrupt
+            write(path)
+
+        count[0] -= 1
+        put(self, name, partly)
+
+    monkeypatch.setattr(WorkFolder, "_put", stopping)
+    for written in (4, 5, 11):  # files by each run; two are what the first block puts out
+        stops = 0
+        for _ in range(50):
+            count[0] = written
+            with suppress(KeyboardInterrupt):
+                stream(tmp_path / "dense", tmp_path / "often", **options)
+                break
+            stops += 1
+            assert not (tmp_path / "often").exists()
+            assert (tmp_path / "often.work").is_dir()
+        assert 21 // written < stops < 50
+        assert weights(tmp_path / "often") == weights(tmp_path / "once")
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "often", "once"]
+        shutil.rmtree(tmp_path / "often")
+
+
+def test_no_layer_is_taken_apart_twice(tmp_path, monkeypatch):
+    dense(tmp_path / "dense", num_hidden_layers=3)
+    spectrum, seen = streaming._Run._weight, []
+
+    def counting(self, name):
+        seen.append(name)
+        if len(seen) == 11:
+            raise KeyboardInterrupt
+        return spectrum(self, name)
+
+    monkeypatch.setattr(streaming._Run, "_weight", counting)
+    with pytest.raises(KeyboardInterrupt):
+        stream(tmp_path / "dense", tmp_path / "out")
+    stream(tmp_path / "dense", tmp_path / "out")
+    names = list(find_linears(tiny_model("llama", num_hidden_layers=3)))
+    assert seen == [*names[:11], *names[10:]]
+
+
+RUN = """
+import sys, torch
+sys.path.insert(0, sys.argv[3])
+from test_streaming import stream
+torch.set_num_threads(1)
+stream(sys.argv[1], sys.argv[2], batch_size=1)
+"""
+
+
+def test_killed(tmp_path):
+    """SIGKILL at several moments; a half-written result of a killed run is cleared away."""
+    dense(tmp_path / "dense", num_hidden_layers=6)
+    stream(tmp_path / "dense", tmp_path / "once", batch_size=1)
+    tests = Path(__file__).parent
+    command = [sys.executable, "-c", RUN, tmp_path / "dense", tmp_path / "often", tests]
+    markers = tmp_path / "often.work"
+    for block in (0, 2, 5):
+        run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        while run.poll() is None and not (markers / f"block-{block}.json").is_file():
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        if (tmp_path / "often").exists():
+            break
+    else:
+        left = tmp_path / ".often.12345678"
+        left.mkdir()
+        (markers / streaming.UNFINISHED).write_text(json.dumps(left.name))
+        stream(tmp_path / "dense", tmp_path / "often", batch_size=1)
+    assert weights(tmp_path / "often") == weights(tmp_path / "once")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "often", "once"]
+
+
+def begun(tmp_path, monkeypatch, **options):
+    """A folder and a run that was stopped after its first block."""
+    model = dense(tmp_path / "dense", num_hidden_layers=3)
+    block = streaming._Run._block
+
+    def stopping(self, number):
+        if number == 1:
+            raise KeyboardInterrupt
+        return block(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming._Run, "_block", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            stream(tmp_path / "dense", tmp_path / "out", **options)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 0.5}, "ratio is 0.4 there and 0.5 here"),
+        ({"method": "svd-llm-v2"}, 'method is "svd-llm" there and "svd-llm-v2" here'),
+        ({"allocator": "energy"}, 'settings.allocator is "uniform" there and "energy" here'),
+        ({"calibration": IDS.flip(0)}, "calibration is .* there and .* here"),
+        ({"seed": 1}, "calibration is .* there and .* here"),
+        ({"batch_size": 2}, "batch_size is 8 there and 2 here"),
+        ({"dtype": torch.bfloat16}, 'dtype is "torch.float32" there and "torch.bfloat16" here'),
+        ({"exclude": "*up_proj"}, "layers is .* there and .* here"),
+    ],
+)
+def test_another_run_does_not_go_on_there(options, message, tmp_path, monkeypatch):
+    model = begun(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=f"out.work holds the beginning of another run: {message}"):
+        stream(tmp_path / "dense", tmp_path / "out", **options)
+    stream(tmp_path / "dense", tmp_path / "out")
+    check_same(tmp_path / "out", model)
+
+
+def test_a_model_that_was_changed_is_noticed(tmp_path, monkeypatch):
+    begun(tmp_path, monkeypatch)
+    file = tmp_path / "dense" / "model.safetensors"
+    os.utime(file, ns=(0, 10**18))
+    with pytest.raises(ValueError, match=r"model.model.safetensors is .* there and .* 10{18}"):
+        stream(tmp_path / "dense", tmp_path / "out")
+    config = tmp_path / "dense" / "config.json"
+    config.write_text(config.read_text().replace("rms_norm_eps", "rms_norm_eps "))
+    with pytest.raises(ValueError, match=r"model.config.json is .* there and"):
+        stream(tmp_path / "dense", tmp_path / "out")
+
+
+def test_a_second_run_at_once_is_told(tmp_path, monkeypatch):
+    begun(tmp_path, monkeypatch)
+    plan = json.loads((tmp_path / "out.work" / "plan.json").read_text())
+    with (
+        opened(tmp_path / "out.work", plan),
+        pytest.raises(ValueError, match=r"another run works in .*out.work"),
+    ):
+        stream(tmp_path / "dense", tmp_path / "out")
+
+
+def test_damaged_work_is_named(tmp_path, monkeypatch):
+    begun(tmp_path, monkeypatch)
+    file = next((tmp_path / "out.work").glob("hidden-1-*.pt"))
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=f"{re.escape(file.name)} is damaged: delete the folder"):
+        stream(tmp_path / "dense", tmp_path / "out")
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """What was done before stays, and the next run goes on."""
+    model = dense(tmp_path / "dense", num_hidden_layers=3)
+    save, calls = streaming.WorkFolder.put_tensors.__globals__["save_file"], []
+
+    def full(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 9:
+            raise OSError(28, "No space left on device")
+        save(*arguments, **options)
+
+    monkeypatch.setitem(streaming.WorkFolder.put_tensors.__globals__, "save_file", full)
+    with pytest.raises(OSError, match=r"layer-8.safetensors cannot be written \(No space left"):
+        stream(tmp_path / "dense", tmp_path / "out")
+    assert not list((tmp_path / "out.work").glob(".*.part"))
+    stream(tmp_path / "dense", tmp_path / "out")
+    check_same(tmp_path / "out", model)
+
+
+def test_a_full_disk_while_the_result_is_written(tmp_path, monkeypatch):
+    model = dense(tmp_path / "dense")
+    save = streaming.save_file
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(streaming, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        stream(tmp_path / "dense", tmp_path / "out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "out.work"]
+    monkeypatch.setattr(streaming, "save_file", save)
+    stream(tmp_path / "dense", tmp_path / "out")
+    check_same(tmp_path / "out", model)
+
+
+def test_what_is_no_result_of_ours_is_not_cleared_away(tmp_path, monkeypatch):
+    """Whatever a work folder says."""
+    begun(tmp_path, monkeypatch)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    for name in ("precious", "../precious", str(precious), ".out.work/../precious"):
+        (tmp_path / "out.work" / streaming.UNFINISHED).write_text(json.dumps(name))
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(
+                streaming._Run, "_block", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
+            stream(tmp_path / "dense", tmp_path / "out")
+        assert precious.is_dir()
+
+
+def test_replaces_a_compressed_model_and_keeps_its_files(tmp_path):
+    model = dense(tmp_path / "dense")
+    stream(tmp_path / "dense", tmp_path / "out", ratio=0.6)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    stream(tmp_path / "dense", tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    check_same(tmp_path / "out", model)
+    assert Path(tmp_path / "out").is_dir()
