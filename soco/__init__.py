@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from soco.checkpoint import load as load
     from soco.checkpoint import save as save
     from soco.comparison import compare as compare
+    from soco.decomposition import Decomposition as Decomposition
+    from soco.decomposition import decompose as decompose
     from soco.evaluation import Evaluation as Evaluation
     from soco.evaluation import evaluate as evaluate
     from soco.optimization import optimize as optimize

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from soco.contents import CONFIG as CONFIG
-from soco.contents import architecture_of
+from soco.contents import architecture_of, check_counts
 from soco.experts import find_experts
 from soco.folders import SPECTRUM, carry_over, replaced
 from soco.headers import check_index, read_headers, read_json, weight_files
@@ -175,12 +175,20 @@ def load(
             f'quantization_config of quant_method "{QUANT_METHOD}"'
         )
     SocoConfig.from_dict(described)
-    check_index(folder, read_headers(weight_files(folder)))
+    entries = read_headers(weight_files(folder))
+    check_index(folder, entries)
+    check_counts(folder / CONFIG, config, entries)
     cls = architecture_of(folder, config)
     register()
-    model, info = cls.from_pretrained(
-        str(folder), dtype=dtype, device_map=device_map, output_loading_info=True, **options
-    )
+    try:
+        model, info = cls.from_pretrained(
+            str(folder), dtype=dtype, device_map=device_map, output_loading_info=True, **options
+        )
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a broken config makes the libraries raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{folder} cannot be loaded: {reason[0]}") from error
     for key, problem in (("missing_keys", "lacks"), ("unexpected_keys", "holds unknown")):
         if info[key]:
             raise ValueError(f"{folder} {problem} {', '.join(sorted(info[key])[:3])}")

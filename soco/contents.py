@@ -37,6 +37,10 @@ BROKEN = (
 # Whether transformers renames tensors on loading and saving, as version 5 does.
 _CONVERTS = importlib.util.find_spec("transformers.core_model_loading") is not None
 
+# How configs call the number of their layers; and as many more are made before files are asked.
+_LAYERS = re.compile(r"(num_|n_)?((text|vision|hidden|encoder|decoder)_)*layers?")
+_SPARE = 1000
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -63,6 +67,42 @@ def architecture_of(folder: Path, config: dict) -> Any:
             f"which is not in the installed transformers"
         )
     return cls
+
+
+def check_counts(file: Path, config: dict, entries: Mapping[str, Entry]) -> None:
+    """Refuse a config of more layers or experts than there are tensors to fill them.
+
+    Before any module is made: a model of a billion layers would not be refused in a lifetime.
+
+    Args:
+        file: that the config was read from.
+        config: what it holds.
+        entries: what the files of the model hold.
+
+    Raises:
+        ValueError: a number is too large; it is named.
+    """
+    tensors = len(entries)
+    largest = max((size for entry in entries.values() for size in entry.shape), default=0)
+
+    def check(node: dict, path: str, depth: int) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict) and depth:
+                check(value, f"{path}{key}.", depth - 1)
+            if not isinstance(value, int) or isinstance(value, bool):
+                continue
+            most = 2**53
+            if _LAYERS.fullmatch(key):
+                most = tensors + _SPARE
+            elif "expert" in key:
+                most = max(tensors, largest) + _SPARE
+            if abs(value) > most:
+                raise ValueError(
+                    f"{file} has {path}{key} {value:.6g}, and the files hold {tensors} tensors of "
+                    f"at most {largest} in each direction"
+                )
+
+    check({key: value for key, value in config.items() if key != "quantization_config"}, "", 4)
 
 
 def is_own_class(model: "PreTrainedModel") -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from soco.folders import replaced
-from soco.headers import read_headers, read_json
+from soco.headers import is_file, read_headers, read_json
 from soco.linalg import SVD, truncated_svd
 from soco.ops import check_finite
 from soco.stored import StoredModel
@@ -69,7 +69,7 @@ class Decomposition(Mapping[str, SVD]):
         self.layers = {n: Layer(**{**v, "shape": tuple(v["shape"])}) for n, v in layers.items()}
         names = {layer.file for layer in self.layers.values()}
         for name in names:
-            if Path(name).name != name or not (self.folder / name).is_file():
+            if Path(name).name != name or not is_file(self.folder / name):
                 raise ValueError(f"{self.folder} lacks the file {name!r}, which {CONTENTS} names")
         entries = read_headers(self.folder / name for name in sorted(names))
         for name, layer in self.layers.items():

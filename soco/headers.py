@@ -17,6 +17,9 @@ _BITS = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
 
+_MOST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+_MOST_JSON = 1_000_000_000
+
 
 class Entry(NamedTuple):
     """One tensor of a safetensors file."""
@@ -33,10 +36,19 @@ def read_json(file: Path) -> dict:
         ValueError: the file is missing, not JSON, or not an object.
     """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        if not is_file(file):
+            told = "is no file" if file.exists() else "is missing"
+            raise ValueError(f"{file} {told}")
+        if file.stat().st_size > _MOST_JSON:
+            raise ValueError(f"{file} has more than {_MOST_JSON:,} bytes: nobody wrote that")
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    try:
+        data = json.loads(text)
+    except ValueError as error:  # of the text, of the JSON, or a number of thousands of digits
         raise ValueError(f"{file} is not JSON: {error}") from error
     except RecursionError:
         raise ValueError(f"{file} is not JSON that anyone wrote: it is nested too deep") from None
@@ -51,7 +63,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: there are none, a file that the index names is missing, or the index is broken.
     """
-    if (folder / WEIGHTS).is_file():
+    if is_file(folder / WEIGHTS):
         return [folder / WEIGHTS]
     index = folder / INDEX
     if not index.exists():
@@ -62,9 +74,20 @@ def weight_files(folder: Path) -> list[Path]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index} places {tensor} in {name!r}, which is not a file name")
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             raise ValueError(f"{folder / name} is missing, where {index.name} places {tensor}")
     return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file, or a link to one as the hub's cache has them.
+
+    No device and no pipe, which might never end.
+    """
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that cannot be one
+        return False
 
 
 def check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
@@ -107,10 +130,12 @@ def _read_header(file: Path) -> dict[str, Entry]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"{file} is truncated in its header: {size} bytes in all")
+        if length > _MOST_HEADER:
+            raise ValueError(f"{file} has a header of {length:,} bytes: no library reads that")
         header = stream.read(length)
     try:
         tensors = json.loads(header)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{file} is not a safetensors file: its header is no JSON object")

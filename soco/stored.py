@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from soco.contents import BROKEN, CONFIG, architecture_of, may_lack, saved_name
+from soco.contents import CONFIG, architecture_of, check_counts, may_lack, saved_name
 from soco.headers import Entry, check_index, read_headers, read_json, weight_files
 from soco.ops import check_finite
 
@@ -140,6 +140,7 @@ class StoredModel:
         described = read_json(self.folder / CONFIG)
         if described.get("quantization_config") is not None:
             raise ValueError(f"{self.folder} is quantized or compressed already: start from dense")
+        check_counts(self.folder / CONFIG, described, self.entries)
         kind = architecture_of(self.folder, described)
         usual = torch.get_default_dtype()
         try:
@@ -149,7 +150,7 @@ class StoredModel:
             with init_empty_weights(include_buffers=False):
                 model = kind(config)
             model.tie_weights()
-        except (*BROKEN, TypeError, AttributeError, ArithmeticError) as error:
+        except Exception as error:  # whatever a broken config makes the libraries raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"{self.folder / CONFIG} describes no model: {reason[0]}") from error
         finally:
