@@ -127,7 +127,11 @@ def killed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         while True:
             starts += 1
             run = subprocess.Popen(_command(arguments, folder, often), stdout=subprocess.DEVNULL)
-            wait = chance.uniform(0, seconds / 2) if len(kills) < arguments.kills else None
+            wait = (
+                chance.uniform(0, arguments.within or seconds / 2)
+                if len(kills) < arguments.kills
+                else None
+            )
             try:
                 if run.wait(wait) != 0:
                     raise RuntimeError(f"run {starts} failed")
@@ -179,6 +183,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--within", type=float, help="seconds after which a run is killed at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", type=Path, help="where the models are made")
     parser.add_argument("--output", type=Path)

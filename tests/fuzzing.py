@@ -105,9 +105,9 @@ def break_json(chance: random.Random, data: Any) -> Any:
     return data
 
 
-def break_bytes(chance: random.Random, data: bytes) -> bytes:
+def break_bytes(chance: random.Random, original: bytes) -> bytes:
     """Bytes changed, cut off, inserted or repeated."""
-    data = bytearray(data)
+    data = bytearray(original)
     place = chance.randrange(len(data)) if data else 0
     what = chance.randrange(5)
     if what == 0 and data:
