@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from soco.tasks import TaskScore as TaskScore
     from soco.tasks import TaskScores as TaskScores
     from soco.tasks import evaluate_tasks as evaluate_tasks
+    from soco.verification import Verification as Verification
+    from soco.verification import verify as verify
 
     __version__: str
 
@@ -44,6 +46,7 @@ __all__ = [
     "Report",
     "TaskScore",
     "TaskScores",
+    "Verification",
     "compare",
     "compress",
     "compress_folder",
@@ -63,6 +66,7 @@ __all__ = [
     "report",
     "resize",
     "save",
+    "verify",
 ]
 
 _HOME = {  # public name to the file it lives in
@@ -71,6 +75,7 @@ _HOME = {  # public name to the file it lives in
     "Report": "reporting",
     "TaskScore": "tasks",
     "TaskScores": "tasks",
+    "Verification": "verification",
     "compare": "comparison",
     "compress": "pipeline",
     "compress_folder": "streaming",
@@ -84,6 +89,7 @@ _HOME = {  # public name to the file it lives in
     "report": "reporting",
     "resize": "resizing",
     "save": "checkpoint",
+    "verify": "verification",
 }
 
 # Files of the home-audio library that is called `soco` on the package index and installs a folder

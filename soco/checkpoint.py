@@ -13,7 +13,7 @@ from torch import nn
 from soco.contents import CONFIG as CONFIG
 from soco.contents import architecture_of, check_counts
 from soco.experts import find_experts
-from soco.folders import SPECTRUM, carry_over, replaced
+from soco.folders import SPECTRUM, carry_over, replaced, write_checksums
 from soco.headers import check_index, read_headers, read_json, weight_files
 from soco.modules import LowRankLinear, PivotedLinear
 from soco.optimization import optimize as make_fast
@@ -133,6 +133,7 @@ def save(
         held = getattr(model, "soco_spectrum", None)
         if spectrum and held is not None:
             held.save(folder / SPECTRUM, model.dtype)
+        write_checksums(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
 

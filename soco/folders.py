@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SPECTRUM = "soco_spectrum.safetensors"  # beside a model that can be resized
+CHECKSUMS = "soco_checksums.json"  # of the files of a compressed model
 
 _AT_FDCWD = -100  # Linux: paths are relative to the working directory
 _RENAME_EXCHANGE = 2
@@ -56,12 +59,12 @@ def replaced(target: Path) -> Iterator[Path]:
 
 
 def carry_over(source: Path, target: Path, *, move: bool = False) -> None:
-    """Bring along what lies in ``source`` and not in ``target``, but no weights or spectra."""
+    """Bring along what lies in ``source`` and not in ``target``, but nothing of the weights."""
     for entry in sorted(source.iterdir()):
         weights = entry.name.startswith(
             ("model", "pytorch_model", "decomposition")
         ) and entry.name.endswith((".safetensors", ".bin", ".index.json"))
-        if weights or entry.name == SPECTRUM or (target / entry.name).exists():
+        if weights or entry.name in (SPECTRUM, CHECKSUMS) or (target / entry.name).exists():
             continue
         if move:
             entry.rename(target / entry.name)
@@ -69,6 +72,25 @@ def carry_over(source: Path, target: Path, *, move: bool = False) -> None:
             shutil.copytree(entry, target / entry.name)
         else:
             shutil.copy2(entry, target / entry.name)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of a model's config and safetensors files, by name."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name == "config.json" or path.suffix == ".safetensors":
+            told = hashlib.sha256()
+            with path.open("rb") as file:
+                while part := file.read(2**20):
+                    told.update(part)
+            found[path.name] = f"sha256:{told.hexdigest()}"
+    return found
+
+
+def write_checksums(folder: Path) -> None:
+    """Write them into the folder, for ``soco.verify``."""
+    text = json.dumps(checksums(folder), indent=1) + "\n"
+    (folder / CHECKSUMS).write_text(text, encoding="utf-8")
 
 
 def _flush(folder: Path) -> None:

@@ -24,7 +24,7 @@ from soco.checkpoint import mark_compressed
 from soco.choices import Choices, choose
 from soco.contents import CONFIG, check_contents
 from soco.factorization import choose_ranks
-from soco.folders import carry_over, replaced
+from soco.folders import carry_over, replaced, write_checksums
 from soco.guard import Clock
 from soco.headers import INDEX, read_headers, weight_files
 from soco.installation import install, layer_reports, size_of
@@ -471,6 +471,7 @@ class _Run:
             self._write_weights(folder, names, factored)
             described = self.model.config.quantization_config.layers
             check_contents(self.model, read_headers(weight_files(folder)), described)
+            write_checksums(folder)
             carry_over(self.stored.folder, folder)
         self.work.drop(UNFINISHED)
         return report

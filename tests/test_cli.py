@@ -183,6 +183,37 @@ def test_compress_writes_a_model_that_transformers_loads(run, place):
     assert not list(place.rglob(".*"))
 
 
+def test_verify(run, fails, place):
+    words = ["-o", "out", "--method", "svd-llm", "-c", "text.txt", *SMALL]
+    assert run("compress", "dense", "--ratio", "0.4", *words)[0] == 0
+    code, out, _ = run("verify", "out")
+    assert code == 0
+    assert out.startswith("files    2 as written\nrun      ")
+    code, out, _ = run("verify", "out", "--against", "dense", "--text", "text.txt")
+    assert code == 0
+    assert re.search(r"layers   14, outputs off by [\d.]+% to [\d.]+% \(model", out)
+    found = json.loads(run("verify", "out", "--against", "dense", "--json")[1])
+    assert found["problems"] == []
+    assert len(found["layers"]) == 14
+    assert "dense is not the folder of a model compressed" in fails("verify", "dense")
+    assert "there is no file 'nope'" in fails("verify", "out", "--text", "nope")
+    assert "--against takes a folder" in fails("verify", "out", "--against", "nope")
+    edit_config(place / "out", use_cache=False)
+    code, out, err = run("verify", "out")
+    assert code == 2
+    assert "PROBLEM  config.json is changed" in out
+    assert err.splitlines()[-1] == "soco: error: out: config.json is changed"
+
+
+def test_what_overflows_when_it_is_stored_is_found(fails, place):
+    """Factors that fit into float32, written as float16 where the model is stored so."""
+    edit_config(place / "dense", dtype="float16", torch_dtype="float16")
+    edit_weights(place / "dense", lambda held: held["model.norm.weight"].fill_(65000.0))
+    edit_weights(place / "dense", lambda held: held["lm_head.weight"].mul_(1000.0))
+    words = ["-o", "out", "--method", "svd", "--ratio", "0.4"]
+    assert "out was written, and is broken: the outputs" in fails("compress", "dense", *words)
+
+
 STREAM = ["--stream", "--method", "svd-llm", "-c", "text.txt", "--samples", "8", "--length", "16"]
 
 

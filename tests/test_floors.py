@@ -28,7 +28,7 @@ FLOORS = [
         "checkpoint", "choices", "decomposition", "elastic", "evaluation", "reporting", "tasks",
         "workbench",
     },
-    {"factorization", "installation", "preparation", "record"},
+    {"factorization", "installation", "preparation", "record", "verification"},
     {"learning", "plots", "resizing", "streaming"},
     {"pipeline"},
     {"comparison", "rendering"},

@@ -463,6 +463,25 @@ def export(
 
 
 @app.command()
+def verify(
+    folder: FolderArgument,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The dense model: every layer is compared with it."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="What is run.", show_default="a story that soco brings"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a compressed model: its files, its numbers, and its layers against the dense ones."""
+    from soco.cli import commands
+
+    commands.verify(folder, against, text, as_json=as_json)
+
+
+@app.command()
 def decompose(
     model: ModelArgument,
     output: NewFolderOption,

@@ -48,6 +48,7 @@ from soco.reporting import report as report_of
 from soco.resizing import resize as resize_model
 from soco.sizes import parse_bytes
 from soco.tasks import check_tasks, evaluate_tasks
+from soco.verification import verify as verify_model
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ def compress(wanted: Compression) -> None:
             _save_all(model, folders, tokenizer)
         else:
             save(model, wanted.output, tokenizer)
+        for folder in folders.values() or [wanted.output]:
+            _check_written(folder)
         seconds = time.perf_counter() - begin
         out = console()
         out.print(f"{wanted.model}, compressed and written in {seconds:.0f} s", style="bold")
@@ -145,6 +148,17 @@ def compress(wanted: Compression) -> None:
             rows = demo.compare(dense, model, tokenizer, options, tell)
             demo.show(rows, options["length"], out)
     tell_files(wanted, next(iter(folders.values()), wanted.output), options, out)
+
+
+def _check_written(folder: Path) -> None:
+    """Load what was written once more, and run it: the disk may fail, and half precision overflow.
+
+    Raises:
+        ValueError: there is a problem.
+    """
+    found = verify_model(folder, samples=1)
+    if found.problems:
+        raise ValueError(f"{folder} was written, and is broken: {found.problems[0]}")
 
 
 def _size_in(folder: Path) -> str:
@@ -376,6 +390,24 @@ def decompose(
         f"{output} holds {len(found)} layers ({format_bytes(written)}), with {min(held):.1%} to "
         f"{max(held):.1%} of their energy; it took {seconds:.1f} s"
     )
+
+
+def verify(folder: Path, against: str | None, text: str | None, *, as_json: bool) -> None:
+    """``soco verify``: what was found, and exit code 2 if there is a problem."""
+    _check_compressed(folder)
+    dense = None if against is None else find_model(against)
+    if dense is not None and not Path(dense).is_dir():
+        raise ValueError(f"--against takes a folder, and {against} is none: download it first")
+    with quiet_libraries(bars=False):
+        tokenizer = _tokenizer(str(folder), needed=text is not None)
+        found = verify_model(
+            folder, dense, tokenizer=tokenizer,
+            text=None if tokenizer is None else find_text(text or DEMO),
+        )  # fmt: skip
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found.summary())
+    if found.problems:
+        more = f" and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
+        raise ValueError(f"{folder}: {found.problems[0]}{more}")
 
 
 def _check_compressed(folder: Path) -> None:

@@ -1,0 +1,232 @@
+"""Is a compressed model what was written, and is it the model that was compressed?"""
+
+import math
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from soco.checkpoint import load
+from soco.data import token_windows
+from soco.folders import CHECKSUMS, checksums
+from soco.headers import read_json
+from soco.modules import CompressedLinear
+from soco.objectives import run_model
+from soco.steps import frozen
+from soco.stored import StoredModel
+from soco.surgery import context_length, low_rank_layers
+
+LENGTH = 128  # tokens of a sequence that is run, where the model allows as many
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """A compressed layer beside the dense one."""
+
+    name: str
+    rank: int
+    weight_error: float  # |W - W'|_F / |W|_F
+    output_error: float | None  # |x (W - W')^T| / |x W^T| on its inputs; None: it saw none
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found."""
+
+    folder: str
+    files: dict[str, str]  # name to "as written", "changed", "missing", or "not recorded"
+    tokens: int  # that were run through the model
+    layers: tuple[LayerCheck, ...] = ()  # where there is a dense model to compare with
+    problems: tuple[str, ...] = ()  # one sentence each; none: all is well
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no problem."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """A few lines."""
+        counts: dict[str, int] = {}
+        for state in self.files.values():
+            counts[state] = counts.get(state, 0) + 1
+        told = ", ".join(f"{count} {state}" for state, count in counts.items())
+        rows = [f"files    {told}", f"run      {self.tokens} tokens, all outputs finite"]
+        if any("NaN or Inf" in problem for problem in self.problems):
+            rows[-1] = f"run      {self.tokens} tokens"
+        errors = [each.output_error for each in self.layers if each.output_error is not None]
+        if errors:
+            worst = max(self.layers, key=lambda each: each.output_error or 0)
+            rows.append(
+                f"layers   {len(self.layers)}, outputs off by {min(errors):.1%} to "
+                f"{max(errors):.1%} ({worst.name})"
+            )
+        rows += [f"PROBLEM  {problem}" for problem in self.problems]
+        return "\n".join(rows)
+
+
+def verify(
+    folder: str | PathLike[str],
+    against: str | PathLike[str] | None = None,
+    *,
+    text: Any = None,
+    tokenizer: Any = None,
+    samples: int = 4,
+    seed: int = 0,
+) -> Verification:
+    """Check a folder that soco wrote: its files, its numbers, and its layers.
+
+    Files are compared with the checksums that were written with them; the model is loaded, which
+    checks names and shapes, and run. With ``against``, every layer is compared with the dense one:
+    the weight, and the outputs on what the layer is given in the compressed model. The dense model
+    is never in memory, but for one weight at a time.
+
+    Args:
+        folder: of a compressed model.
+        against: the folder of the dense model.
+        text: what is run, as ``soco.compress`` takes calibration; None: random tokens, which are
+            far from what layers are compressed for.
+        tokenizer: needed where the text is text.
+        samples: sequences of 128 tokens, or as long as the rows of a tensor.
+        seed: of their choice.
+
+    Returns:
+        What was found; ``problems`` is empty if all is well. A problem is a file that was changed
+        or is missing, a NaN or Inf, or a layer that is not nearer to the dense one than zeros are.
+
+    Raises:
+        ValueError: the folder does not load, or the dense model is another one: a layer is missing
+            there or has another shape.
+    """
+    place = Path(folder)
+    model = load(place)
+    files = _files(place)
+    problems = [f"{name} is {state}" for name, state in files.items() if state in _BAD]
+    problems += [
+        f"{name} holds NaN or Inf"
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+    layers = low_rank_layers(model)
+    stored = None if against is None else StoredModel(against)
+    if stored is not None:
+        _check_same_model(stored, layers)
+    ids = _ids(model, text, tokenizer, samples, seed)
+    errors = _Errors(stored, layers)
+    with frozen(model), torch.no_grad(), errors:
+        output = run_model(model, ids)
+    held = getattr(output, "logits", None)
+    held = output[0] if held is None else held
+    if not bool(held.isfinite().all()) and not any("NaN" in problem for problem in problems):
+        problems.append("the outputs of the model hold NaN or Inf: it overflows in its dtype")
+    checks = errors.checks()
+    problems += [
+        f"{each.name} is no nearer to the dense layer than zeros are: its outputs are off by "
+        f"{each.output_error:.0%}"
+        for each in checks
+        if each.output_error is not None and not each.output_error < 1
+    ]
+    return Verification(str(place), files, ids.numel(), checks, tuple(problems))
+
+
+_BAD = ("changed", "missing")
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """What became of the files that there are checksums of, and of weights that have none."""
+    recorded: dict[str, Any] = {}
+    if (folder / CHECKSUMS).is_file():
+        recorded = read_json(folder / CHECKSUMS)
+    found = checksums(folder)
+    states = {name: "missing" for name in recorded if name not in found}
+    for name, value in found.items():
+        known = recorded.get(name)
+        same = "as written" if known == value else "changed"
+        states[name] = "not recorded" if known is None else same
+    return dict(sorted(states.items()))
+
+
+def _check_same_model(stored: StoredModel, layers: dict[str, CompressedLinear]) -> None:
+    modules = dict(stored.model.named_modules())
+    for name, layer in layers.items():
+        if name not in modules:
+            raise ValueError(f"{stored.folder} is another model: it has no layer {name}")
+        shape = tuple(modules[name].weight.shape)  # type: ignore[union-attr]
+        expected = (layer.out_features, layer.in_features)
+        if shape not in (expected, expected[::-1]):
+            raise ValueError(
+                f"{stored.folder} is another model: {name} has shape {shape} there, and stands for "
+                f"{expected} here"
+            )
+
+
+def _ids(model: nn.Module, text: Any, tokenizer: Any, samples: int, seed: int) -> Tensor:
+    length = min(LENGTH, context_length(model) or LENGTH)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if text is None:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, vocabulary, (samples, length), generator=generator)
+    if isinstance(text, Tensor) and text.dim() == 2:
+        length = text.shape[1]
+    return token_windows(
+        text, tokenizer, samples=samples, length=length, seed=seed, vocab_size=vocabulary,
+        name="verification",
+    )  # fmt: skip
+
+
+class _Errors:
+    """Inside, every layer's outputs are compared with what the dense layer gives."""
+
+    def __init__(self, stored: StoredModel | None, layers: dict[str, CompressedLinear]) -> None:
+        self.stored, self.layers = stored, layers if stored is not None else {}
+        self.sums: dict[str, list[float]] = {}  # |x (W - W')^T|^2 and |x W^T|^2
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        for name, layer in self.layers.items():
+            self.hooks.append(layer.register_forward_hook(self._hook(name)))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _hook(self, name: str) -> Any:
+        def compare(layer: CompressedLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].float()
+            dense = x @ self._weight(name, layer).mT.float()
+            bias = 0 if layer.bias is None else layer.bias.float()
+            gap = output.float() - bias - dense
+            sums = self.sums.setdefault(name, [0.0, 0.0])
+            sums[0] += gap.double().square().sum().item()
+            sums[1] += dense.double().square().sum().item()
+
+        return compare
+
+    def _weight(self, name: str, layer: CompressedLinear) -> Tensor:
+        """The dense weight (out, in)."""
+        assert self.stored is not None
+        module = self.stored.model.get_submodule(name)
+        shape = tuple(module.weight.shape)  # type: ignore[union-attr]
+        weight = self.stored.read(self.stored.require(f"{name}.weight", shape))
+        return weight if isinstance(module, nn.Linear) else weight.mT
+
+    @torch.no_grad()
+    def checks(self) -> tuple[LayerCheck, ...]:
+        """Layer by layer."""
+        found = []
+        for name, layer in self.layers.items():
+            dense = self._weight(name, layer).float()
+            gap = torch.linalg.norm(dense - layer.to_linear().weight.float())
+            weight = float(gap / torch.linalg.norm(dense).clamp_min(1e-30))
+            output = None
+            if name in self.sums:
+                squared, whole = self.sums[name]
+                output = math.sqrt(squared / whole) if whole > 0 else math.sqrt(squared)
+            found.append(LayerCheck(name, layer.rank, weight, output))
+        return tuple(found)
