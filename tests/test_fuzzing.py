@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fuzzing  # tests/fuzzing.py
+import fuzzing_ops
 import soco
 from soco.stored import StoredModel
 from tiny_models import compress, tiny_model
@@ -18,6 +19,13 @@ def test_some_hundred_broken_folders(tmp_path):
     assert found["failures"] == []
     outcomes = [name for counts in found["outcomes"].values() for name in counts]
     assert set(outcomes) == {"loaded", "refused"}  # both: the mutations are no walkover
+
+
+def test_ops_on_some_hundred_random_arguments():
+    found = fuzzing_ops.run(800, seed=0)
+    assert found["failures"] == []
+    assert all(counts["right"] > 50 for counts in found["outcomes"].values())
+    assert sum(counts.get("refused", 0) for counts in found["outcomes"].values()) > 10
 
 
 @pytest.fixture

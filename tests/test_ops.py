@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -700,6 +701,27 @@ def test_a_forked_child_can_use_the_threads(threads):
     is_right, record = queue.get()
     assert is_right
     assert record["threads"] == "own pool"  # torch's would hang there
+
+
+def test_several_python_threads_at_once(threads):
+    """Each gets what it would get alone, bit for bit, whatever the others do."""
+    threads(2)
+    jobs = []
+    for seed in range(6):
+        x, down, up, bias = low_rank((8, 300, 40, 200), "cpu")
+        z, scale, mask = spectral((2000, 64), "cpu")
+        matrices = randn(7, 24, 20, seed=seed)
+        jobs += [
+            lambda args=(x + seed, down, up, bias): ops.low_rank_linear(*args),
+            lambda args=(z + seed, z, scale, mask): ops.spectral_scale_backward(*args)[1],
+            lambda args=matrices: ops.batched_svd(args)[1],
+            lambda args=up, seed=seed: ops.gaussian_sketch(args, 9, seed),
+        ]
+    expected = [job() for job in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda job: job(), jobs))
+            assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looked up on Linux only")

@@ -406,8 +406,8 @@ def verify(folder: Path, against: str | None, text: str | None, *, as_json: bool
         )  # fmt: skip
     print(json.dumps(found.to_dict(), indent=1) if as_json else found.summary())
     if found.problems:
-        more = f" and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
-        raise ValueError(f"{folder}: {found.problems[0]}{more}")
+        first, *others = found.problems
+        raise ValueError(f"{folder}: {first}" + (f" and {len(others)} more" if others else ""))
 
 
 def _check_compressed(folder: Path) -> None:
