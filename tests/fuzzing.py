@@ -17,11 +17,13 @@ import resource
 import shutil
 import signal
 import struct
+import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import torch
 
 import soco
 from soco.decomposition import Decomposition, decompose
+from soco.diagnosis import commit_of, describe_machine
 from soco.stored import StoredModel
 from tiny_models import tiny_model
 
@@ -269,6 +272,17 @@ def run(count: int, seed: int, scratch: Path, *, verbose: bool = False) -> dict[
     }
 
 
+def record(found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, and where."""
+    return {
+        "machine": describe_machine("cpu"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit_of(Path(__file__).parents[1]),
+        "command": " ".join(["python", f"tests/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        **found,
+    }
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -283,7 +297,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         found = run(arguments.count, arguments.seed, Path(scratch), verbose=True)
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        arguments.output.write_text(json.dumps(record(found), indent=1) + "\n", encoding="utf-8")
     print({name: value for name, value in found.items() if name != "failures"})
     print(f"{len(found['failures'])} failures")
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import reference  # tests/reference.py
+from fuzzing import record  # tests/fuzzing.py
 from soco import core, ops
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -270,7 +271,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = run(arguments.count, arguments.seed, verbose=True)
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        arguments.output.write_text(json.dumps(record(found), indent=1) + "\n", encoding="utf-8")
     print(json.dumps({name: value for name, value in found.items() if name != "failures"}))
     print(f"{len(found['failures'])} failures", flush=True)
     raise SystemExit(1 if found["failures"] else 0)
