@@ -72,7 +72,14 @@ SOCO_SHARED void sort_rows(int64_t rows, Exponent exponent, int32_t* starts, int
   for (int64_t i = 0; i < rows; ++i) order[starts[size_of(i)]++] = static_cast<int32_t>(i);
 }
 
-// Two vectors are orthogonal where the cosine between them is below this.
+// Vectors of `length` numbers are orthogonal where the cosine between them is below kHalfUlp times
+// the root of this. The 30: with a few numbers, too, a rotation may leave some half units (without
+// it one of 3,000 matrices of two columns was turned back and forth for ever).
+template <typename A>
+SOCO_SHARED A roundings(int64_t length) {
+  return static_cast<A>(length + 30);
+}
+
 template <typename A>
 struct JacobiLimits;
 template <>

@@ -134,8 +134,8 @@ def break_header(chance: random.Random, data: bytes) -> bytes:
     header, rest = data[8 : 8 + length], data[8 + length :]
     what = chance.randrange(4)
     if what == 0:
-        wrong = chance.choice([*(n % 2**64 for n in NUMBERS), length - 1, length + 1, len(data)])
-        return struct.pack("<Q", wrong) + header + rest
+        wrong = chance.choice([*NUMBERS, length - 1, length + 1, len(data)])
+        return struct.pack("<Q", wrong % 2**64) + header + rest
     if what == 1:
         header = break_bytes(chance, header)
     else:

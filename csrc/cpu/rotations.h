@@ -401,9 +401,8 @@ template <typename A>
 int32_t orthogonalize(Vectors<A> x, Vectors<A> turn, A* squares, A* scale, A* rest) {
   constexpr int kMany = kPairs<A>;
   const int64_t blocks = x.count / kMany;
-  const Turned<A> turned{x,       turn,
-                         squares, scale,
-                         rest,    JacobiLimits<A>::kHalfUlp * std::sqrt(static_cast<A>(x.length))};
+  const A limit = JacobiLimits<A>::kHalfUlp * std::sqrt(roundings<A>(x.length));
+  const Turned<A> turned{x, turn, squares, scale, rest, limit};
   for (int64_t i = 0; i < x.count; ++i) {
     scale[i] = 1;
     rest[i] = 0;

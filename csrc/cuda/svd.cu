@@ -190,7 +190,7 @@ __device__ bool rotate(A* x, A* y, A* turn_x, A* turn_y, int64_t length, A limit
 template <typename A>
 __device__ int32_t orthogonalize(Vectors<A> x, Vectors<A> turn, const Place& me) {
   const int64_t even = x.count + x.count % 2;
-  const A limit = JacobiLimits<A>::kHalfUlp * sqrt(static_cast<A>(x.count));
+  const A limit = JacobiLimits<A>::kHalfUlp * sqrt(roundings<A>(x.count));
   __shared__ int turned;
   for (int32_t sweep = 0; sweep < kMostSweeps; ++sweep) {
     if (me.thread == 0) turned = 0;
