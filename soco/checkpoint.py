@@ -118,13 +118,7 @@ def save(
         )
     _check_layers(model, config)
     target = Path(directory)
-    if _is_occupied(target):
-        described = _description(target)
-        if described is None or described.get("quant_method") != QUANT_METHOD:
-            raise ValueError(
-                f"{target} exists and is not the folder of a model compressed by soco: "
-                f"choose another folder"
-            )
+    check_replaceable(target)
     options: dict[str, Any] = {}
     if max_shard_size is not None:
         options["max_shard_size"] = max_shard_size
@@ -136,6 +130,22 @@ def save(
         write_checksums(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
+
+
+def check_replaceable(target: Path) -> None:
+    """Refuse to write a model where something else is.
+
+    Raises:
+        ValueError: ``target`` is neither new, nor empty, nor the folder of a model compressed by
+            soco.
+    """
+    if _is_occupied(target):
+        described = _description(target)
+        if described is None or described.get("quant_method") != QUANT_METHOD:
+            raise ValueError(
+                f"{target} exists and is not the folder of a model compressed by soco: "
+                f"choose another folder"
+            )
 
 
 def load(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from soco.allocators import Allocator, Uniform
 from soco.calibration import OF_GRADIENTS, Statistics, collect, uncalled
-from soco.checkpoint import mark_compressed
+from soco.checkpoint import check_replaceable, mark_compressed
 from soco.choices import Choices, choose
 from soco.contents import CONFIG, check_contents
 from soco.factorization import choose_ranks
@@ -144,6 +144,11 @@ def compress_folder(
             "a model that is not in memory cannot write its calibration text: give one"
         )
     target = Path(output)
+    check_replaceable(target)
+    beside = target.resolve()
+    place = Path(work) if work is not None else beside.with_name(f"{beside.name}.work")
+    if place.resolve() == beside:
+        raise ValueError(f"{place} is the output: choose another work folder")
     stored = StoredModel(folder)
     targets = _check_model(stored, include, exclude)
     notes: list[str] = []
@@ -167,7 +172,6 @@ def compress_folder(
         "device": torch.device(device).type,
         "versions": _versions(),
     }
-    place = Path(work) if work is not None else target.with_name(f"{target.name}.work")
     with opened(place, plan) as kept:
         _clear(kept, target)
         run = _Run(

@@ -174,4 +174,5 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _told(value: object) -> str:
-    return "not given" if value is None else json.dumps(value)
+    text = "not given" if value is None else json.dumps(value)
+    return text if len(text) < 100 else f"{text[:97]}..."

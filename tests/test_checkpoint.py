@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from soco.checkpoint import export_dense, load, mark_compressed, save
 from soco.experts import find_experts, join_experts, split_experts
+from soco.folders import write_checksums
 from soco.modules import LowRankLinear, PivotedLinear, share_basis
 from soco.surgery import find_linears, low_rank_layers, replace_module, untie_head
 from tiny_models import (
@@ -84,7 +85,9 @@ def test_load_other_classes(name, tmp_path):
 
 
 def test_save_writes_what_save_pretrained_writes(model, original, tmp_path):
+    """And checksums of it."""
     model.save_pretrained(tmp_path)
+    write_checksums(tmp_path)
     assert files(tmp_path) == files(original)
 
 

@@ -515,6 +515,18 @@ def test_what_is_no_result_of_ours_is_not_cleared_away(tmp_path, monkeypatch):
         assert precious.is_dir()
 
 
+def test_does_not_replace_anything_else(tmp_path):
+    dense(tmp_path / "dense")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    for output in ("mine", "dense"):
+        with pytest.raises(ValueError, match=r"is not the folder of a model compressed by soco"):
+            stream(tmp_path / "dense", tmp_path / output)
+    with pytest.raises(ValueError, match=r"out is the output: choose another work folder"):
+        stream(tmp_path / "dense", tmp_path / "out", work=tmp_path / "out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "mine"]
+
+
 def test_replaces_a_compressed_model_and_keeps_its_files(tmp_path):
     model = dense(tmp_path / "dense")
     stream(tmp_path / "dense", tmp_path / "out", ratio=0.6)
