@@ -31,7 +31,7 @@ class StoredModel:
     Attributes:
         folder: where it lies.
         model: the model in evaluation mode, its parameters on the meta device. Buffers that are
-            computed (rotary frequencies, masks) are there.
+            computed (rotary frequencies, masks) or stored are there.
         dtype: of its parameters, as config.json has it, or else as the files do.
         entries: every tensor in the files.
     """
@@ -52,6 +52,7 @@ class StoredModel:
         self.model, self.dtype = self._empty()
         self._state = self.model.state_dict()
         self._prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        self._read_buffers()
 
     def key(self, name: str) -> str | None:
         """What a tensor of the model is called in the files; None if they do not hold it.
@@ -135,6 +136,13 @@ class StoredModel:
         finally:
             for module, leaf, parameter in empty:
                 module._parameters[leaf] = parameter
+
+    def _read_buffers(self) -> None:
+        """Buffers that are saved with the model; those that are not were computed."""
+        for name, buffer in self.model.named_buffers():
+            key = self.key(name) if name in self._state else None
+            if key is not None:
+                buffer.copy_(self.read(self.require(name, tuple(buffer.shape)), floating=False))
 
     def _empty(self) -> tuple[Any, torch.dtype]:
         described = read_json(self.folder / CONFIG)

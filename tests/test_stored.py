@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from soco.stored import StoredModel
 from tiny_models import NEEDS_5, tiny_model
@@ -35,6 +36,23 @@ def test_parameters_are_empty_and_buffers_are_not(name, tmp_path):
     for key, buffer in theirs.items():
         assert torch.equal(ours[key], buffer), key
     found.check_complete()
+
+
+def test_buffers_that_are_stored_are_read(tmp_path, monkeypatch):
+    """Few models have such: the routers of DeepSeek, say."""
+    made = LlamaRMSNorm.__init__
+
+    def with_buffer(self, *arguments, **options):
+        made(self, *arguments, **options)
+        self.register_buffer("shift", torch.zeros(2))
+
+    monkeypatch.setattr(LlamaRMSNorm, "__init__", with_buffer)
+    model = tiny_model("llama")
+    model.model.norm.shift.copy_(torch.tensor([3.0, 4.0]))
+    model.save_pretrained(tmp_path / "model")
+    found = StoredModel(tmp_path / "model")
+    assert found.model.model.norm.shift.tolist() == [3.0, 4.0]
+    assert found.model.model.layers[0].input_layernorm.shift.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
