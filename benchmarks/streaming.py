@@ -194,7 +194,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     rows = memory(arguments) if arguments.what == "memory" else killed(arguments)
-    write_record(arguments.output, Path(), rows)
+    write_record(arguments.output, arguments.scratch or Path(tempfile.gettempdir()), rows)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,12 @@ class WorkFolder:
         self.drop("*.json")
         self.drop("*.safetensors")
         self.drop("*.pt")
+        self.drop_parts()
+
+    def drop_parts(self) -> None:
+        """Delete what a killed run had not finished: our files, and those of safetensors."""
+        self.drop(".*.part")
+        self.drop(".tmp*")
 
     def _put(self, name: str, write: Callable[[Path], object]) -> None:
         part = self.path / f".{name}.part"
@@ -151,8 +157,7 @@ def opened(path: Path, plan: Mapping[str, Any]) -> Iterator[WorkFolder]:
         raise ValueError(f"another run works in {path}: wait for it, or stop it") from None
     try:
         folder = WorkFolder(path, plan)
-        for part in path.glob(".*.part"):
-            part.unlink()
+        folder.drop_parts()
         yield folder
         folder.discard()
     finally:
