@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import nn
 
+from soco.contents import BROKEN, architecture_of, check_counts, reason_of
 from soco.contents import CONFIG as CONFIG
-from soco.contents import architecture_of, check_counts
 from soco.experts import find_experts
 from soco.folders import SPECTRUM, carry_over, replaced, write_checksums
 from soco.headers import check_index, read_headers, read_json, weight_files
@@ -197,9 +197,8 @@ def load(
         )
     except (ValueError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever a broken config makes the libraries raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{folder} cannot be loaded: {reason[0]}") from error
+    except BROKEN as error:
+        raise ValueError(f"{folder} cannot be loaded: {reason_of(error)}") from error
     for key, problem in (("missing_keys", "lacks"), ("unexpected_keys", "holds unknown")):
         if info[key]:
             raise ValueError(f"{folder} {problem} {', '.join(sorted(info[key])[:3])}")

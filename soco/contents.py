@@ -30,6 +30,10 @@ BROKEN = (
     ImportError,
     LookupError,
     RuntimeError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
     SafetensorError,
     StrictDataclassError,
 )
@@ -49,6 +53,12 @@ class _Names(NamedTuple):
 
     required: Shapes
     allowed: Shapes  # more than the required: tied weights, of which one is enough
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library says, which may be many lines, in one: the first, or else its kind."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)
 
 
 def architecture_of(folder: Path, config: dict) -> Any:

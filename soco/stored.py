@@ -12,7 +12,15 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from soco.contents import CONFIG, architecture_of, check_counts, may_lack, saved_name
+from soco.contents import (
+    BROKEN,
+    CONFIG,
+    architecture_of,
+    check_counts,
+    may_lack,
+    reason_of,
+    saved_name,
+)
 from soco.headers import Entry, check_index, read_headers, read_json, weight_files
 from soco.ops import check_finite
 
@@ -158,9 +166,10 @@ class StoredModel:
             with init_empty_weights(include_buffers=False):
                 model = kind(config)
             model.tie_weights()
-        except Exception as error:  # whatever a broken config makes the libraries raise
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"{self.folder / CONFIG} describes no model: {reason[0]}") from error
+        except BROKEN as error:
+            raise ValueError(
+                f"{self.folder / CONFIG} describes no model: {reason_of(error)}"
+            ) from error
         finally:
             torch.set_default_dtype(usual)
         return model.eval(), cast(torch.dtype, dtype)

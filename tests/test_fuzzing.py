@@ -1,5 +1,6 @@
 """Folders broken at random are refused in one sentence; some hundreds here, see fuzzing.py."""
 
+import contextlib
 import json
 import os
 import time
@@ -10,6 +11,7 @@ import torch
 import fuzzing  # tests/fuzzing.py
 import fuzzing_ops
 import soco
+from soco.cli.sources import open_dense
 from soco.stored import StoredModel
 from tiny_models import compress, tiny_model
 
@@ -57,6 +59,20 @@ def test_the_same_of_a_dense_model(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 10**9}))
     with pytest.raises(ValueError, match=r"has num_hidden_layers 1e\+09, and the files hold"):
         StoredModel(tmp_path / "model")
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**9}, {"architectures": [["a"]]}])
+def test_the_same_where_a_dense_model_is_loaded(changes, tmp_path):
+    """By ``soco compress``: the first was a hang, the second a TypeError."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    if "architectures" in changes:  # transformers may know a way
+        with contextlib.suppress(ValueError):
+            open_dense(str(tmp_path / "model"), "auto", torch.device("cpu"))
+        return
+    with pytest.raises(ValueError, match=r"has num_hidden_layers 1e\+09, and the files hold"):
+        open_dense(str(tmp_path / "model"), "auto", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from soco.checkpoint import CONFIG, load
 from soco.cli.messages import sentence
-from soco.contents import BROKEN
-from soco.headers import read_json
+from soco.contents import BROKEN, check_counts
+from soco.headers import INDEX, WEIGHTS, is_file, read_headers, read_json, weight_files
 from soco.plugin import QUANT_METHOD
 
 DEMO = "demo"  # the name under which the shipped model and its text are known
@@ -190,12 +190,15 @@ def _config(name: str, place: str) -> Any:
 
 
 def _load_dense(name: str, place: str, dtype: Any) -> PreTrainedModel:
-    config = _config(name, place)
-    names = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, names[0], None) if len(names) == 1 else None
+    names = getattr(_config(name, place), "architectures", None)
+    cls = None
+    if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
+        cls = getattr(transformers, names[0], None)
     if not hasattr(cls, "from_pretrained"):
         cls = AutoModelForCausalLM
     try:
+        if Path(place).is_dir():
+            _check_counts(Path(place))
         model, info = cls.from_pretrained(  # type: ignore[union-attr]
             place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -208,6 +211,13 @@ def _load_dense(name: str, place: str, dtype: Any) -> PreTrainedModel:
             raise ValueError(f"{name} {problem} {keys[0]}{more}, which its config asks for")
     _check_finite(name, model)
     return model
+
+
+def _check_counts(folder: Path) -> None:
+    """Refuse a config of more layers than the files can fill, if they can be seen."""
+    has_safetensors = is_file(folder / WEIGHTS) or is_file(folder / INDEX)
+    entries = read_headers(weight_files(folder)) if has_safetensors else {}
+    check_counts(folder / CONFIG, read_json(folder / CONFIG), entries)
 
 
 def _check_finite(name: str, model: nn.Module) -> None:
