@@ -33,6 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from protocol import TEXTS
+from reliability_tables import reliability
 
 from soco import plots
 from soco.record import Comparison
@@ -454,7 +455,8 @@ def main() -> None:
     ):
         if found := [part for _, part in parts if part.get("kind") == marker]:
             insert(performance, marker, table(found))
-    write_reliability([part for _, part in parts])
+    for marker, table in reliability([part for _, part in parts]).items():
+        insert(ROOT / "docs" / "reliability.md", marker, table)
     for path, part in parts:
         if "rows" not in part:
             continue
@@ -462,55 +464,6 @@ def main() -> None:
             insert(performance, "decode", generation_timed(part))
         if any("own_training" in row for row in part["rows"]):
             insert(ROOT / "docs" / "methods.md", path.stem, sized(part))
-
-
-def write_reliability(parts: list[dict]) -> None:
-    """Update what was measured of streaming, of killed runs, and of fuzzing."""
-    reliability = ROOT / "docs" / "reliability.md"
-    tables: dict[str, list[str]] = {}
-    for part in parts:
-        rows = part.get("rows", [])
-        made = f"Made on {part.get('date', '')[:10]} at `{part.get('commit')}` by"
-        if "outcomes" in part:
-            what = "ops" if "low_rank_group" in part["outcomes"] else "model folders"
-            counts: dict[str, int] = {}
-            for outcomes in part["outcomes"].values():
-                for outcome, count in outcomes.items():
-                    counts[outcome] = counts.get(outcome, 0) + count
-            told = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
-            failed = f"{len(part['failures'])} failures: {told}"
-            row = f"| {what} | `{part['command'].split(' --output')[0]}` | {part['count']:,} |"
-            heads = [
-                "| what is broken at random | command | cases | outcome |",
-                "|---|---|--:|---|",
-            ]
-            tables.setdefault("fuzz", heads).append(f"{row} {failed} |")
-        elif any("of_them_before" in row and "hidden" in row for row in rows):
-            lines = tables.setdefault("streaming", [])
-            if not lines:
-                lines += [
-                    "| layers | hidden, inner | weights | seconds | peak |",
-                    "|--:|---|--:|--:|--:|",
-                ]
-            lines += [
-                f"| {row['layers']} | {row['hidden']}, {row['inner']} | "
-                f"{format_bytes(row['bytes'])} | {row['seconds']:.0f} | "
-                f"{format_bytes(row['peak_process_bytes'])} |"
-                for row in rows
-            ]
-        elif any("killed_after_seconds" in row for row in rows):
-            tables["killed"] = [
-                f"{row['layers']} layers, {format_bytes(row['bytes'])} in bfloat16: killed "
-                f"{len(row['killed_after_seconds'])} times, after "
-                f"{min(row['killed_after_seconds']):.0f} to {max(row['killed_after_seconds']):.0f} "
-                f"s; {row['seconds_with_kills']:,.0f} s in all, "
-                f"{row['seconds_undisturbed']:,.0f} s undisturbed (beside other work); weights "
-                f"{'identical' if row['identical'] else 'DIFFERENT'}, "
-                f"{len(row['left_behind'])} files left behind. {made} `{part['command']}`."
-                for row in rows
-            ]
-    for marker, lines in tables.items():
-        insert(reliability, marker, "\n".join(lines))
 
 
 def write_studies(studies: list[dict]) -> None:

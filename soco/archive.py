@@ -45,9 +45,15 @@ def key_of(model: nn.Module, windows: Tensor, batch_size: int, seed: int) -> Key
         flat = tensor.detach().cpu().contiguous().flatten()
         of_model.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     of_config = hashlib.sha256(_configuration(model).encode())
-    of_data = hashlib.sha256(f"{tuple(windows.shape)} {batch_size};".encode())
-    of_data.update(windows.contiguous().numpy().data)
-    return Key(of_model.hexdigest(), of_config.hexdigest(), of_data.hexdigest(), seed)
+    data = hash_of_data(windows, batch_size)
+    return Key(of_model.hexdigest(), of_config.hexdigest(), data, seed)
+
+
+def hash_of_data(windows: Tensor, batch_size: int) -> str:
+    """The hash of token ids (sequences, length), and of how they are cut into batches."""
+    told = hashlib.sha256(f"{tuple(windows.shape)} {batch_size};".encode())
+    told.update(windows.contiguous().numpy().data)
+    return told.hexdigest()
 
 
 # Entries of a configuration on which nothing depends that a model computes.

@@ -21,7 +21,7 @@ from soco.headers import is_file, read_headers, read_json
 from soco.linalg import SVD, truncated_svd
 from soco.ops import check_finite
 from soco.stored import StoredModel
-from soco.surgery import Patterns, find_linears, layout_of, shape_of, weight_of
+from soco.surgery import Patterns, find_linears, shape_of, weight_of
 
 CONTENTS = "decomposition.json"  # beside the files of tensors
 SHARD_BYTES = 2**28
@@ -248,12 +248,7 @@ def _open(
         return reads, {name: shape_of(module) for name, module in layers.items()}
     stored = StoredModel(source)
     layers = find_linears(stored.model, include, exclude)
-    reads = {name: _from_file(stored, name, module) for name, module in layers.items()}
+    for name in layers:
+        stored.require_weight(name)  # before anything is computed
+    reads = {name: (lambda name=name: stored.weight(name)) for name in layers}
     return reads, {name: shape_of(module) for name, module in layers.items()}
-
-
-def _from_file(stored: StoredModel, name: str, module: nn.Module) -> Read:
-    turned = layout_of(module) == "conv1d"
-    shape = shape_of(module)
-    key = stored.require(f"{name}.weight", shape[::-1] if turned else shape)
-    return lambda: stored.read(key).mT if turned else stored.read(key)

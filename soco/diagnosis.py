@@ -105,11 +105,16 @@ def describe_machine(device: str = "cpu") -> dict[str, str | int]:
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "transformers", "soco-llm")},
+        **versions(),
     }
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def versions() -> dict[str, str]:
+    """Of soco and of what its results depend on most."""
+    return {name: metadata.version(name) for name in ("torch", "transformers", "soco-llm")}
 
 
 def commit_of(folder: Path) -> str | None:

@@ -217,7 +217,7 @@ def _windows(
         text,
         tokenizer,
         tokens=None if windows is None else windows * wanted,
-        vocab_size=_vocab_size(model),
+        vocab_size=vocab_size(model),
         name="evaluation",
     )
     if length is None:
@@ -235,7 +235,7 @@ def _windows(
 def _batch_size(model: nn.Module, length: int) -> int:
     """Windows that fit into one batch of a sensible size."""
     tokens = _BATCH_TOKENS.get(_device(model).type, _BATCH_TOKENS["cuda"])
-    tokens = min(tokens, _BATCH_ENTRIES // (_vocab_size(model) or 1))
+    tokens = min(tokens, _BATCH_ENTRIES // (vocab_size(model) or 1))
     return max(1, tokens // length)
 
 
@@ -253,7 +253,8 @@ def _can_generate(model: nn.Module) -> bool:
     return getattr(model, "can_generate", lambda: False)()
 
 
-def _vocab_size(model: nn.Module) -> int | None:
+def vocab_size(model: nn.Module) -> int | None:
+    """How many tokens the model has embeddings for; None where it has none."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     return None if embeddings is None else embeddings.weight.shape[0]
 

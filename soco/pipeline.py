@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from soco.allocators import Allocator
 from soco.checkpoint import mark_compressed
 from soco.choices import Choices, choose
+from soco.diagnosis import versions
 from soco.elastic import ElasticSpectrum, elastic_spectrum
 from soco.experts import experts_split, join_experts
 from soco.factorization import choose_ranks, groups_of, make_factors
@@ -223,7 +223,7 @@ def compress(
                 left_dense=tuple(fused_experts(model)),
                 warnings=tuple(notes),
                 history=_columns(history),
-                versions={name: version(name) for name in ("soco-llm", "torch", "transformers")},
+                versions=versions(),
                 date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             )
             ranks = {name: layer.rank for name, layer in made.items()}

@@ -23,6 +23,7 @@ from soco.contents import (
 )
 from soco.headers import Entry, check_index, read_headers, read_json, weight_files
 from soco.ops import check_finite
+from soco.surgery import layout_of
 
 # The floating dtypes of torch by the names that safetensors has for them.
 _FLOATS = {
@@ -114,6 +115,21 @@ class StoredModel:
             raise ValueError(f"{entry.file} holds {key} in {entry.dtype}, which is no float")
         with safe_open(entry.file, "pt") as file:
             return file.get_tensor(key)
+
+    def weight(self, name: str) -> Tensor:
+        """The weight (out, in) of a linear layer as it is stored, mapped into memory.
+
+        Raises:
+            ValueError: the files do not hold it, or not as a float.
+        """
+        module = self.model.get_submodule(name)
+        weight = self.read(self.require_weight(name))
+        return weight.mT if layout_of(module) == "conv1d" else weight
+
+    def require_weight(self, name: str) -> str:
+        """``require`` for the weight of a layer."""
+        weight = cast(Tensor, self.model.get_submodule(name).weight)
+        return self.require(f"{name}.weight", tuple(weight.shape))
 
     @contextmanager
     def in_memory(

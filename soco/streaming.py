@@ -6,10 +6,8 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from soco.allocators import Allocator, Uniform
-from soco.calibration import OF_GRADIENTS, Statistics, collect, uncalled
+from soco.archive import hash_of_data
+from soco.calibration import OF_GRADIENTS, Statistics
+from soco.chain import Chain, inside
 from soco.checkpoint import check_replaceable, mark_compressed
 from soco.choices import Choices, choose
 from soco.contents import CONFIG, check_contents
+from soco.diagnosis import versions
 from soco.factorization import choose_ranks
 from soco.folders import carry_over, replaced, write_checksums
 from soco.guard import Clock
@@ -37,7 +38,6 @@ from soco.methods import (
     SharingMethod,
     TrainedMethod,
 )
-from soco.objectives import run_model
 from soco.ops import check_finite
 from soco.preparation import (
     calibration_source,
@@ -48,16 +48,13 @@ from soco.preparation import (
 )
 from soco.ranks import check_ratio, is_dense, parameter_budget, uniform_ranks
 from soco.reporting import Report
-from soco.sequential import EnoughError, stages, standing_in
-from soco.steps import frozen
+from soco.sequential import stages
 from soco.stored import StoredModel
 from soco.surgery import (
     bias_of,
     find_linears,
     fused_experts,
-    layout_of,
     shape_of,
-    transformer_blocks,
 )
 from soco.workbench import Workbench
 from soco.workfolder import WorkFolder, opened
@@ -162,15 +159,15 @@ def compress_folder(
     plan = {
         "format": FORMAT,
         "model": _fingerprint(stored),
-        "calibration": None if windows is None else _hash_of(windows),
         "method": choices.method.name,
         "settings": choices.settings(),
         "ratio": ratio,
         "layers": list(targets),
         "batch_size": batch_size,
+        "calibration": None if windows is None else hash_of_data(windows, batch_size),
         "dtype": str(dtype or stored.dtype),
         "device": torch.device(device).type,
-        "versions": _versions(),
+        "versions": versions(),
     }
     with opened(place, plan) as kept:
         _clear(kept, target)
@@ -244,10 +241,8 @@ class _Run:
     def __post_init__(self) -> None:
         """What follows from that."""
         self.model = self.stored.model
-        self.blocks = transformer_blocks(self.model)
-        paths = {id(module): path for path, module in self.model.named_modules()}
-        self.paths = [paths[id(block)] for block in self.blocks]
-        self.names = [[n for n in self.targets if _inside(n, path)] for path in self.paths]
+        self.chain = Chain(self.stored, self.work, self.dtype, self.device)
+        self.names = [[n for n in self.targets if inside(n, path)] for path in self.chain.paths]
         self.last = max(i for i, names in enumerate(self.names) if names)
         self.shapes = {name: shape_of(module) for name, module in self.targets.items()}
         self.budget = parameter_budget(self.shapes, self.ratio)
@@ -255,18 +250,17 @@ class _Run:
         self.known = None  # ranks that can be told before any layer is taken apart
         if isinstance(self.choices.rule, Uniform):
             self.known = uniform_ranks(self.shapes, self.budget)
-        for buffer in self.model.buffers():
-            buffer.data = buffer.to(self.device)
 
     # Block after block ----------------------------------------------------------------------------
 
     def all_blocks(self) -> None:
         """Take all layers apart, from where an earlier run stopped."""
-        with progress_bar(len(self.blocks), "blocks", self.progress) as bar:
+        blocks = len(self.chain.blocks)
+        with self.chain, progress_bar(blocks, "blocks", self.progress) as bar:
             for number in range(self.last + 1):
                 if not self.work.has(_marker(number)):
                     self.work.put_json(_marker(number), self._block(number))
-                self.work.drop(f"hidden-{number}-*.pt")
+                self.chain.forget(number)
                 bar(number + 1)
         for number in range(self.last + 1):
             for phase, seconds in self.work.get_json(_marker(number))["seconds"].items():
@@ -285,108 +279,17 @@ class _Run:
         begin = time.perf_counter()
         statistics: dict[str, Statistics] = {}
         if self.windows is not None:
-            statistics = self._statistics(number, self.windows)
+            layers = {name: self.targets[name] for name in self.names[number]}
+            statistics = self.chain.statistics(
+                number, layers, self.windows, self.batch_size, self.choices.needs,
+                last=number == self.last,
+            )  # fmt: skip
         tokens = {name: each.tokens for name, each in statistics.items()}
         between = time.perf_counter()
         for name in self.names[number]:
             self._take_apart(name, statistics.pop(name, None))
         seconds = {"statistics": between - begin, "decomposition": time.perf_counter() - between}
         return {"tokens": tokens, "seconds": seconds}
-
-    def _statistics(self, number: int, windows: Tensor) -> dict[str, Statistics]:
-        """What the layers of a block see, while what the block puts out is written."""
-        block, path = self.blocks[number], self.paths[number]
-        layers = {name: self.targets[name] for name in self.names[number]}
-        base = getattr(self.model, "base_model", self.model)
-        of_base = {id(parameter) for parameter in base.parameters()}
-        needed = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if id(parameter) in of_base
-            and (_inside(name, path) or not any(_inside(name, other) for other in self.paths))
-        ]
-        first = windows[: self.batch_size]
-        with (
-            self.stored.in_memory(needed, self.dtype, self.device),
-            torch.no_grad(),
-            frozen(block),
-        ):
-            self._check_chain(number, first.to(self.device))
-            left = uncalled(
-                self.model, layers, first, lambda batch, ids: self._run(number, batch, ids)
-            )
-            if left:
-                raise ValueError(
-                    f"{left[0]} is never called, because its module reads the weight itself: "
-                    f"leave it out (exclude)"
-                )
-            return collect(
-                block, layers, windows, self.batch_size, kinds=self.choices.needs,
-                run=lambda batch, ids: self._step(number, batch, ids),
-            )  # fmt: skip
-
-    def _step(self, number: int, batch: int, ids: Tensor) -> None:
-        """One batch through a block; what comes out is written."""
-        output = self._run(number, batch, ids)
-        if number < self.last:
-            self.work.put_any(_hidden(number + 1, batch), output)
-
-    def _run(self, number: int, batch: int, ids: Tensor) -> Any:
-        """What a block puts out for a batch."""
-        outputs: list[Any] = []
-
-        def keep(module: nn.Module, inputs: object, output: Any) -> None:
-            outputs.append(output)
-            raise EnoughError
-
-        kept = self.work.get_any(_hidden(number, batch)) if number else None
-        hook = self.blocks[number].register_forward_hook(keep)
-        try:
-            with standing_in(self.blocks[:number], kept, self.device), suppress(EnoughError):
-                run_model(getattr(self.model, "base_model", self.model), ids)
-        finally:
-            hook.remove()
-        if not outputs:
-            raise ValueError(
-                f"{self._kind} does not call {self.paths[number]}: it has no chain of "
-                f"blocks, and cannot be streamed"
-            )
-        return outputs[0]
-
-    @property
-    def _kind(self) -> str:
-        return type(self.model).__name__
-
-    def _check_chain(self, number: int, ids: Tensor) -> None:
-        """Refuse blocks that run more than once, or read more than what the last one put out.
-
-        Tried on the first batch: blocks before the last one give something else, and blocks behind
-        this one only pass something on.
-        """
-        kept = self.work.get_any(_hidden(number, 0)) if number else None
-        wrong = _changed(kept)
-        expected = self._run(number, 0, ids)
-        outputs = []
-        for before in (kept, wrong):
-            calls: list[Any] = []
-            hook = self.blocks[number].register_forward_hook(
-                lambda module, inputs, output, calls=calls: calls.append(output)
-            )
-            try:
-                with (
-                    standing_in(self.blocks[: max(0, number - 1)], before, self.device),
-                    standing_in(self.blocks[max(0, number - 1) : number], kept, self.device),
-                    standing_in(self.blocks[number + 1 :], expected, self.device),
-                ):
-                    run_model(getattr(self.model, "base_model", self.model), ids)
-            finally:
-                hook.remove()
-            outputs.append(calls)
-        if any(len(calls) != 1 or not _equal(calls[0], expected) for calls in outputs):
-            raise ValueError(
-                f"{self._kind} is no chain of blocks ({self.paths[number]} runs more than once, or "
-                f"reads more than the block before it gives), and cannot be streamed"
-            )
 
     # One layer ------------------------------------------------------------------------------------
 
@@ -397,7 +300,7 @@ class _Run:
         if self.work.has(self.files[name]) or (known is not None and is_dense(shape, known)):
             return
         rows, columns = shape
-        weight = self._weight(name)
+        weight = self.stored.weight(name).to(self.device, self.dtype)
         check_finite(f"{name}.weight", weight)
         means = {} if statistics is None else statistics.means(cast(Tensor, self.windows).numel())
         del statistics  # the sums that these are of: as large as they
@@ -408,11 +311,6 @@ class _Run:
         wide = torch.promote_types(self.dtype, torch.float32)
         tensors = {"up": factors.up.to(wide), "down": factors.down.to(wide)}
         self.work.put_tensors(self.files[name], {**tensors, "sigma": spectrum.sigma})
-
-    def _weight(self, name: str) -> Tensor:
-        weight = self.stored.read(cast(str, self.stored.key(f"{name}.weight")))
-        weight = weight.to(self.device, self.dtype)
-        return weight.mT if layout_of(self.targets[name]) == "conv1d" else weight
 
     # The result -----------------------------------------------------------------------------------
 
@@ -464,7 +362,7 @@ class _Run:
             calibration=dict(source),
             settings=self.choices.settings(),
             warnings=tuple(self.notes),
-            versions=_versions(),
+            versions=versions(),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         factored = {name: layer.rank for name, layer in made.items()}
@@ -482,11 +380,11 @@ class _Run:
 
     def _write_weights(self, folder: Path, names: list[str], ranks: Mapping[str, int]) -> None:
         """One file for every block, and as many as it takes for what is outside."""
-        parts = [[n for n in names if _inside(n, path)] for path in self.paths]
+        parts = [[n for n in names if inside(n, path)] for path in self.chain.paths]
         held = SHARD_BYTES
         for name in names:
             key = self.stored.key(name)
-            if key is None or any(_inside(name, path) for path in self.paths):
+            if key is None or any(inside(name, path) for path in self.chain.paths):
                 continue
             size = math.prod(self.stored.entries[key].shape) * self.stored.dtype.itemsize
             if held + size > SHARD_BYTES:
@@ -527,33 +425,8 @@ class _Run:
         return {key: value.to(dtype, copy=True)}
 
 
-def _inside(name: str, path: str) -> bool:
-    return name.startswith(f"{path}.")
-
-
 def _marker(number: int) -> str:
     return f"block-{number}.json"
-
-
-def _hidden(number: int, batch: int) -> str:
-    """What a block is given: the outputs of the one before it."""
-    return f"hidden-{number}-{batch}.pt"
-
-
-def _changed(value: Any) -> Any:
-    """The same tensors with other numbers in them."""
-    if isinstance(value, Tensor):
-        return value * 0 + 1 if value.is_floating_point() else value
-    return type(value)(map(_changed, value)) if type(value) in (tuple, list) else value
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        same = isinstance(other, Tensor) and one.shape == other.shape
-        return same and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-    if type(one) in (tuple, list):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return True
 
 
 def _clear(work: WorkFolder, target: Path) -> None:
@@ -577,13 +450,3 @@ def _fingerprint(stored: StoredModel) -> dict[str, str]:
             header = hashlib.sha256(stream.read(length)).hexdigest()
         found[file.name] = f"{told.st_size} bytes, {header[:16]}, written at {told.st_mtime_ns}"
     return found
-
-
-def _hash_of(windows: Tensor) -> str:
-    told = hashlib.sha256(f"{tuple(windows.shape)};".encode())
-    told.update(windows.contiguous().numpy().data)
-    return told.hexdigest()[:16]
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("soco-llm", "torch", "transformers")}

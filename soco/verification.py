@@ -1,6 +1,7 @@
 """Is a compressed model what was written, and is it the model that was compressed?"""
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from soco.checkpoint import load
 from soco.data import token_windows
+from soco.evaluation import vocab_size
 from soco.folders import CHECKSUMS, checksums
 from soco.headers import read_json
 from soco.modules import CompressedLinear
 from soco.objectives import run_model
 from soco.steps import frozen
 from soco.stored import StoredModel
-from soco.surgery import context_length, low_rank_layers
+from soco.surgery import context_length, is_linear, low_rank_layers, shape_of
 
 LENGTH = 128  # tokens of a sequence that is run, where the model allows as many
 
@@ -114,18 +116,19 @@ def verify(
         if tensor.is_floating_point() and not bool(tensor.isfinite().all())
     ]
     layers = low_rank_layers(model)
-    stored = None if against is None else StoredModel(against)
-    if stored is not None:
+    errors = None
+    if against is not None:
+        stored = StoredModel(against)
         _check_same_model(stored, layers)
+        errors = _Errors(stored, layers)
     ids = _ids(model, text, tokenizer, samples, seed)
-    errors = _Errors(stored, layers)
-    with frozen(model), torch.no_grad(), errors:
+    with frozen(model), torch.no_grad(), errors or nullcontext():
         output = run_model(model, ids)
     held = getattr(output, "logits", None)
     held = output[0] if held is None else held
     if not bool(held.isfinite().all()) and not any("NaN" in problem for problem in problems):
         problems.append("the outputs of the model hold NaN or Inf: it overflows in its dtype")
-    checks = errors.checks()
+    checks = () if errors is None else errors.checks()
     problems += [
         f"{each.name} is no nearer to the dense layer than zeros are: its outputs are off by "
         f"{each.output_error:.0%}"
@@ -155,11 +158,10 @@ def _files(folder: Path) -> dict[str, str]:
 def _check_same_model(stored: StoredModel, layers: dict[str, CompressedLinear]) -> None:
     modules = dict(stored.model.named_modules())
     for name, layer in layers.items():
-        if name not in modules:
+        if name not in modules or not is_linear(modules[name]):
             raise ValueError(f"{stored.folder} is another model: it has no layer {name}")
-        shape = tuple(modules[name].weight.shape)  # type: ignore[union-attr]
-        expected = (layer.out_features, layer.in_features)
-        if shape not in (expected, expected[::-1]):
+        shape, expected = shape_of(modules[name]), (layer.out_features, layer.in_features)
+        if shape != expected:
             raise ValueError(
                 f"{stored.folder} is another model: {name} has shape {shape} there, and stands for "
                 f"{expected} here"
@@ -168,7 +170,7 @@ def _check_same_model(stored: StoredModel, layers: dict[str, CompressedLinear]) 
 
 def _ids(model: nn.Module, text: Any, tokenizer: Any, samples: int, seed: int) -> Tensor:
     length = min(LENGTH, context_length(model) or LENGTH)
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = vocab_size(model) or 2
     if text is None:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, vocabulary, (samples, length), generator=generator)
@@ -183,8 +185,8 @@ def _ids(model: nn.Module, text: Any, tokenizer: Any, samples: int, seed: int) -
 class _Errors:
     """Inside, every layer's outputs are compared with what the dense layer gives."""
 
-    def __init__(self, stored: StoredModel | None, layers: dict[str, CompressedLinear]) -> None:
-        self.stored, self.layers = stored, layers if stored is not None else {}
+    def __init__(self, stored: StoredModel, layers: dict[str, CompressedLinear]) -> None:
+        self.stored, self.layers = stored, layers
         self.sums: dict[str, list[float]] = {}  # |x (W - W')^T|^2 and |x W^T|^2
         self.hooks: list[Any] = []
 
@@ -199,7 +201,7 @@ class _Errors:
     def _hook(self, name: str) -> Any:
         def compare(layer: CompressedLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].float()
-            dense = x @ self._weight(name, layer).mT.float()
+            dense = x @ self.stored.weight(name).mT.float()
             bias = 0 if layer.bias is None else layer.bias.float()
             gap = output.float() - bias - dense
             sums = self.sums.setdefault(name, [0.0, 0.0])
@@ -208,20 +210,12 @@ class _Errors:
 
         return compare
 
-    def _weight(self, name: str, layer: CompressedLinear) -> Tensor:
-        """The dense weight (out, in)."""
-        assert self.stored is not None
-        module = self.stored.model.get_submodule(name)
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr]
-        weight = self.stored.read(self.stored.require(f"{name}.weight", shape))
-        return weight if isinstance(module, nn.Linear) else weight.mT
-
     @torch.no_grad()
     def checks(self) -> tuple[LayerCheck, ...]:
         """Layer by layer."""
         found = []
         for name, layer in self.layers.items():
-            dense = self._weight(name, layer).float()
+            dense = self.stored.weight(name).float()
             gap = torch.linalg.norm(dense - layer.to_linear().weight.float())
             weight = float(gap / torch.linalg.norm(dense).clamp_min(1e-30))
             output = None

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import soco
 from soco.cli.sources import open_dense
@@ -278,35 +279,42 @@ def run(count: int, seed: int, scratch: Path, *, verbose: bool = False) -> dict[
     }
 
 
-def record(found: dict[str, Any]) -> dict[str, Any]:
-    """What was found, and where."""
-    return {
+def command_line(told: str, run: Callable[[int, int], dict[str, Any]]) -> None:
+    """Read --count, --seed and --output, run, and write the record; code 1 if anything failed.
+
+    Args:
+        told: what the program is for.
+        run: the cases, given how many and their seed.
+    """
+    parser = argparse.ArgumentParser(
+        description=told, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=20000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    found = run(arguments.count, arguments.seed)
+    record = {
         "machine": describe_machine("cpu"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit_of(Path(__file__).parents[1]),
         "command": " ".join(["python", f"tests/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         **found,
     }
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({name: value for name, value in found.items() if name != "failures"}))
+    print(f"{len(found['failures'])} failures", flush=True)
+    raise SystemExit(1 if found["failures"] else 0)
 
 
-def main() -> None:
-    """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=20000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    import transformers
-
+def run_somewhere(count: int, seed: int) -> dict[str, Any]:
+    """``run`` in a folder that is deleted afterwards, telling of every failure."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        found = run(arguments.count, arguments.seed, Path(scratch), verbose=True)
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(record(found), indent=1) + "\n", encoding="utf-8")
-    print({name: value for name, value in found.items() if name != "failures"})
-    print(f"{len(found['failures'])} failures")
+        return run(count, seed, Path(scratch), verbose=True)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__ or "", run_somewhere)

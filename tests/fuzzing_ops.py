@@ -7,20 +7,17 @@ UndefinedBehaviorSanitizer, which end the process at the first wrong access.
 ``tests/test_fuzzing.py`` runs a few hundred.
 """
 
-import argparse
 import collections
-import json
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import reference  # tests/reference.py
-from fuzzing import record  # tests/fuzzing.py
+from fuzzing import command_line  # tests/fuzzing.py
 from soco import core, ops
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -292,20 +289,5 @@ def run(count: int, seed: int, *, verbose: bool = False) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run it; the exit code is 1 if anything failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=20000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    found = run(arguments.count, arguments.seed, verbose=True)
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(record(found), indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({name: value for name, value in found.items() if name != "failures"}))
-    print(f"{len(found['failures'])} failures", flush=True)
-    raise SystemExit(1 if found["failures"] else 0)
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__ or "", lambda count, seed: run(count, seed, verbose=True))

@@ -76,17 +76,12 @@ def test_no_more_than_three_groups_at_once(tmp_path, threads, monkeypatch):
     model = tiny_model("llama", num_hidden_layers=6)
     model.save_pretrained(tmp_path / "model")
     alive, most = set(), []
-    read_from = decomposition._from_file
+    read = decomposition.StoredModel.weight
 
-    def counted(entry, key, layout):
-        read = read_from(entry, key, layout)
-
-        def noted():
-            alive.add(key)
-            most.append(len(alive))
-            return read()
-
-        return noted
+    def counted(stored, name):
+        alive.add(name)
+        most.append(len(alive))
+        return read(stored, name)
 
     apart = decomposition.truncated_svd
 
@@ -97,7 +92,7 @@ def test_no_more_than_three_groups_at_once(tmp_path, threads, monkeypatch):
             alive.discard(key)
         return found
 
-    monkeypatch.setattr(decomposition, "_from_file", counted)
+    monkeypatch.setattr(decomposition.StoredModel, "weight", counted)
     monkeypatch.setattr(decomposition, "truncated_svd", taken)
     monkeypatch.setattr(decomposition, "SHARD_BYTES", 30_000)
     found = decompose(tmp_path / "model", tmp_path / "out", progress=False)

@@ -25,8 +25,8 @@ FLOORS = [
     },
     {"archive", "methods", "plugin", "stored", "training"},
     {
-        "checkpoint", "choices", "decomposition", "elastic", "evaluation", "reporting", "tasks",
-        "workbench",
+        "chain", "checkpoint", "choices", "decomposition", "elastic", "evaluation", "reporting",
+        "tasks", "workbench",
     },
     {"factorization", "installation", "preparation", "record", "verification"},
     {"learning", "plots", "resizing", "streaming"},

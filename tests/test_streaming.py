@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import soco
-from soco import streaming
+from soco import chain, streaming
 from soco.methods import SVDLLM
 from soco.streaming import compress_folder
 from soco.surgery import find_linears
@@ -154,7 +154,7 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
     """While a block runs, all others are empty; afterwards it is, too."""
     dense(tmp_path / "dense", num_hidden_layers=4)
     held, models = [], []
-    collect = streaming.collect
+    collect = chain.collect
 
     def watched(block, layers, *arguments, **options):
         run = options["run"]
@@ -174,10 +174,25 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
         return model, dtype
 
     monkeypatch.setattr(streaming.StoredModel, "_empty", noted)
-    monkeypatch.setattr(streaming, "collect", watched)
+    monkeypatch.setattr(chain, "collect", watched)
     stream(tmp_path / "dense", tmp_path / "out", batch_size=2)
     assert held == [{str(block)} for block in range(4) for _ in range(3)]
     assert all(parameter.is_meta for parameter in models[0].parameters())
+
+
+def test_what_lies_outside_of_the_blocks_is_read_once(tmp_path, monkeypatch):
+    dense(tmp_path / "dense", num_hidden_layers=4)
+    read, seen = streaming.StoredModel.read, []
+
+    def counting(self, key, **options):
+        seen.append(key)
+        return read(self, key, **options)
+
+    monkeypatch.setattr(streaming.StoredModel, "read", counting)
+    stream(tmp_path / "dense", tmp_path / "out")
+    assert seen.count("model.embed_tokens.weight") == 2  # to run, and to be written
+    assert seen.count("lm_head.weight") == 1  # to be written
+    assert seen.count("model.layers.3.mlp.up_proj.weight") == 2  # to run, and to be taken apart
 
 
 # What is no chain of blocks -----------------------------------------------------------------------
@@ -348,15 +363,15 @@ def test_stopped_at_every_file(tmp_path, monkeypatch):
 
 def test_no_layer_is_taken_apart_twice(tmp_path, monkeypatch):
     dense(tmp_path / "dense", num_hidden_layers=3)
-    spectrum, seen = streaming._Run._weight, []
+    weight, seen = streaming.StoredModel.weight, []
 
     def counting(self, name):
         seen.append(name)
         if len(seen) == 11:
             raise KeyboardInterrupt
-        return spectrum(self, name)
+        return weight(self, name)
 
-    monkeypatch.setattr(streaming._Run, "_weight", counting)
+    monkeypatch.setattr(streaming.StoredModel, "weight", counting)
     with pytest.raises(KeyboardInterrupt):
         stream(tmp_path / "dense", tmp_path / "out")
     stream(tmp_path / "dense", tmp_path / "out")

@@ -198,14 +198,16 @@ struct Turned {
 
   void refresh(int64_t i) const { squares[i] = scale[i] * scale[i] * dot(x[i], x[i], 0, x.step); }
 
-  // Multiplies scales by cosines.
+  // Multiplies a scale by a cosine, or several by theirs.
+  template <typename T>
+  static void shrink(T& whole, T& part, T versine) {
+    const T less = part - whole * versine, sum = whole + less;
+    part = less - (sum - whole);
+    whole = sum;
+  }
   static void shrink(Known<A>& known, const Pairs<A>& versine) {
-    for (int r = 0; r < Pairs<A>::kParts; ++r) {
-      Vec<A>&whole = known.scale.part[r], &part = known.rest.part[r];
-      const Vec<A> less = part - whole * versine.part[r], sum = whole + less;
-      part = less - (sum - whole);
-      whole = sum;
-    }
+    for (int r = 0; r < Pairs<A>::kParts; ++r)
+      shrink(known.scale.part[r], known.rest.part[r], versine.part[r]);
   }
 
   Known<A> known(int64_t block) const {
@@ -292,11 +294,7 @@ struct Turned {
       const A more = tangent * products[p];
       squares[i[p]] -= more;
       squares[j[p]] += more;
-      for (const int64_t v : {i[p], j[p]}) {
-        const A less = rest[v] - scale[v] * versines[p], sum = scale[v] + less;
-        rest[v] = less - (sum - scale[v]);
-        scale[v] = sum;
-      }
+      for (const int64_t v : {i[p], j[p]}) shrink(scale[v], rest[v], versines[p]);
       renew(i[p], first[p]);
       renew(j[p], second[p]);
     }

@@ -178,9 +178,39 @@ NewFolderOption = Annotated[
     Path,
     typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False),
 ]
+ReplacedFolderOption = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder to write. One that soco wrote before is replaced.",
+        show_default=False,
+    ),
+]
 FolderArgument = Annotated[
     Path,
     typer.Argument(metavar="DIR", help="Folder that soco compress wrote.", show_default=False),
+]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        "-c",
+        metavar="FILE|self",
+        help="Text to learn from: .txt, .jsonl or .json, also .gz; self: text that the model "
+        "writes itself.",
+        show_default="self for demo, else none",
+    ),
+]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        metavar="N",
+        help="Tokens in each.",
+        show_default="256 for demo, else the model's context, at most 2048",
+    ),
 ]
 SamplesOption = Annotated[
     int | None,

@@ -1,0 +1,61 @@
+"""The tables of docs/reliability.md, from records of streaming, of killed runs, and of fuzzing."""
+
+from collections import Counter
+
+from soco.reporting import format_bytes
+
+
+def reliability(parts: list[dict]) -> dict[str, str]:
+    """Marker in the document to its table, of the kinds that there are records of."""
+    rows = [(part, row) for part in parts for row in part.get("rows", [])]
+    fuzzed = [part for part in parts if "outcomes" in part]
+    streamed = [row for _, row in rows if "of_them_before" in row and "hidden" in row]
+    killed = [(part, row) for part, row in rows if "killed_after_seconds" in row]
+    found = {}
+    if fuzzed:
+        found["fuzz"] = _fuzzed(fuzzed)
+    if streamed:
+        found["streaming"] = _streamed(streamed)
+    if killed:
+        found["killed"] = "\n".join(_killed(part, row) for part, row in killed)
+    return found
+
+
+def _fuzzed(parts: list[dict]) -> str:
+    lines = ["| what is broken at random | command | cases | outcome |", "|---|---|--:|---|"]
+    for part in parts:
+        what = "ops" if "low_rank_group" in part["outcomes"] else "model folders"
+        counts: Counter[str] = Counter()
+        for outcomes in part["outcomes"].values():
+            counts.update(outcomes)
+        told = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
+        command = part["command"].split(" --output")[0]
+        failed = f"{len(part['failures'])} failures: {told}"
+        lines.append(f"| {what} | `{command}` | {part['count']:,} | {failed} |")
+    return "\n".join(lines)
+
+
+def _streamed(rows: list[dict]) -> str:
+    lines = ["| layers | hidden, inner | weights | seconds | peak |", "|--:|---|--:|--:|--:|"]
+    return "\n".join(
+        [
+            *lines,
+            *(
+                f"| {row['layers']} | {row['hidden']}, {row['inner']} | "
+                f"{format_bytes(row['bytes'])} | {row['seconds']:.0f} | "
+                f"{format_bytes(row['peak_process_bytes'])} |"
+                for row in rows
+            ),
+        ]
+    )
+
+
+def _killed(part: dict, row: dict) -> str:
+    after = row["killed_after_seconds"]
+    return (
+        f"{row['layers']} layers, {format_bytes(row['bytes'])} in bfloat16: killed {len(after)} "
+        f"times, after {min(after):.0f} to {max(after):.0f} s; {row['seconds_with_kills']:,.0f} s "
+        f"in all, {row['seconds_undisturbed']:,.0f} s undisturbed (beside other work); weights "
+        f"{'identical' if row['identical'] else 'DIFFERENT'}, {len(row['left_behind'])} files left "
+        f"behind. Made on {part['date'][:10]} at `{part['commit']}` by `{part['command']}`."
+    )

@@ -1,0 +1,215 @@
+"""The blocks of a stored model, run one at a time, each on what the one before it put out."""
+
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack, suppress
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from soco.calibration import Statistics, collect, uncalled
+from soco.objectives import run_model
+from soco.sequential import EnoughError, standing_in
+from soco.steps import frozen
+from soco.stored import StoredModel
+from soco.surgery import transformer_blocks
+from soco.workfolder import WorkFolder
+
+
+class Chain:
+    """Transformer blocks of which each reads what the one before it puts out, and nothing else.
+
+    Inside, once a block has run, what lies outside of all blocks (embeddings) is in memory.
+
+    Attributes:
+        blocks: in their order.
+        paths: their names in the model.
+    """
+
+    def __init__(
+        self, stored: StoredModel, work: WorkFolder, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Nothing is read or run yet.
+
+        Args:
+            stored: the model.
+            work: where outputs are kept.
+            dtype: to compute in.
+            device: to compute on.
+        """
+        self._stored, self._work, self._dtype, self._device = stored, work, dtype, device
+        self._base: nn.Module = getattr(stored.model, "base_model", stored.model)
+        self._outside = ExitStack()
+        self._begun = False
+        self.blocks = transformer_blocks(stored.model)
+        paths = {id(module): path for path, module in stored.model.named_modules()}
+        self.paths = [paths[id(block)] for block in self.blocks]
+
+    def __enter__(self) -> "Chain":
+        """Itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """What was in memory is so no longer."""
+        self._outside.close()
+
+    def statistics(
+        self,
+        number: int,
+        layers: Mapping[str, nn.Module],
+        windows: Tensor,
+        batch_size: int,
+        kinds: Collection[str],
+        *,
+        last: bool,
+    ) -> dict[str, Statistics]:
+        """What layers of a block see; what the block puts out is kept for the next one.
+
+        Args:
+            number: of the block; the one before it has run, or is told to have by its files.
+            layers: name to module, of the block.
+            windows: token ids (sequences, length), on the CPU.
+            batch_size: sequences at a time.
+            kinds: of statistics, as in ``calibration.collect``; none of gradients.
+            last: no other block is going to run.
+
+        Raises:
+            ValueError: the model is no chain of blocks, a layer is never called, or numbers are not
+                finite.
+        """
+        self._begin()
+        first = windows[:batch_size]
+        block = self.blocks[number]
+
+        def step(batch: int, ids: Tensor) -> None:
+            output = self._run(number, batch, ids)
+            if not last:
+                self._work.put_any(_hidden(number + 1, batch), output)
+
+        with (
+            self._stored.in_memory(self._inside(number), self._dtype, self._device),
+            torch.no_grad(),
+            frozen(block),
+        ):
+            self._check(number, first.to(self._device))
+            left = uncalled(
+                self._stored.model, layers, first, lambda batch, ids: self._run(number, batch, ids)
+            )
+            if left:
+                raise ValueError(
+                    f"{left[0]} is never called, because its module reads the weight itself: "
+                    f"leave it out (exclude)"
+                )
+            return collect(block, layers, windows, batch_size, kinds=kinds, run=step)
+
+    def forget(self, number: int) -> None:
+        """What a block was given is not needed any more."""
+        self._work.drop(_hidden(number, "*"))
+
+    def _begin(self) -> None:
+        """Bring in what lies outside of the blocks, once."""
+        if self._begun:
+            return
+        self._begun = True
+        of_base = {id(parameter) for parameter in self._base.parameters()}
+        names = [
+            name
+            for name, parameter in self._stored.model.named_parameters()
+            if id(parameter) in of_base and not any(inside(name, path) for path in self.paths)
+        ]
+        self._outside.enter_context(self._stored.in_memory(names, self._dtype, self._device))
+        for buffer in self._stored.model.buffers():
+            buffer.data = buffer.to(self._device)
+
+    def _inside(self, number: int) -> list[str]:
+        names = (name for name, _ in self._stored.model.named_parameters())
+        return [name for name in names if inside(name, self.paths[number])]
+
+    def _given(self, number: int, batch: int) -> Any:
+        """The outputs of the block before; None for the first one."""
+        return self._work.get_any(_hidden(number, batch)) if number else None
+
+    def _run(self, number: int, batch: int, ids: Tensor) -> Any:
+        """What a block puts out for a batch."""
+        outputs: list[Any] = []
+
+        def keep(module: nn.Module, inputs: object, output: Any) -> None:
+            outputs.append(output)
+            raise EnoughError
+
+        given = self._given(number, batch)
+        hook = self.blocks[number].register_forward_hook(keep)
+        try:
+            with standing_in(self.blocks[:number], given, self._device), suppress(EnoughError):
+                run_model(self._base, ids)
+        finally:
+            hook.remove()
+        if not outputs:
+            raise self._no_chain(number, "is not called")
+        return outputs[0]
+
+    def _check(self, number: int, ids: Tensor) -> None:
+        """Refuse blocks that run more than once, or read more than what the last one put out.
+
+        Tried on the first batch: blocks before the last one give something else, and blocks behind
+        this one only pass something on.
+        """
+        given = self._given(number, 0)
+        expected = self._run(number, 0, ids)
+        before, last = self.blocks[: max(0, number - 1)], self.blocks[max(0, number - 1) : number]
+        for other in (given, _changed(given)):
+            calls: list[Any] = []
+            hook = self.blocks[number].register_forward_hook(
+                lambda module, inputs, output, calls=calls: calls.append(output)
+            )
+            try:
+                with (
+                    standing_in(before, other, self._device),
+                    standing_in(last, given, self._device),
+                    standing_in(self.blocks[number + 1 :], expected, self._device),
+                ):
+                    run_model(self._base, ids)
+            finally:
+                hook.remove()
+            if len(calls) != 1 or not _equal(calls[0], expected):
+                raise self._no_chain(
+                    number, "runs more than once, or reads more than the block before it gives"
+                )
+
+    def _no_chain(self, number: int, why: str) -> ValueError:
+        return ValueError(
+            f"{type(self._stored.model).__name__} is no chain of blocks ({self.paths[number]} "
+            f"{why}), and cannot be streamed"
+        )
+
+
+def inside(name: str, path: str) -> bool:
+    """Whether a parameter or module lies in the module of that path."""
+    return name.startswith(f"{path}.")
+
+
+def _hidden(number: int, batch: int | str) -> str:
+    """The file of what a block is given: the outputs of the one before it."""
+    return f"hidden-{number}-{batch}.pt"
+
+
+def _changed(value: Any) -> Any:
+    """The same tensors with other numbers in them."""
+    if isinstance(value, Tensor):
+        return value * 0 + 1 if value.is_floating_point() else value
+    return type(value)(map(_changed, value)) if type(value) in (tuple, list) else value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        same = isinstance(other, Tensor) and one.shape == other.shape
+        return same and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    if type(one) in (tuple, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return True
