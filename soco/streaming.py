@@ -142,9 +142,8 @@ def compress_folder(
         )
     target = Path(output)
     check_replaceable(target)
-    beside = target.resolve()
-    place = Path(work) if work is not None else beside.with_name(f"{beside.name}.work")
-    if place.resolve() == beside:
+    place = work_folder(target, work)
+    if place.resolve() == target.resolve():
         raise ValueError(f"{place} is the output: choose another work folder")
     stored = StoredModel(folder)
     targets = _check_model(stored, include, exclude)
@@ -179,6 +178,12 @@ def compress_folder(
         source = calibration_source(calibration, windows, seed)
         report = run.write(target, source)
     return report
+
+
+def work_folder(output: Path, work: str | PathLike[str] | None) -> Path:
+    """Where a run keeps what is done, if that was asked for or not."""
+    beside = output.resolve()
+    return Path(work) if work is not None else beside.with_name(f"{beside.name}.work")
 
 
 def _check_choices(choices: Choices, ratio: float) -> None:

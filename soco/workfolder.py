@@ -23,15 +23,13 @@ class WorkFolder:
 
     Attributes:
         path: of the folder.
-        resumed: whether an earlier run began it.
     """
 
     def __init__(self, path: Path, plan: Mapping[str, Any]) -> None:
         """Prepared by ``opened``."""
         self.path = path
         self._plan = json.loads(json.dumps(plan))
-        self.resumed = (path / PLAN).is_file()
-        if self.resumed:
+        if self.has(PLAN):
             self._compare()
         else:
             self.put_json(PLAN, self._plan)

@@ -254,7 +254,10 @@ def test_a_streamed_run_that_is_stopped_goes_on(run, place, monkeypatch):
         "soco: stopped: the same command goes on from here", "soco: interrupted",
     ]  # fmt: skip
     assert (place / "kept" / "plan.json").is_file()
-    assert run(*words)[0] == 0
+    assert "going on" not in err
+    code, _, err = run(*words)
+    assert code == 0
+    assert "soco: going on from where an earlier run was stopped" in err.splitlines()
     assert not (place / "kept").exists()
     assert AutoModelForCausalLM.from_pretrained(place / "out") is not None
 

@@ -16,7 +16,6 @@ def test_files_come_back(tmp_path):
     tensors = {"a": torch.randn(3, 2), "b": torch.arange(4).view(2, 2).mT}
     value = (torch.randn(2, 3), [torch.ones(1)], None)
     with opened(tmp_path / "work", PLANNED) as work:
-        assert not work.resumed
         assert not work.has("x.safetensors")
         work.put_tensors("x.safetensors", tensors)
         work.put_json("x.json", [1, 2])
@@ -46,7 +45,6 @@ def test_goes_on_after_a_stop(tmp_path):
     (path / ".half.part").write_text("half")
     (path / ".tmpexH5An").write_text("what safetensors leaves of a file when it is killed")
     with opened(path, PLANNED) as work:
-        assert work.resumed
         assert work.get_json("done.json") == 1
         assert sorted(p.name for p in path.iterdir()) == ["done.json", "lock", PLAN]
     assert not path.exists()
@@ -72,7 +70,7 @@ def test_the_first_difference_is_named(plan, message, tmp_path):
 def test_tuples_are_lists_in_a_plan(tmp_path):
     path = stopped(tmp_path / "work", {"layers": ("a", "b")})
     with opened(path, {"layers": ["a", "b"]}) as work:
-        assert work.resumed
+        assert work.has("done.json")
 
 
 HOLD = """
@@ -97,7 +95,7 @@ def test_one_process_at_a_time(tmp_path):
     run.kill()
     run.communicate()
     with opened(path, PLANNED) as work:
-        assert work.resumed
+        assert work.has(PLAN)
 
 
 def test_another_folder_is_left_alone(tmp_path):

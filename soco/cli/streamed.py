@@ -16,7 +16,8 @@ from soco.cli.sources import (
     open_tokenizer,
 )
 from soco.stored import StoredModel
-from soco.streaming import compress_folder
+from soco.streaming import compress_folder, work_folder
+from soco.workfolder import PLAN
 
 # Options of `soco compress` that need what streaming has not.
 _WHOLE = ("ratios", "size", "effort", "preset", "pivoted", "refine", "surgeon", "stats", "training")
@@ -49,13 +50,13 @@ def compress(wanted: Compression, work: Path | None) -> None:
             name = str(stored).removeprefix("torch.")
             tell(f"computing in float32: this CPU is slow in {name}, which the model is stored in")
             dtype = torch.float32
-        tokenizer = None
-        if wanted.calibration not in (None, "self"):
-            options["calibration"] = find_text(wanted.calibration)
-            tokenizer = open_tokenizer(wanted.model)
-        elif wanted.calibration == "self":
-            options["calibration"] = "self"
+        tokenizer, text = None, wanted.calibration
+        if text is not None and text != "self":
+            text, tokenizer = find_text(text), open_tokenizer(wanted.model)
+        options["calibration"] = text
         tell(f"compressing block by block by {wanted.method} on {device}")
+        if (work_folder(wanted.output, work) / PLAN).is_file():
+            tell("going on from where an earlier run was stopped")
         try:
             report = compress_folder(
                 place, wanted.output, method=wanted.method, tokenizer=tokenizer, seed=wanted.seed,
