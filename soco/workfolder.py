@@ -18,6 +18,10 @@ PLAN = "plan.json"  # what the run is of
 _LOCK = "lock"
 
 
+class DamagedError(ValueError):
+    """A file of a work folder cannot be read."""
+
+
 class WorkFolder:
     """Files that are there as a whole or not at all, and a plan that they belong to.
 
@@ -105,8 +109,8 @@ class WorkFolder:
                 f"command again, which goes on from here"
             ) from error
 
-    def _broken(self, name: str) -> ValueError:
-        return ValueError(
+    def _broken(self, name: str) -> DamagedError:
+        return DamagedError(
             f"{self.path / name} is damaged: delete the folder {self.path} to begin anew"
         )
 
@@ -131,7 +135,10 @@ class WorkFolder:
 
 @contextmanager
 def opened(path: Path, plan: Mapping[str, Any]) -> Iterator[WorkFolder]:
-    """A work folder for one run at a time, deleted when the block ends well and kept otherwise.
+    """A work folder for one run at a time, kept when the block is interrupted or the disk is full.
+
+    It is deleted when the block ends well, and on a ValueError: then the input is bad, and would be
+    again.
 
     Args:
         path: new, empty, or of an earlier run.
@@ -153,16 +160,27 @@ def opened(path: Path, plan: Mapping[str, Any]) -> Iterator[WorkFolder]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another run works in {path}: wait for it, or stop it") from None
+    ended = False
     try:
         folder = WorkFolder(path, plan)
         folder.drop_parts()
-        yield folder
-        folder.discard()
+        try:
+            yield folder
+            ended = True
+        except DamagedError:
+            raise
+        except ValueError:  # what this run is of cannot be done, now or later
+            ended = True
+            raise
+        finally:
+            if ended:
+                folder.discard()
     finally:
         lock.release()
-    (path / _LOCK).unlink(missing_ok=True)
-    if not any(path.iterdir()):
-        path.rmdir()
+        if ended:
+            (path / _LOCK).unlink(missing_ok=True)
+            if not any(path.iterdir()):
+                path.rmdir()
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

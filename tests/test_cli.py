@@ -254,10 +254,11 @@ def test_a_streamed_run_that_is_stopped_goes_on(run, place, monkeypatch):
         "soco: stopped: the same command goes on from here", "soco: interrupted",
     ]  # fmt: skip
     assert (place / "kept" / "plan.json").is_file()
-    assert "going on" not in err
+    assert "an earlier run" not in err
     code, _, err = run(*words)
     assert code == 0
-    assert "soco: going on from where an earlier run was stopped" in err.splitlines()
+    told = "soco: an earlier run was stopped: going on with what is in kept"
+    assert told in err.splitlines()
     assert not (place / "kept").exists()
     assert AutoModelForCausalLM.from_pretrained(place / "out") is not None
 
@@ -275,12 +276,34 @@ def test_a_streamed_run_that_is_stopped_goes_on(run, place, monkeypatch):
         (["--stats", "stats"], "--stats needs the whole model"),
         (["--method", "soco", "--steps", "3"], "--steps needs the whole model"),
         (["-c", "self"], "cannot write its calibration text"),
+        (["-c", "three.txt"], "the calibration data has 13 tokens, fewer than one window of 16"),
+        (["-c", "nope.txt"], "there is no file 'nope.txt'"),
+        (["--ratio", "0"], "0 is not above 0 and below 1"),
+        (["--ratio", "-1"], "-1 is not above 0 and below 1"),
         (["-o", "dense"], "is not the folder of a model compressed by soco"),
     ],
 )
 def test_what_cannot_be_streamed(fails, place, words, message):
+    (place / "three.txt").write_text("the cat sat..")
     before = state(place)
     assert message in fails("compress", "dense", "-o", "out", *STREAM, *words)
+    assert state(place) == before
+
+
+def test_streaming_without_text(fails, place):
+    words = ["compress", "dense", "-o", "x", "--stream", "--method", "svd-llm"]
+    assert "method svd-llm learns from text: give --calibration FILE" in fails(*words)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [("truncated", "is truncated"), ("nan_weight", "holds NaN"), ("missing_weight", "holds no ")],
+)
+def test_streaming_what_is_broken_leaves_nothing(fails, place, damage, message):
+    """No work folder either, which would be in the way once the model is mended."""
+    globals()[damage](place / "dense")
+    before = state(place)
+    assert message in fails("compress", "dense", "-o", "out", *STREAM)
     assert state(place) == before
 
 

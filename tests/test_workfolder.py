@@ -169,6 +169,22 @@ def full(*_):
     raise OSError(28, "No space left on device")
 
 
+def test_bad_input_leaves_nothing_and_damage_all(tmp_path):
+    path = tmp_path / "work"
+    with pytest.raises(ValueError, match="bad"), opened(path, PLANNED) as work:  # noqa: PT012
+        work.put_json("done.json", 1)
+        raise ValueError("bad")
+    assert not path.exists()
+    stopped(path)
+    (path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"), opened(path, PLANNED) as work:
+        work.get_json("x.json")
+    assert (path / "done.json").is_file()
+    with pytest.raises(OSError, match="full"), opened(path, PLANNED):
+        raise OSError("full")
+    assert (path / "done.json").is_file()
+
+
 def test_the_plan_is_readable(tmp_path):
     path = stopped(tmp_path / "work")
     assert json.loads((path / PLAN).read_text()) == PLANNED

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from soco.choices import choose
 from soco.cli.commands import Compression, tell_files
 from soco.cli.messages import console, quiet_libraries, say
 from soco.cli.sources import (
@@ -53,10 +54,13 @@ def compress(wanted: Compression, work: Path | None) -> None:
         tokenizer, text = None, wanted.calibration
         if text is not None and text != "self":
             text, tokenizer = find_text(text), open_tokenizer(wanted.model)
+        elif text is None and choose(wanted.method, **options).reads_text:
+            raise ValueError(f"method {wanted.method} learns from text: give --calibration FILE")
         options["calibration"] = text
         tell(f"compressing block by block by {wanted.method} on {device}")
-        if (work_folder(wanted.output, work) / PLAN).is_file():
-            tell("going on from where an earlier run was stopped")
+        kept = work_folder(wanted.output, work)
+        if (kept / PLAN).is_file():
+            tell(f"an earlier run was stopped: going on with what is in {kept}")
         try:
             report = compress_folder(
                 place, wanted.output, method=wanted.method, tokenizer=tokenizer, seed=wanted.seed,
