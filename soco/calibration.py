@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from soco.linalg import add_gram
 from soco.objectives import Objective, by_sequence, objective_for, run_model
 from soco.steps import frozen
 from soco.surgery import twins_of
@@ -23,7 +24,7 @@ Run = Callable[[int, Tensor], object]
 # One batch of so many goes into the sampled statistics: a backward pass takes twice a forward pass.
 SAMPLED = 8
 
-# Rows of a chunk: of a product in float32 that is summed in float64, and of one step of the QR.
+# Rows of a chunk: of a sum in float32 that is added up in float64, and of one step of the QR.
 _CHUNK = 2048
 
 
@@ -292,9 +293,9 @@ class _Collector:
         sums = self.sums.get(name)
         if sums is None:
             sums = self.sums[name] = _zeros(self.kinds, x.shape[-1], x.device)
+        add_gram(sums["gram"], rows)
         for chunk in rows.split(_CHUNK):
             wide = chunk.float()
-            sums["gram"].add_((wide.T @ wide).double())
             if "mean" in sums:
                 sums["mean"].add_(wide.sum(0).double())
             if "abs_mean" in sums:
@@ -304,7 +305,7 @@ class _Collector:
                 sums["root"] = torch.linalg.qr(stack, mode="r").R[: x.shape[-1]]
         if "stacked_gram" in sums:
             mean = by_sequence(x, self.shape).float().mean(0)  # (length, in)
-            sums["stacked_gram"].add_((mean.T @ mean).double())
+            add_gram(sums["stacked_gram"], mean)
         self.tokens[name] = self.tokens.get(name, 0) + len(rows)
 
     def result(self, name: str, module: nn.Module, gradients: "_Gradients | None") -> Statistics:
@@ -413,11 +414,10 @@ class _Gradients:
             into.append("sampled_grad_gram")
             self.sampled[name] = self.sampled.get(name, 0) + g.shape[0] * g.shape[1]
         if into:
-            total = torch.zeros((), dtype=torch.float64, device=g.device)
-            for chunk in g.flatten(0, 1).split(_CHUNK):
-                total = total + (chunk.T @ chunk).double()
+            size = (g.shape[-1], g.shape[-1])
             for kind in into:
-                sums[kind] = sums.get(kind, 0) + total
+                sums.setdefault(kind, torch.zeros(size, dtype=torch.float64, device=g.device))
+                add_gram(sums[kind], g.flatten(0, 1))
         if "fisher" in self.kinds:
             shape = (g.shape[-1], x.shape[-1])
             sums.setdefault("fisher", torch.zeros(shape, dtype=torch.float64, device=g.device))

@@ -1,6 +1,7 @@
 """Around a compression: the model unharmed when it fails, and what it took."""
 
 import contextlib
+import ctypes
 import resource
 import sys
 import time
@@ -103,6 +104,15 @@ class Clock:
                 return int(peak.split()[1]) * 1024, "process"
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
+
+
+def give_back_memory() -> None:
+    """Return to the system what was freed and is kept for later (by glibc; others do nothing).
+
+    After large matrices that can be hundreds of megabytes, which count as resident.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _flags(module: nn.Module) -> tuple[bool, bool]:

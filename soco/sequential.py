@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from soco.linalg import add_gram
 from soco.objectives import run_model
 from soco.surgery import replaced, transformer_blocks
 
@@ -240,11 +241,10 @@ class _Products:
                 tuple(names),
                 [torch.zeros(size, size, dtype=torch.float64, device=x.device) for _ in range(2)],
             )
-            for chunk in range(0, len(x), _CHUNK):
-                part = x[chunk : chunk + _CHUNK].float()
-                total[0].add_((part.mT @ part).double())
-                if x0 is not None:
-                    total[1].add_((x0[chunk : chunk + _CHUNK].float().mT @ part).double())
+            add_gram(total[0], x)
+            if x0 is not None:
+                for one, other in zip(x0.split(_CHUNK), x.split(_CHUNK), strict=True):
+                    total[1].add_((one.float().mT @ other.float()).double())
             for name in names:
                 self.tokens[name] = self.tokens.get(name, 0) + len(x)
 

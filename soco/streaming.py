@@ -26,7 +26,7 @@ from soco.contents import CONFIG, check_contents
 from soco.diagnosis import versions
 from soco.factorization import choose_ranks
 from soco.folders import carry_over, replaced, write_checksums
-from soco.guard import Clock
+from soco.guard import Clock, give_back_memory
 from soco.headers import INDEX, read_headers, weight_files
 from soco.installation import install, layer_reports, size_of
 from soco.linalg import Factors, Spectrum
@@ -292,6 +292,7 @@ class _Run:
         tokens = {name: each.tokens for name, each in statistics.items()}
         between = time.perf_counter()
         for name in self.names[number]:
+            give_back_memory()
             self._take_apart(name, statistics.pop(name, None))
         seconds = {"statistics": between - begin, "decomposition": time.perf_counter() - between}
         return {"tokens": tokens, "seconds": seconds}

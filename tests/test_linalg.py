@@ -1,7 +1,10 @@
 """soco.linalg against torch.linalg and against the theorems in its docstrings."""
 
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -829,3 +832,40 @@ def test_factors():
     factors = Factors(normal(4, 2), normal(2, 3))
     torch.testing.assert_close(factors.product(), factors.up @ factors.down)
     assert {part.dtype for part in factors.to(torch.bfloat16)} == {torch.bfloat16}
+
+
+# ---- sums of Gram matrices ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 1), (4100, 30), (7, 600), (2048, 513)])
+def test_sums_of_gram_matrices(shape, dtype, device):
+    """Several pieces of rows and of columns, and what was there before."""
+    rows = normal(*shape, device=device).to(dtype)
+    total = torch.ones(shape[1], shape[1], dtype=torch.float64, device=device)
+    linalg.add_gram(total, rows)
+    linalg.add_gram(total, rows[:, None].expand(-1, 2, -1)[:, 1])
+    wide = rows.double()
+    expected = 1 + 2 * wide.mT @ wide
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=2e-6 * max(1, shape[0]))
+    assert torch.equal(total, total.mT)
+
+
+def test_memory_of_a_whitened_svd():
+    """Beside the Gram matrix there is no second one."""
+    code = """if True:
+        import torch
+        from soco.linalg import whitened_svd
+        def peak():
+            lines = open("/proc/self/status").read().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+        gram = torch.eye(4096, dtype=torch.float64)
+        whitened_svd(torch.randn(64, 64), torch.eye(64, dtype=torch.float64), 4)
+        before = peak()
+        whitened_svd(torch.randn(64, 4096), gram, 4)
+        print((peak() - before) / gram.nbytes)
+    """
+    if not Path("/proc/self/status").exists():
+        pytest.skip("only Linux tells the peak")
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(told.stdout) < 0.5

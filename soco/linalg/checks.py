@@ -10,6 +10,7 @@ from soco.ops import check_finite
 # How far from symmetric or positive a Gram matrix may be, as a fraction of its largest entry or
 # eigenvalue, and still count as one that was only accumulated in low precision.
 GRAM_TOLERANCE = 1e-4
+_ROWS = 512  # that are compared with their mirror images at a time
 
 
 def check_rank(rank: int, most: int, name: str) -> int:
@@ -44,8 +45,10 @@ def check_gram(gram: Tensor, weight: Tensor, name: str) -> None:
     check_matrix(gram, title)
     if inputs == 0:
         return
-    largest = gram.abs().amax()
-    skew = (gram - gram.mT).abs().amax()
+    largest = largest_of(gram)
+    skew = torch.stack(
+        [largest_of(one - other) for one, other in zip(*_row_blocks(gram), strict=True)]
+    ).amax()
     if skew > GRAM_TOLERANCE * largest:
         raise ValueError(
             f"{title} is not symmetric: entries mirrored on the diagonal differ by up to "
@@ -63,11 +66,21 @@ def to_unit_range(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The matrices with entries below 1, and the exponent that each was divided by (...,), int32.
     """
-    exponent = torch.frexp(matrix.abs().amax((-2, -1))).exponent
+    exponent = torch.frexp(largest_of(matrix)).exponent
     return times_power_of_two(matrix, -exponent[..., None, None]), exponent
+
+
+def largest_of(matrix: Tensor) -> Tensor:
+    """The largest absolute value of matrices (..., out, in), without another one beside each."""
+    return torch.maximum(matrix.amax((-2, -1)), -matrix.amin((-2, -1)))
 
 
 def times_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
     """``x * 2**exponent``, also where the power itself is no number of x's dtype."""
     half = exponent // 2
-    return x * torch.exp2(half.to(x.dtype)) * torch.exp2((exponent - half).to(x.dtype))
+    return (x * torch.exp2(half.to(x.dtype))).mul_(torch.exp2((exponent - half).to(x.dtype)))
+
+
+def _row_blocks(matrix: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """A square matrix and its mirror image, a few rows at a time."""
+    return matrix.split(_ROWS), matrix.mT.split(_ROWS)

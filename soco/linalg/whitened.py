@@ -8,6 +8,7 @@ from soco.linalg.checks import (
     check_gram,
     check_matrix,
     check_rank,
+    largest_of,
     times_power_of_two,
     to_unit_range,
 )
@@ -74,14 +75,16 @@ def whitened_svd(
 def _whitened(weight: Tensor, gram: Tensor, rank: int, name: str) -> Spectrum:
     """``whitened_svd`` in float64, of a weight and a Gram matrix that are not zero."""
     weight, weight_exponent = to_unit_range(weight)
-    gram, gram_exponent = to_unit_range(gram)
+    gram_exponent = torch.frexp(largest_of(gram)).exponent
     # weight = basis @ core with orthonormal columns in basis; core is (side, in), side <= in.
     basis, core = (None, weight) if weight.shape[0] <= weight.shape[1] else torch.linalg.qr(weight)
-    energy = core @ gram @ core.mT  # (side, side)
+    # Of the Gram matrix divided by a power of two: the core is, which is smaller.
+    energy = times_power_of_two(core, -gram_exponent) @ gram @ core.mT  # (side, side)
     values, vectors = eigh_descending((energy + energy.mT) / 2)
     # Below this an eigenvalue is rounding: the solver's, or that of the products before it.
+    diagonal = times_power_of_two(gram.diagonal().amax(), -gram_exponent)
     side, eps = len(values), torch.finfo(torch.float64).eps
-    noise = eps * torch.maximum(side * values[0], core.square().sum() * gram.diagonal().amax())
+    noise = eps * torch.maximum(side * values[0], core.square().sum() * diagonal)
     if values[-1] < -torch.maximum(GRAM_TOLERANCE * values[0], noise):
         raise ValueError(
             f"the Gram matrix of {name} is not positive semidefinite: one direction of the outputs "
