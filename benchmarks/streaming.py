@@ -149,7 +149,7 @@ def killed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "seconds_undisturbed": round(seconds, 1),
                 "seconds_with_kills": round(time.perf_counter() - begin, 1),
                 "killed_after_seconds": kills,
-                "identical": _hashes(once) == _hashes(often),
+                "identical": hashes(once) == hashes(often),
                 "left_behind": sorted(
                     entry.name
                     for entry in Path(scratch).iterdir()
@@ -164,7 +164,8 @@ def _sizes(arguments: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def hashes(folder: Path) -> dict[str, str]:
+    """File of weights or index to its SHA-256."""
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.glob("model*"))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from soco.optimization import optimize as optimize
     from soco.pipeline import compress as compress
     from soco.preparation import prepare as prepare
+    from soco.processes import together as together
     from soco.reporting import Report as Report
     from soco.reporting import report as report
     from soco.resizing import resize as resize
@@ -66,6 +67,7 @@ __all__ = [
     "report",
     "resize",
     "save",
+    "together",
     "verify",
 ]
 
@@ -89,6 +91,7 @@ _HOME = {  # public name to the file it lives in
     "report": "reporting",
     "resize": "resizing",
     "save": "checkpoint",
+    "together": "processes",
     "verify": "verification",
 }
 

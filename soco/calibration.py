@@ -1,6 +1,5 @@
 """What methods want to know of a model's layers on real inputs, collected in one pass."""
 
-import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -8,8 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from soco.linalg import add_gram
-from soco.objectives import Objective, by_sequence, objective_for, run_model
+from soco.objectives import Objective, draw_seeds, objective_for, run_model
+from soco.observing import OF_GRADIENTS, GradientSums, InputSums
+from soco.processes import count, gathered, own
 from soco.steps import frozen
 from soco.surgery import twins_of
 
@@ -17,15 +17,11 @@ from soco.surgery import twins_of
 KINDS = frozenset(
     {"gram", "mean", "abs_mean", "stacked_gram", "root", "fisher", "grad_gram", "sampled_grad_gram"}
 )
-OF_GRADIENTS = frozenset({"fisher", "grad_gram", "sampled_grad_gram"})
 
 Run = Callable[[int, Tensor], object]
 
 # One batch of so many goes into the sampled statistics: a backward pass takes twice a forward pass.
 SAMPLED = 8
-
-# Rows of a chunk: of a sum in float32 that is added up in float64, and of one step of the QR.
-_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -136,43 +132,56 @@ def collect(
     twins = twins_of(model, layers)
     alone: set[str] = set()
     while True:
-        collector = _Collector(alone, wanted)
+        collector = InputSums(alone, wanted)
         hooks = [
             twin.register_forward_pre_hook(collector.hook(name))
             for name in layers
             for twin in twins[name]
         ]
-        gradients = _Gradients(wanted) if wanted & OF_GRADIENTS else None
+        gradients = GradientSums(wanted) if wanted & OF_GRADIENTS else None
         batches = windows.split(batch_size)
         sample = -(-len(batches) // SAMPLED)
         if gradients is not None:
             hooks += [t.register_forward_hook(gradients.hook(n)) for n in layers for t in twins[n]]
-        generator = torch.Generator().manual_seed(seed)
+        seeds = draw_seeds(len(windows), torch.Generator().manual_seed(seed)).split(batch_size)
         try:
             with frozen(model), torch.autocast(device.type, enabled=False):
-                for done, batch in enumerate(batches, start=1):
-                    ids = batch.to(device)
+                for number in own(len(batches)):
+                    ids = batches[number].to(device)
                     collector.shape = tuple(ids.shape)
-                    if gradients is None or not gradients.wants(done <= sample):
+                    if gradients is None or not gradients.wants(number < sample):
                         # Not inference_mode: what the model caches has to serve in training later.
                         with torch.no_grad():
                             if run is None:
                                 run_model(_body(model, layers), ids)
                             else:
-                                run(done - 1, ids)
+                                run(number, ids)
                     else:
-                        gradients.run(model, cast(Objective, objective), ids, generator)
+                        gradients.run(model, cast(Objective, objective), ids, seeds[number])
                     collector.end_forward()
                     if collector.parted:
                         break
-                    on_batch(min(done * batch_size, len(windows)))
+                    on_batch(min((number + 1) * batch_size, len(windows)))
         finally:
             for hook in hooks:
                 hook.remove()
-        if not collector.parted:
+        parted = set[str]().union(*gathered(collector.parted))
+        if not parted:
             break
-        alone |= collector.parted
-    return {name: collector.result(name, module, gradients) for name, module in layers.items()}
+        alone |= parted
+    if count() > 1:
+        collector.add_up(layers)
+        if gradients is not None:
+            gradients.add_up(layers)
+    found = {}
+    for name, module in layers.items():
+        sums, tokens = collector.result(name, module)
+        sequences = 0
+        if gradients is not None:
+            sums = {**sums, **gradients.result(name, module, tokens)}
+            sequences = gradients.sequences
+        found[name] = Statistics(tokens=tokens, sequences=sequences, **cast(dict[str, Any], sums))
+    return found
 
 
 def _body(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
@@ -226,223 +235,3 @@ def _caller(model: nn.Module, name: str) -> nn.Module:
     while isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
         path = path.rpartition(".")[0]
     return model.get_submodule(path)
-
-
-class _Collector:
-    """Sums over inputs; layers with the same input tensors point to the same sums.
-
-    A layer follows another from its first call on, if both were given the same tensor for the first
-    time, and has to be given the same ones ever after.
-
-    Args:
-        alone: layers that follow no other.
-        kinds: of statistics.
-    """
-
-    def __init__(self, alone: set[str], kinds: Collection[str]) -> None:
-        self.alone = alone
-        self.kinds = kinds
-        self.parted: set[str] = set()  # layers that went another way than the one they followed
-        self.sums: dict[str, dict[str, Tensor]] = {}  # by leader, then by kind
-        self.tokens: dict[str, int] = {}
-        self.leader: dict[str, str] = {}  # layer to the layer that sums for it
-        self.fresh: list[str] = []  # leaders whose first forward this is
-        self.seen: dict[str, list[weakref.ref[Tensor]]] = {}  # inputs of this forward, by leader
-        self.calls: dict[str, int] = {}  # of a layer, in this forward
-        self.shape: tuple[int, ...] = ()  # (sequences, length) of the ids that run
-
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """The forward pre-hook of the layer ``name``."""
-
-        def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            self.calls[name] = self.calls.get(name, 0) + 1
-            if name not in self.leader:
-                self.leader[name] = self._find_leader(name, x)
-            leader = self.leader[name]
-            if leader == name:
-                self.seen.setdefault(name, []).append(weakref.ref(x))
-                self._add(name, x.detach())
-                return
-            before = self.seen.get(leader, [])
-            call = self.calls[name]
-            if call > len(before) or before[call - 1]() is not x:
-                self.parted.add(name)
-
-        return observe
-
-    def _find_leader(self, name: str, x: Tensor) -> str:
-        if name not in self.alone:
-            for other in self.fresh:
-                if self.seen[other][0]() is x:
-                    return other
-        self.fresh.append(name)
-        return name
-
-    def end_forward(self) -> None:
-        """Call after each forward."""
-        for name, leader in self.leader.items():
-            if self.calls.get(name, 0) != self.calls.get(leader, 0):
-                self.parted.add(name)
-        self.seen.clear()
-        self.calls.clear()
-        self.fresh.clear()
-
-    def _add(self, name: str, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        sums = self.sums.get(name)
-        if sums is None:
-            sums = self.sums[name] = _zeros(self.kinds, x.shape[-1], x.device)
-        add_gram(sums["gram"], rows)
-        for chunk in rows.split(_CHUNK):
-            wide = chunk.float()
-            if "mean" in sums:
-                sums["mean"].add_(wide.sum(0).double())
-            if "abs_mean" in sums:
-                sums["abs_mean"].add_(wide.abs().sum(0).double())
-            if "root" in sums:
-                stack = torch.cat([sums["root"], chunk.double()])
-                sums["root"] = torch.linalg.qr(stack, mode="r").R[: x.shape[-1]]
-        if "stacked_gram" in sums:
-            mean = by_sequence(x, self.shape).float().mean(0)  # (length, in)
-            add_gram(sums["stacked_gram"], mean)
-        self.tokens[name] = self.tokens.get(name, 0) + len(rows)
-
-    def result(self, name: str, module: nn.Module, gradients: "_Gradients | None") -> Statistics:
-        """The sums of the layer ``name``."""
-        leader = self.leader.get(name)
-        outputs, inputs = _shape(module)
-        device = next(module.parameters()).device
-        if leader is None or leader not in self.sums:
-            sums, tokens = _zeros(self.kinds, inputs, device), 0
-        else:
-            sums, tokens = self.sums[leader], self.tokens[leader]
-            if not bool(torch.isfinite(sums["gram"]).all()):
-                raise ValueError(
-                    f"the inputs of {name} hold NaN or Inf on the calibration text: the model "
-                    f"overflows in its dtype, or its weights are broken"
-                )
-        if gradients is None:
-            return Statistics(tokens=tokens, **cast(dict[str, Any], sums))
-        own = gradients.result(name, outputs, inputs, tokens, device)
-        parts = cast(dict[str, Any], {**sums, **own})
-        return Statistics(tokens=tokens, sequences=gradients.sequences, **parts)
-
-
-def _zeros(kinds: Collection[str], inputs: int, device: torch.device) -> dict[str, Tensor]:
-    """The statistics of inputs that nobody has seen."""
-    sizes = {
-        "gram": (inputs, inputs),
-        "mean": (inputs,),
-        "abs_mean": (inputs,),
-        "stacked_gram": (inputs, inputs),
-        "root": (inputs, inputs),
-    }
-    return {
-        kind: torch.zeros(size, dtype=torch.float64, device=device)
-        for kind, size in sizes.items()
-        if kind in kinds
-    }
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of an ``nn.Linear`` or ``Conv1D``."""
-    inputs = getattr(module, "in_features", None) or getattr(module, "nx")  # noqa: B009
-    outputs = getattr(module, "out_features", None) or getattr(module, "nf")  # noqa: B009
-    return cast(int, outputs), cast(int, inputs)
-
-
-class _Gradients:
-    """Sums over the gradients of outputs, by layer.
-
-    Nothing in the model requires a gradient; a zero that does is added to every layer's outputs.
-
-    Args:
-        kinds: of statistics.
-    """
-
-    def __init__(self, kinds: Collection[str]) -> None:
-        self.kinds = frozenset(kinds) & OF_GRADIENTS
-        self.sequences = 0
-        self.sampling = False  # whether this batch goes into what is sampled
-        self.sampled: dict[str, int] = {}  # tokens that did
-        self.sums: dict[str, dict[str, Tensor]] = {}
-        self.calls: dict[str, int] = {}  # of a layer, in this forward
-        self.pending: dict[str, Tensor] = {}  # gradients (sequences, out, in) of several calls
-        self.shape: tuple[int, ...] = ()  # (sequences, length) of the ids that run
-
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        """The forward hook of the layer ``name``."""
-
-        def observe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled():
-                return None
-            x = inputs[0].detach()
-            self.calls[name] = self.calls.get(name, 0) + 1
-            zero = torch.zeros(1, dtype=output.dtype, device=output.device, requires_grad=True)
-            output = output + zero
-            output.register_hook(lambda gradient: self._add(name, x, gradient))
-            return output
-
-        return observe
-
-    def wants(self, sampling: bool) -> bool:
-        """Whether a batch has to be run with gradients, if it is in the sample or not."""
-        self.sampling = sampling and "sampled_grad_gram" in self.kinds
-        return self.sampling or bool(self.kinds - {"sampled_grad_gram"})
-
-    def run(
-        self, model: nn.Module, objective: Objective, ids: Tensor, generator: torch.Generator
-    ) -> None:
-        """One batch (sequences, length), forward and backward."""
-        self.calls.clear()
-        self.shape = tuple(ids.shape)
-        with torch.enable_grad():
-            outputs = objective.outputs(model, ids)
-            objective.surprise(outputs.detach(), outputs, generator).backward()
-        for name, weight in self.pending.items():
-            self.sums[name]["fisher"].add_(weight.double().square().sum(0))
-        self.pending.clear()
-        self.sequences += len(ids)
-
-    @torch.no_grad()
-    def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        x, g = (by_sequence(rows, self.shape).float() for rows in (x, gradient))
-        sums = self.sums.setdefault(name, {})
-        into = ["grad_gram"] if "grad_gram" in self.kinds else []
-        if self.sampling:
-            into.append("sampled_grad_gram")
-            self.sampled[name] = self.sampled.get(name, 0) + g.shape[0] * g.shape[1]
-        if into:
-            size = (g.shape[-1], g.shape[-1])
-            for kind in into:
-                sums.setdefault(kind, torch.zeros(size, dtype=torch.float64, device=g.device))
-                add_gram(sums[kind], g.flatten(0, 1))
-        if "fisher" in self.kinds:
-            shape = (g.shape[-1], x.shape[-1])
-            sums.setdefault("fisher", torch.zeros(shape, dtype=torch.float64, device=g.device))
-            if self.calls[name] > 1:  # the gradient of a sequence is the sum over all calls
-                self.pending[name] = self.pending.get(name, 0) + g.mT @ x
-                return
-            for one, other in zip(g, x, strict=True):
-                sums["fisher"].add_((one.T @ other).double().square())
-
-    def result(
-        self, name: str, outputs: int, inputs: int, tokens: int, device: Any
-    ) -> dict[str, Tensor]:
-        """The sums of the layer ``name``, which saw so many tokens in all."""
-        sizes = {kind: (outputs, outputs) for kind in ("grad_gram", "sampled_grad_gram")}
-        sizes["fisher"] = (outputs, inputs)
-        found = dict(self.sums.get(name, {}))
-        if "sampled_grad_gram" in found:  # as if all tokens had been like those
-            found["sampled_grad_gram"] *= tokens / max(1, self.sampled[name])
-        for kind, total in found.items():
-            if not bool(torch.isfinite(total).all()):
-                raise ValueError(
-                    f"the gradients at {name} hold NaN or Inf on the calibration text: the model "
-                    f"overflows in its dtype, or its weights are broken ({kind})"
-                )
-        return {
-            kind: found.get(kind, torch.zeros(sizes[kind], dtype=torch.float64, device=device))
-            for kind in self.kinds
-        }

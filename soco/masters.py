@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from soco.processes import add_up, count
+
 # Adam's epsilon: gradients of a mean over tokens by badly scaled factors go down to 1e-8, and none
 # of them may be taken for zero.
 _EPSILON = 1e-12
@@ -87,6 +89,19 @@ class Masters:
             grad = parameter.grad.float()
             master.grad = grad if master.grad is None else master.grad.add_(grad)
             parameter.grad = None
+
+    def add_up(self) -> None:
+        """The sums of the gradients of all processes."""
+        if count() == 1:
+            return
+        has = torch.tensor([master.grad is not None for master in self.masters], dtype=torch.int32)
+        has = has.to(self.masters[0].device)
+        add_up(has)
+        for master, some in zip(self.masters, has.tolist(), strict=True):
+            if some:
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+                add_up(master.grad)
 
     @torch.no_grad()
     def norm(self) -> Tensor:

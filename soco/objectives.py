@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,14 +85,14 @@ class TokenDistribution:
             dense, student = ((x / self.temperature).log_softmax(-1) for x in (dense, student))
         return _Divergence.apply(dense, student)
 
-    def surprise(self, dense: Tensor, student: Tensor, generator: torch.Generator) -> Tensor:
+    def surprise(self, dense: Tensor, student: Tensor, seeds: Tensor) -> Tensor:
         """Negative log likelihood, summed over tokens, of labels drawn from the dense model.
 
         Its gradient has mean zero where student and dense agree, and its square is then the Fisher
-        information: the curvature of ``divergence``.
+        information: the curvature of ``divergence``. ``seeds`` (sequences,) are those of the draws.
         """
         chances = dense.exp().flatten(0, -2).cumsum(-1)  # (tokens, vocabulary)
-        point = torch.rand(len(chances), 1, generator=generator).to(chances.device)
+        point = _drawn(torch.rand, seeds, dense.shape[1:-1]).reshape(-1, 1).to(chances.device)
         labels = torch.searchsorted(chances, point * chances[:, -1:], right=True)
         labels = labels.clamp_max(chances.shape[-1] - 1)
         return -student.flatten(0, -2).gather(-1, labels).sum()
@@ -124,13 +125,14 @@ class HiddenStates:
         """The mean squared distance as a fraction of the dense states' variance."""
         return (dense - student).square().mean() / dense.var().clamp_min(1e-12)
 
-    def surprise(self, dense: Tensor, student: Tensor, generator: torch.Generator) -> Tensor:
+    def surprise(self, dense: Tensor, student: Tensor, seeds: Tensor) -> Tensor:
         """Negative log likelihood, up to a constant, of states drawn around the dense ones.
 
         They are normal, with the variance whose divergence from the student's is ``divergence``;
-        so the squared gradient is the curvature of that, here too.
+        so the squared gradient is the curvature of that, here too. ``seeds`` (sequences,) are those
+        of the draws.
         """
-        noise = torch.randn(dense.shape, generator=generator).to(dense.device)
+        noise = _drawn(torch.randn, seeds, dense.shape[1:]).to(dense.device)
         variance = dense.var().clamp_min(1e-12) * dense.shape[-1] / 2
         drawn = dense + noise * variance.sqrt()
         return (drawn - student).square().sum() / (2 * variance)
@@ -142,6 +144,18 @@ class HiddenStates:
             ValueError: always.
         """
         raise ValueError("a model without token predictions has no cross-entropy: set its weight 0")
+
+
+def draw_seeds(sequences: int, generator: torch.Generator) -> Tensor:
+    """A seed for the draws of each sequence, (sequences,), int64."""
+    return torch.randint(2**62, (sequences,), generator=generator)
+
+
+def _drawn(draw: Callable[..., Tensor], seeds: Tensor, shape: Sequence[int]) -> Tensor:
+    """Random numbers (sequences, *shape): those of a sequence are the same in any batch."""
+    generator = torch.Generator()
+    parts = [draw(tuple(shape), generator=generator.manual_seed(seed)) for seed in seeds.tolist()]
+    return torch.stack(parts)
 
 
 class _Divergence(torch.autograd.Function):

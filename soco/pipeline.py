@@ -41,6 +41,7 @@ from soco.preparation import (
     steps_bar,
     warn_of_rare,
 )
+from soco.processes import check_same
 from soco.ranks import check_ratio, parameter_budget
 from soco.refinement import Refinement
 from soco.refinement import refine as refine_factors
@@ -227,6 +228,7 @@ def compress(
                 date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             )
             ranks = {name: layer.rank for name, layer in made.items()}
+            check_same(ranks, "the ranks of the layers")
             biases = new_biases(targets, made)
             mark_compressed(cast("PreTrainedModel", model), ranks, outcome.to_dict(), biases)
             if spectrum is not None:

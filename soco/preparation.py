@@ -17,6 +17,7 @@ from soco.calibration import uncalled
 from soco.data import token_windows
 from soco.experts import experts_split
 from soco.guard import unchanged_on_error
+from soco.processes import from_first, number
 from soco.sampling import sample_from_model
 from soco.steps import Step, frozen
 from soco.surgery import context_length, find_linears
@@ -187,7 +188,9 @@ def calibration_windows(
     if start is None:
         start = getattr(model.config, "bos_token_id", None)
     with progress_bar(samples, "sampling from the model", progress) as bar:
-        return sample_from_model(model, samples, length, start=start, seed=seed, on_batch=bar)
+        return from_first(
+            lambda: sample_from_model(model, samples, length, start=start, seed=seed, on_batch=bar)
+        )
 
 
 def warn_of_rare(seen: Mapping[str, tuple[int, int]]) -> None:
@@ -225,7 +228,9 @@ def calibration_source(calibration: Any, windows: Tensor | None, seed: int) -> d
 
 
 def hidden(progress: bool | None) -> bool | None:
-    """What tqdm calls it: True never shows, None shows on a terminal."""
+    """What tqdm calls it: True never shows, None shows on a terminal; one process of several."""
+    if number() > 0:
+        return True
     return None if progress is None else not progress
 
 

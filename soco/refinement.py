@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from soco.masters import Best, Masters, probed_rate, sizes_of
 from soco.objectives import Objective
+from soco.processes import add_up, own, part_of
 from soco.steps import (
     TEACHER_ROOM,
     Step,
@@ -266,12 +267,15 @@ def _pass(
         The loss and the divergence in it, means over the batch, and the norm of the gradient.
     """
     sums = torch.zeros(2)
-    for chosen in batch.split(run.settings.micro_batch or len(batch)):
+    for chosen in part_of(batch).split(run.settings.micro_batch or len(batch)):
         part = len(chosen) / len(batch)
         loss, divergence = _losses(run, teacher, chosen)
         (loss * (part * masters.scale)).backward()
         masters.collect()
         sums = sums.to(loss.device) + part * torch.stack([loss.detach(), divergence.detach()])
+    masters.add_up()
+    sums = sums.to(next(run.model.parameters()).device)
+    add_up(sums)
     norm = masters.norm()
     loss, divergence, norm = torch.stack([*sums, norm.to(sums)]).tolist()  # the step's only wait
     return loss, divergence, norm
@@ -280,12 +284,13 @@ def _pass(
 @torch.no_grad()
 def _evaluate(run: _Run, teacher: Teacher, size: int) -> tuple[float, float]:
     """The loss and the divergence in it, means over all windows, taken in float64."""
-    count = len(teacher.windows)
-    parts = [
-        torch.stack(_losses(run, teacher, chosen)).double() * len(chosen)
-        for chosen in torch.arange(count).split(run.settings.micro_batch or size)
-    ]
-    loss, divergence = (torch.stack(parts).sum(0) / count).tolist()
+    total = torch.zeros(2, dtype=torch.float64, device=next(run.model.parameters()).device)
+    batches = torch.arange(len(teacher.windows)).split(run.settings.micro_batch or size)
+    for number in own(len(batches)):
+        chosen = batches[number]
+        total += torch.stack(_losses(run, teacher, chosen)).double() * len(chosen)
+    add_up(total)
+    loss, divergence = (total / len(teacher.windows)).tolist()
     return loss, divergence
 
 

@@ -29,7 +29,7 @@ from soco.folders import carry_over, replaced, write_checksums
 from soco.guard import Clock, give_back_memory
 from soco.headers import INDEX, read_headers, weight_files
 from soco.installation import install, layer_reports, size_of
-from soco.linalg import Factors, Spectrum
+from soco.linalg import Factors, Spectrum, work_of
 from soco.methods import (
     FittedMethod,
     Method,
@@ -46,6 +46,7 @@ from soco.preparation import (
     progress_bar,
     warn_of_rare,
 )
+from soco.processes import number, owners, told, wait
 from soco.ranks import check_ratio, is_dense, parameter_budget, uniform_ranks
 from soco.reporting import Report
 from soco.sequential import stages
@@ -169,7 +170,8 @@ def compress_folder(
         "versions": versions(),
     }
     with opened(place, plan) as kept:
-        _clear(kept, target)
+        if number() == 0:
+            _clear(kept, target)
         run = _Run(
             stored, targets, windows, choices, ratio, batch_size, dtype or stored.dtype,
             torch.device(device), kept, clock, notes, progress,
@@ -261,14 +263,19 @@ class _Run:
     def all_blocks(self) -> None:
         """Take all layers apart, from where an earlier run stopped."""
         blocks = len(self.chain.blocks)
+        done = told([self.work.has(_marker(block)) for block in range(self.last + 1)])
         with self.chain, progress_bar(blocks, "blocks", self.progress) as bar:
-            for number in range(self.last + 1):
-                if not self.work.has(_marker(number)):
-                    self.work.put_json(_marker(number), self._block(number))
-                self.chain.forget(number)
-                bar(number + 1)
-        for number in range(self.last + 1):
-            for phase, seconds in self.work.get_json(_marker(number))["seconds"].items():
+            for block in range(self.last + 1):
+                found = None if done[block] else self._block(block)
+                wait()  # for the layers of the other processes, and what they read
+                if number() == 0:
+                    if found is not None:
+                        self.work.put_json(_marker(block), found)
+                    self.chain.forget(block)
+                bar(block + 1)
+        wait()
+        for block in range(self.last + 1):
+            for phase, seconds in self.work.get_json(_marker(block))["seconds"].items():
                 self.clock.seconds[phase] = round(self.clock.seconds.get(phase, 0) + seconds, 3)
         if self.windows is not None:
             with noted(self.notes):
@@ -276,24 +283,29 @@ class _Run:
 
     def _seen(self) -> dict[str, tuple[int, int]]:
         """Layer to the tokens that it saw, and to how many inputs it has."""
-        every = [self.work.get_json(_marker(number))["tokens"] for number in range(self.last + 1)]
+        every = [self.work.get_json(_marker(block))["tokens"] for block in range(self.last + 1)]
         return {n: (t, self.shapes[n][1]) for tokens in every for n, t in tokens.items()}
 
-    def _block(self, number: int) -> dict[str, Any]:
-        """One block: its statistics, and its layers taken apart."""
+    def _block(self, block: int) -> dict[str, Any]:
+        """One block: its statistics, and its layers taken apart, each by one of the processes."""
         begin = time.perf_counter()
+        names = self.names[block]
         statistics: dict[str, Statistics] = {}
         if self.windows is not None:
-            layers = {name: self.targets[name] for name in self.names[number]}
+            layers = {name: self.targets[name] for name in names}
             statistics = self.chain.statistics(
-                number, layers, self.windows, self.batch_size, self.choices.needs,
-                last=number == self.last,
+                block, layers, self.windows, self.batch_size, self.choices.needs,
+                last=block == self.last,
             )  # fmt: skip
         tokens = {name: each.tokens for name, each in statistics.items()}
         between = time.perf_counter()
-        for name in self.names[number]:
-            give_back_memory()
-            self._take_apart(name, statistics.pop(name, None))
+        whitened = bool(self.choices.method.components.needs)
+        owner = owners([work_of(*self.shapes[name], whitened) for name in names])
+        for name, who in zip(names, owner, strict=True):
+            if who == number():
+                give_back_memory()
+                self._take_apart(name, statistics.pop(name, None))
+            statistics.pop(name, None)
         seconds = {"statistics": between - begin, "decomposition": time.perf_counter() - between}
         return {"tokens": tokens, "seconds": seconds}
 
@@ -373,16 +385,22 @@ class _Run:
         )
         factored = {name: layer.rank for name, layer in made.items()}
         mark_compressed(self.model, factored, report.to_dict())
+        if number() == 0:
+            self._write_folder(target, names, factored)
+        wait()
+        return report
+
+    def _write_folder(self, target: Path, names: list[str], ranks: Mapping[str, int]) -> None:
+        """Write all of it, or nothing; ``names`` are of the dense model's tensors."""
         with replaced(target) as folder:
             self.work.put_json(UNFINISHED, folder.name)
             self.model.config.save_pretrained(str(folder))
-            self._write_weights(folder, names, factored)
+            self._write_weights(folder, names, ranks)
             described = self.model.config.quantization_config.layers
             check_contents(self.model, read_headers(weight_files(folder)), described)
             write_checksums(folder)
             carry_over(self.stored.folder, folder)
         self.work.drop(UNFINISHED)
-        return report
 
     def _write_weights(self, folder: Path, names: list[str], ranks: Mapping[str, int]) -> None:
         """One file for every block, and as many as it takes for what is outside."""
@@ -400,15 +418,15 @@ class _Run:
             held += size
         places, total = {}, 0
         with progress_bar(len(parts), "writing", self.progress) as bar:
-            for number, part in enumerate(parts, 1):
-                file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+            for count, part in enumerate(parts, 1):
+                file = f"model-{count:05}-of-{len(parts):05}.safetensors"
                 tensors: dict[str, Tensor] = {}
                 for name in part:
                     tensors |= self._tensors(name, ranks)
                 save_file(tensors, folder / file, metadata={"format": "pt"})
                 places |= dict.fromkeys(tensors, file)
                 total += sum(tensor.nbytes for tensor in tensors.values())
-                bar(number)
+                bar(count)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from soco.component_gradients import Recorder, Sums
 from soco.linalg import Factors, Spectrum
-from soco.objectives import Objective
+from soco.objectives import Objective, draw_seeds
 from soco.steps import checkpointed, frozen
 from soco.surgery import bias_of, transformer_blocks, twins_of, weight_of
 
@@ -400,7 +400,8 @@ def _collect(
                 student = objective.outputs(model, ids)
                 dense = student.detach()
                 for draw in range(settings.labels):
-                    surprise = objective.surprise(dense, student, generator)
+                    seeds = draw_seeds(len(batch), generator)
+                    surprise = objective.surprise(dense, student, seeds)
                     more = draw + 1 < settings.labels
                     torch.autograd.grad(surprise, [probe], retain_graph=more, allow_unused=True)
                     for name, (g, r) in recorder.take().items():

@@ -17,7 +17,8 @@ from soco.choosing import (
     soft_ratio,
 )
 from soco.masters import probed_rate
-from soco.objectives import HiddenStates, Objective, TokenDistribution
+from soco.objectives import HiddenStates, Objective, TokenDistribution, draw_seeds
+from soco.processes import add_up, count, part_of
 from soco.spectral import SpectralLinear
 from soco.stages import Stage, TrainingSettings
 from soco.steps import Step, Teacher, all_dense, endless_batches
@@ -343,7 +344,10 @@ def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> Tensor
     sums = torch.zeros(2, device=device)
     for name, layer in run.layers.items():
         layer.computed = (run.watched if record else run.alive)[name]
-    for chosen in batch.split(settings.micro_batch or settings.batch_size):
+    seeds = draw_seeds(len(batch), run.generator) if record else torch.zeros_like(batch)
+    size = settings.micro_batch or settings.batch_size
+    parts = zip(part_of(batch).split(size), part_of(seeds).split(size), strict=True)
+    for chosen, of_labels in parts:
         part = len(chosen) / len(batch)
         ids = run.teacher.windows[chosen].to(device)
         dense = run.teacher.outputs(chosen)
@@ -354,7 +358,7 @@ def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> Tensor
             else:
                 student = objective.outputs(run.model, ids)
             if record:
-                _record(run, dense, student, squares, again=stage is not None)
+                _record(run, dense, student, of_labels, squares, again=stage is not None)
             if stage is None:
                 continue
             divergence = objective.divergence(dense, student)
@@ -366,9 +370,26 @@ def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> Tensor
                 loss = loss + stage.cross_entropy * objective.cross_entropy(student, ids)
             (loss * part).backward()
         sums += torch.stack([loss.detach(), divergence.detach()]) * part
+    if count() > 1:
+        _add_up(run, sums, squares, record, stage is not None)
     if record:
         _average(run, squares, batch.numel() * run.teacher.windows.shape[1])
     return sums
+
+
+def _add_up(
+    run: _Run, sums: Tensor, squares: dict[str, Tensor], record: bool, trains: bool
+) -> None:
+    """Losses, gradients and squares of all processes, each of which had a part of the batch."""
+    add_up(sums)
+    if trains:
+        for parameter in (p for parameters, _ in _trained(run) for p in parameters):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            add_up(parameter.grad)
+    if record:
+        for name, layer in run.layers.items():
+            add_up(squares.setdefault(name, torch.zeros_like(layer.gain)))
 
 
 @contextmanager
@@ -384,7 +405,13 @@ def _recording(layers: Mapping[str, SpectralLinear], record: bool) -> Iterator[N
 
 
 def _record(
-    run: _Run, dense: Tensor, student: Tensor, squares: dict[str, Tensor], *, again: bool
+    run: _Run,
+    dense: Tensor,
+    student: Tensor,
+    seeds: Tensor,
+    squares: dict[str, Tensor],
+    *,
+    again: bool,
 ) -> None:
     """Add the squared score gradients of each sequence, (rank,) per layer, to ``squares``.
 
@@ -392,10 +419,11 @@ def _record(
         run: the run.
         dense: outputs of the dense model.
         student: outputs of this one.
+        seeds: of the labels, one per sequence.
         squares: is written to.
         again: whether another gradient of the same outputs follows.
     """
-    surprise = run.objective.surprise(dense, student, run.generator)
+    surprise = run.objective.surprise(dense, student, seeds)
     logits = [layer.logit for layer in run.layers.values()]
     torch.autograd.grad(surprise, logits, allow_unused=True, retain_graph=again)
     for name, layer in run.layers.items():

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from soco.archive import fetch, key_of, store
 from soco.calibration import Statistics, collect
-from soco.linalg import Factors, Spectrum, side_by_side, workers_for
+from soco.linalg import Factors, Spectrum, side_by_side, work_of, workers_for
 from soco.methods import Basis
 from soco.modules import LowRankLinear
 from soco.objectives import Objective, objective_for
+from soco.processes import count, from_first, gathered, handed, number, owners
 from soco.sampling import sample_from_model, writes_text
 from soco.surgery import bias_of, replaced, shape_of, weight_of
 
@@ -85,7 +86,7 @@ class Workbench:
         if self.directory is not None:
             key = key_of(self.model, self.windows, self.batch_size, self.seed)
             stored = fetch(self.directory, key, self.shapes)
-            if stored is not None:
+            if all(gathered(stored is not None)) and stored is not None:
                 self._merge(_moved(stored, self._device()))
             if self._has(wanted):
                 return self._statistics
@@ -102,7 +103,7 @@ class Workbench:
                 seed=self.seed,
             )
         self._merge(found)
-        if self.directory is not None and key is not None:
+        if self.directory is not None and key is not None and number() == 0:
             store(self.directory, key, self._statistics)
         return self._statistics
 
@@ -122,18 +123,20 @@ class Workbench:
             Token ids (sequences, length), on the CPU; None where there are none to be: the model
             does not write text of the kind that it reads, or the share is 0.
         """
-        count = 0 if self.windows is None else round(share * len(self.windows))
-        if not count or self.windows is None or not self.writes:
+        wanted = 0 if self.windows is None else round(share * len(self.windows))
+        if not wanted or self.windows is None or not self.writes:
             return None
-        key = count, seed
+        length = self.windows.shape[1]
+        key = wanted, seed
         if key not in self._written:
             # Calibration that the model wrote with the same seed would come again.
             again = self.source.get("source") == "self"
-            with self._bar(count, "sampling from the model") as bar:
-                self._written[key] = sample_from_model(
-                    self.model, count, self.windows.shape[1], keep_start=True, seed=seed + again,
-                    on_batch=bar,
-                )  # fmt: skip
+            with self._bar(wanted, "sampling from the model") as bar:
+                self._written[key] = from_first(
+                    lambda: sample_from_model(
+                        self.model, wanted, length, keep_start=True, seed=seed + again, on_batch=bar
+                    )
+                )
         return self._written[key]
 
     def forget(self) -> None:
@@ -180,22 +183,29 @@ class Workbench:
     def _taken_apart(
         self, components: Basis, groups: Groups
     ) -> Iterator[tuple[tuple[str, ...], Spectrum]]:
-        """Every unit with its spectrum; on the CPU several at once, where that is worth it."""
+        """Every unit with its spectrum, each taken apart by one of the processes.
+
+        On the CPU each process works on several at once, where that is worth it.
+        """
 
         def take_apart(group: tuple[str, ...]) -> tuple[tuple[str, ...], Spectrum]:
             means = self._group_means(group)
             name = f"{group[0]}.weight"
             return group, components.spectrum(self.weight(group), means, name=name)
 
-        shapes = self.shapes
+        known, whitened = self.shapes, bool(components.needs)
+        shapes = [(sum(known[name][0] for name in group), known[group[0]][1]) for group in groups]
         # Statistics are as large as the longer side.
-        longest = max if components.needs else min
-        side = max(
-            (longest(sum(shapes[n][0] for n in group), shapes[group[0]][1]) for group in groups),
-            default=0,
-        )
+        side = max(((max if whitened else min)(shape) for shape in shapes), default=0)
         workers = workers_for(side, len(groups)) if self._device().type == "cpu" else 1
-        return side_by_side(take_apart, groups, workers)
+        if count() == 1:
+            yield from side_by_side(take_apart, groups, workers)
+            return
+        owner = owners([work_of(*shape, whitened) for shape in shapes])
+        own = [group for group, who in zip(groups, owner, strict=True) if who == number()]
+        found = dict(side_by_side(take_apart, own, workers))
+        for group, who in zip(groups, owner, strict=True):
+            yield group, Spectrum(*handed(found.pop(group, None), who, self._device()))
 
     def weight(self, group: tuple[str, ...]) -> Tensor:
         """The weights (out, in) of a unit, one below the other."""

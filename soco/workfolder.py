@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from soco.processes import number, wait
+
 PLAN = "plan.json"  # what the run is of
 _LOCK = "lock"
 
@@ -137,8 +139,8 @@ class WorkFolder:
 def opened(path: Path, plan: Mapping[str, Any]) -> Iterator[WorkFolder]:
     """A work folder for one run at a time, kept when the block is interrupted or the disk is full.
 
-    It is deleted when the block ends well, and on a ValueError: then the input is bad, and would be
-    again.
+    The processes of a run (``soco.together``) share it. It is deleted when the block ends well, and
+    on a ValueError: then the input is bad, and would be again.
 
     Args:
         path: new, empty, or of an earlier run.
@@ -148,6 +150,11 @@ def opened(path: Path, plan: Mapping[str, Any]) -> Iterator[WorkFolder]:
         ValueError: another run works in it, it holds something else, or a run with another plan.
         OSError: it cannot be written.
     """
+    if number() > 0:  # what follows is for the first of several processes
+        wait()
+        yield WorkFolder(path, plan)
+        wait()
+        return
     if path.is_dir() and not (path / PLAN).is_file():
         left = [
             entry.name for entry in path.iterdir() if entry.name not in (_LOCK, f".{PLAN}.part")
@@ -164,6 +171,7 @@ def opened(path: Path, plan: Mapping[str, Any]) -> Iterator[WorkFolder]:
     try:
         folder = WorkFolder(path, plan)
         folder.drop_parts()
+        wait()
         try:
             yield folder
             ended = True
@@ -181,6 +189,7 @@ def opened(path: Path, plan: Mapping[str, Any]) -> Iterator[WorkFolder]:
             (path / _LOCK).unlink(missing_ok=True)
             if not any(path.iterdir()):
                 path.rmdir()
+    wait()
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

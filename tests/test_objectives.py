@@ -14,6 +14,7 @@ from soco.objectives import (
     HiddenStates,
     TokenDistribution,
     by_sequence,
+    draw_seeds,
     last_hidden_state,
     objective_for,
     run_model,
@@ -27,8 +28,8 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+def seeds(sequences, seed=0):
+    return torch.arange(sequences) + 10**6 * seed
 
 
 def from_config(cls, name, **changes):
@@ -166,19 +167,19 @@ def test_labels_are_drawn_from_the_dense_model():
     chances = torch.tensor([0.5, 0.3, 0.2, 0.0])
     dense = chances.log().expand(100, 200, 4)
     counts = [
-        -objective.surprise(dense, mark.expand(100, 200, 4), generator()).item()
+        -objective.surprise(dense, mark.expand(100, 200, 4), seeds(100)).item()
         for mark in torch.eye(4)
     ]
     assert sum(counts) == 20_000
     assert counts == pytest.approx([10_000, 6_000, 4_000, 0], abs=300)  # 4 standard deviations
-    other = objective.surprise(dense, torch.eye(4)[0].expand(100, 200, 4), generator(1)).item()
+    other = objective.surprise(dense, torch.eye(4)[0].expand(100, 200, 4), seeds(100, 1)).item()
     assert -other != counts[0]
 
 
 def test_surprise_is_a_sum_over_tokens():
     certain = torch.full((2, 3, 4), -100.0).index_fill(-1, torch.tensor([2]), 0.0)
     student = normal(2, 3, 4).log_softmax(-1)
-    got = TokenDistribution().surprise(certain, student, generator())
+    got = TokenDistribution().surprise(certain, student, seeds(2))
     torch.testing.assert_close(got, -student[..., 2].sum())
 
 
@@ -186,15 +187,34 @@ def test_random_state_is_left_alone():
     before = torch.random.get_rng_state()
     dense = normal(2, 3, 4).log_softmax(-1)
     for objective in (TokenDistribution(), HiddenStates()):
-        objective.surprise(dense, dense, generator())
+        objective.surprise(dense, dense, seeds(2))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("objective", [TokenDistribution(), HiddenStates()])
+def test_what_is_drawn_for_a_sequence_does_not_depend_on_its_batch(objective):
+    """Labels show in the gradient, up to the scale that the variance of a batch gives."""
+    dense = normal(4, 6, 9).log_softmax(-1)
+    of_all = draw_seeds(4, torch.Generator().manual_seed(3))
+    assert len(set(of_all.tolist())) == 4
+
+    def pulled(rows):
+        student = dense[rows].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            objective.surprise(dense[rows], student, of_all[rows]), student
+        )
+        return gradient / gradient.norm(dim=(1, 2), keepdim=True)
+
+    whole = pulled(torch.arange(4))
+    for rows in ([0], [2, 1], [3, 0, 2]):
+        torch.testing.assert_close(pulled(torch.tensor(rows)), whole[rows])
 
 
 def test_the_same_labels_on_every_device(device):
     dense = normal(2, 50, 7).log_softmax(-1)
     for objective in (TokenDistribution(), HiddenStates()):
-        wanted = objective.surprise(dense, dense.flip(0), generator())
-        got = objective.surprise(dense.to(device), dense.flip(0).to(device), generator())
+        wanted = objective.surprise(dense, dense.flip(0), seeds(2))
+        got = objective.surprise(dense.to(device), dense.flip(0).to(device), seeds(2))
         torch.testing.assert_close(got.cpu(), wanted)
 
 
@@ -220,7 +240,7 @@ def test_squared_gradient_of_the_surprise_is_the_curvature_of_the_divergence(obj
     table, theta = normal(parameters, 4), normal(parameters, seed=1) / 2
     rows = theta.repeat(tokens, 1).requires_grad_()
     dense = outputs(theta.repeat(tokens, 1), table)
-    surprise = objective.surprise(dense, outputs(rows, table), generator())
+    surprise = objective.surprise(dense, outputs(rows, table), seeds(tokens))
     (gradients,) = torch.autograd.grad(surprise, rows)
     products = gradients[:, :, None] * gradients[:, None]  # (tokens, parameters, parameters)
     error = products.std(0) / math.sqrt(tokens)

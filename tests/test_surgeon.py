@@ -12,7 +12,7 @@ from soco.calibration import collect
 from soco.component_gradients import Sums
 from soco.linalg import Factors, whitened_svd
 from soco.modules import LowRankLinear
-from soco.objectives import HiddenStates, TokenDistribution
+from soco.objectives import HiddenStates, TokenDistribution, draw_seeds
 from soco.ranks import (
     allocate,
     is_dense,
@@ -34,6 +34,7 @@ from soco.surgeon import (
     scale_update,
 )
 from soco.surgery import bias_of, find_linears, replace_module, shape_of, weight_of
+from tiny_models import drawn as of_seeds
 from tiny_models import tiny_model
 
 PLAIN = SVDSurgeon(damping=0.0, validation="none", held_out=0.0, clip=None)
@@ -169,14 +170,15 @@ def drawn(objective, model, ids, seed, labels=1):
         dense = objective.outputs(model, ids)
     found = []
     for _ in range(labels):
+        seeds = draw_seeds(len(ids), generator)
         variance = dense.var() * dense.shape[-1] / 2
         if isinstance(objective, TokenDistribution):
             chances = dense.exp().flatten(0, -2).cumsum(-1)
-            point = torch.rand(len(chances), 1, generator=generator)
+            point = of_seeds(torch.rand, seeds, ids.shape[1], 1).flatten(0, 1)
             label = torch.searchsorted(chances, point * chances[:, -1:], right=True)
             label = label.clamp_max(chances.shape[-1] - 1).view(*ids.shape, 1)
         else:
-            noise = torch.randn(dense.shape, generator=generator)
+            noise = of_seeds(torch.randn, seeds, *dense.shape[1:])
             label = dense + noise * variance.sqrt()
         for k in range(len(ids)):
             with frozen(model):

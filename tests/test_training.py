@@ -12,12 +12,13 @@ from soco import masters, training
 from soco.choosing import choose_components, kept_params, soft_ratio
 from soco.linalg import whitened_svd
 from soco.masters import probed_rate
-from soco.objectives import TokenDistribution
+from soco.objectives import TokenDistribution, draw_seeds
 from soco.ranks import is_dense
 from soco.spectral import SpectralLinear
 from soco.stages import SOFT_STAGES, STAGES, Stage, TrainingSettings
 from soco.steps import Teacher, all_dense, checkpointed
 from soco.training import Snapshot, train_scores
+from tiny_models import drawn
 
 VOCABULARY, HIDDEN = 17, 12
 
@@ -200,7 +201,8 @@ def test_fisher_is_the_mean_squared_score_gradient():
     for layer in layers.values():
         layer.dense = False
     chances = dense.exp().flatten(0, -2).cumsum(-1)
-    point = torch.rand(len(chances), 1, generator=generator)
+    seeds = draw_seeds(5, generator)
+    point = drawn(torch.rand, seeds, batch.shape[1], 1).flatten(0, 1)
     labels = torch.searchsorted(chances, point * chances[:, -1:], right=True).view(5, -1)
     expected = {name: torch.zeros_like(layer.gain) for name, layer in layers.items()}
     for ids, label in zip(batch, labels, strict=True):

@@ -203,3 +203,9 @@ def compress_shared(model, rank=4, include=None, exclude=None):
         share_basis(made)
     mark(model)
     return model
+
+
+def drawn(draw, seeds, *shape):
+    """What is drawn for sequences by their seeds, (sequences, *shape), one after the other."""
+    rows = [draw(*shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    return torch.stack(rows)

@@ -145,6 +145,7 @@ def compress(
     if work is not None and not stream:
         raise ValueError("--work is where --stream keeps what is done: give both")
     from soco.cli import commands, streamed
+    from soco.cli.shared import one_voice
 
     wanted = commands.Compression(
         model=model,
@@ -172,10 +173,11 @@ def compress(
         quiet=quiet,
         training=training,
     )
-    if stream:
-        streamed.compress(wanted, work)
-    else:
-        commands.compress(wanted)
+    with one_voice():
+        if stream:
+            streamed.compress(wanted, work)
+        else:
+            commands.compress(wanted)
 
 
 @app.command()

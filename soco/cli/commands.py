@@ -43,6 +43,7 @@ from soco.headers import read_json
 from soco.installation import size_of
 from soco.methods import Method, SoCo
 from soco.pipeline import compress as compress_model
+from soco.processes import number
 from soco.reporting import Report, format_bytes
 from soco.reporting import report as report_of
 from soco.resizing import resize as resize_model
@@ -123,6 +124,8 @@ def compress(wanted: Compression) -> None:
                 f"the memory of {device} is full: try a smaller --batch-size or --length, "
                 f"--micro-batch 1, --checkpointing, --dtype bfloat16 or --device cpu"
             ) from error
+        if number() > 0:
+            return  # the first of several processes writes
         if wide:
             nn.Module.to(model, stored)  # transformers' own refuses what it calls quantized
             held = model.config.quantization_config.report

@@ -16,6 +16,7 @@ from soco.cli.sources import (
     is_slow,
     open_tokenizer,
 )
+from soco.processes import number
 from soco.stored import StoredModel
 from soco.streaming import compress_folder, work_folder
 from soco.workfolder import PLAN
@@ -70,6 +71,8 @@ def compress(wanted: Compression, work: Path | None) -> None:
         except KeyboardInterrupt:
             tell("stopped: the same command goes on from here")
             raise
+    if number() > 0:
+        return
     out = console()
     seconds = time.perf_counter() - begin
     out.print(f"{wanted.model}, compressed and written in {seconds:.0f} s", style="bold")

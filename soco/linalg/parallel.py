@@ -19,6 +19,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def work_of(rows: int, columns: int, whitened: bool) -> float:
+    """How much a decomposition is, to compare it with others: about its multiplications."""
+    side = min(rows, columns)
+    return float(side * side * max(rows, columns) + whitened * rows * columns * columns)
+
+
 def workers_for(side: int, count: int) -> int:
     """How many matrices of this smaller side are worked on at once, of ``count``."""
     threads = torch.get_num_threads()

@@ -1,0 +1,192 @@
+"""soco.processes: the work of several processes against that of one, launched by torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+
+import soco
+from soco import processes
+from tiny_models import tiny_model
+from together import KINDS, text
+
+HERE = Path(__file__).parent
+COUNTS = (2, 4)
+
+pytestmark = pytest.mark.skipif(
+    not distributed.is_available() or not distributed.is_gloo_available(), reason="needs gloo"
+)
+
+
+def launch(count, *words):
+    """What torchrun says and returns; each process has one thread."""
+    paths = [str(HERE.parent), str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, "--nproc-per-node", str(count), *map(str, words)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Number of processes to what each of them got, in their order."""
+    folder = tmp_path_factory.mktemp("together")
+    found = {}
+    for count in (1, *COUNTS):
+        ran = launch(count, HERE / "together.py", folder)
+        assert ran.returncode == 0, ran.stderr
+        found[count] = [
+            torch.load(folder / f"{count}-{number}.pt", weights_only=False)
+            for number in range(count)
+        ]
+    return found
+
+
+def distance(one, other):
+    """The largest relative difference of two trees of tensors; other leaves have to be equal."""
+    if isinstance(one, torch.Tensor):
+        assert one.shape == other.shape
+        gap = (one.double() - other.double()).norm()
+        return float(gap / one.double().norm()) if gap > 0 else 0.0
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        return max((distance(one[key], other[key]) for key in one), default=0.0)
+    if isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        return max(map(distance, one, other), default=0.0)
+    assert one == other
+    return 0.0
+
+
+def without_signs(found):
+    """R of a QR decomposition is one of its inputs up to the signs of its rows."""
+    return {name: {**each, "root": each["root"].mT @ each["root"]} for name, each in found.items()}
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_every_process_has_the_same(results, count):
+    first, *others = results[count]
+    for number, other in enumerate(others, 1):
+        assert other.pop("numbers") == (number, count)
+        for key, value in other.items():
+            assert distance(value, first[key]) == 0, key
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("key", ["statistics", "few", "encoder", "mixture"])
+def test_statistics_up_to_rounding_in_float64(results, key, count):
+    """Seven sequences in batches of two, one sequence only, experts that not all processes see."""
+    alone, together = (without_signs(results[n][0][key]) for n in (1, count))
+    assert {kind for each in alone.values() for kind in each} == {*KINDS, "tokens", "sequences"}
+    assert distance(alone, together) < 1e-12
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_decompositions_are_the_same_bit_for_bit(results, count):
+    assert distance(results[1][0]["svd"], results[count][0]["svd"]) == 0
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("key", ["svd-llm", "again", "soco", "refine"])
+def test_methods_up_to_rounding(results, key, count):
+    """Ranks are equal; weights differ by what the order of a sum in float32 makes of them."""
+    (ranks, weights), (same, others) = (results[n][0][key] for n in (1, count))
+    assert ranks == same
+    assert distance(weights, others) < 1e-5
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_from_folder_to_folder(results, count):
+    weights, _ = results[1][0]["streamed"]
+    others, left = results[count][0]["streamed"]
+    assert distance(weights, others) < 1e-6
+    assert f"small-{count}" in left
+    assert f"small-{count}.work" not in left
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """The folder of a tiny model; calibration text is token ids."""
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    (tmp_path / "ids.json").write_text("\n".join(json.dumps(row) for row in text(8).tolist()))
+    return tmp_path / "dense"
+
+
+def words(dense, method="kfac-svd"):
+    place = dense.parent
+    return [
+        "-m", "soco", "compress", dense, "--method", method, "-c", "self", "--samples", "4",
+        "--length", "16", "--batch-size", "2", "-o", place / "out", "--ratio", "0.4",
+    ]  # fmt: skip
+
+
+def test_on_the_command_line_one_process_speaks(dense):
+    ran = launch(2, *words(dense))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("compressed and written") == 1
+    assert ran.stderr.count("soco: compressing by kfac-svd on cpu") == 1
+    assert soco.load(dense.parent / "out") is not None
+
+
+def test_a_process_that_fails_says_so_once(dense):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(dense)
+    ran = launch(2, *words(dense, "svd"))
+    assert ran.returncode != 0
+    assert ran.stderr.count("soco: error:") == 1
+    assert "down_proj.weight (32, 48) holds NaN or Inf" in ran.stderr
+    assert "soco/" not in ran.stderr  # the traceback there is the launcher's
+    assert not (dense.parent / "out").exists()
+
+
+# ---- alone --------------------------------------------------------------------------------------
+
+
+def test_alone_nothing_is_shared(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with soco.together():
+        assert (processes.number(), processes.count()) == (0, 1)
+        assert list(processes.own(3)) == [0, 1, 2]
+        assert processes.part_of(torch.arange(3)).tolist() == [0, 1, 2]
+        total = torch.ones(2)
+        processes.add_up(total)
+        assert total.tolist() == [1, 1]
+        assert processes.gathered(3) == [3]
+        assert processes.told(3) == 3
+        with soco.together():
+            assert processes.count() == 1
+    assert not distributed.is_initialized()
+
+
+def test_an_environment_without_an_address(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(ValueError, match="WORLD_SIZE is 2, but RANK is not set: start"),
+        soco.together(),
+    ):
+        pass
+
+
+def test_jobs_are_shared_out_by_their_costs(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    assert processes.owners([1.0, 4.0, 2.0, 1.0]) == [1, 0, 1, 1]
+    assert processes.owners([]) == []
+    assert processes.owners([1.0, 1.0, 1.0]) == [0, 1, 0]
+
+
+def test_results_that_differ_are_refused(monkeypatch):
+    monkeypatch.setattr(processes, "gathered", lambda value: [value, "other"])
+    with pytest.raises(RuntimeError, match="the ranks differ among the 2 processes"):
+        processes.check_same("mine", "the ranks")

@@ -1,0 +1,84 @@
+"""What several processes do in test_processes.py: ``python tests/together.py OUTPUT``, launched.
+
+Every process writes what it got to OUTPUT/<number of processes>-<its number>.pt.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import soco
+from soco import processes
+from soco.calibration import collect
+from soco.experts import experts_split
+from soco.methods import SoCo
+from soco.refinement import Refinement
+from soco.surgery import find_linears
+from tiny_models import tiny_mixture, tiny_model
+
+KINDS = {"gram", "mean", "abs_mean", "stacked_gram", "root", "fisher", "grad_gram"}
+KINDS |= {"sampled_grad_gram"}
+
+
+def text(sequences, length=12, seed=0):
+    return torch.randint(3, 60, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def statistics(model, windows):
+    found = collect(model, find_linears(model), windows, 2, kinds=KINDS)
+    return {
+        name: {**each.parts(), "tokens": each.tokens, "sequences": each.sequences}
+        for name, each in found.items()
+    }
+
+
+def compressed(method, **options):
+    model = soco.compress(
+        tiny_model("llama"), 0.4, method=method, calibration=text(12), samples=12, batch_size=2,
+        **options,
+    )  # fmt: skip
+    report = soco.report(model)
+    ranks = {layer.name: layer.rank for layer in report.layers}
+    return ranks, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def streamed(folder):
+    dense, small = folder / "dense", folder / f"small-{processes.count()}"
+    if processes.number() == 0 and not dense.is_dir():
+        tiny_model("llama").save_pretrained(dense)
+    processes.wait()
+    soco.compress_folder(
+        dense, small, 0.4, calibration=text(9), samples=9, batch_size=2, allocator="energy"
+    )
+    left = sorted(entry.name for entry in folder.iterdir() if entry.name.startswith("small"))
+    return soco.load(small).state_dict(), left
+
+
+def main():
+    torch.set_num_threads(1)
+    output = Path(sys.argv[1])
+    with soco.together():
+        mixture = tiny_mixture("mixtral")
+        with experts_split(mixture):
+            of_mixture = statistics(mixture, text(5))
+        steps = SoCo(steps=24, written=0.0)
+        found = {
+            "numbers": (processes.number(), processes.count()),
+            "statistics": statistics(tiny_model("llama"), text(7)),
+            "few": statistics(tiny_model("llama"), text(1)),
+            "encoder": statistics(tiny_model("bert"), text(5)),
+            "mixture": of_mixture,
+            "svd": compressed("svd"),
+            "svd-llm": compressed("svd-llm", stats=output / f"stats-{processes.count()}"),
+            "again": compressed("svd-llm", stats=output / f"stats-{processes.count()}"),
+            "soco": compressed(steps),
+            "refine": compressed("svd-llm", refine=Refinement(steps=8, evaluate_every=4)),
+            "streamed": streamed(output),
+        }
+    assert processes.count() == 1
+    torch.save(found, output / f"{found['numbers'][1]}-{found['numbers'][0]}.pt")
+
+
+if __name__ == "__main__":
+    main()
