@@ -15,9 +15,8 @@ from soco.folders import SPECTRUM
 from soco.headers import read_headers
 from soco.linalg import Factors
 from soco.ranks import allocate, check_ratio, parameter_budget
-from soco.spectral import SpectralLinear, fold
+from soco.spectral import BESIDES, Snapshot, SpectralLinear, fold
 from soco.surgery import layout_of
-from soco.training import BESIDES, Snapshot
 
 FORMAT, VERSION = "soco spectrum", 1
 

@@ -13,10 +13,10 @@ from soco.factorization import Result
 from soco.linalg import Factors, Spectrum
 from soco.methods import RankLearner, SoCo, TrainedMethod
 from soco.preparation import steps_bar
-from soco.spectral import SpectralLinear
+from soco.spectral import BESIDES, Snapshot, SpectralLinear
 from soco.steps import Step, checkpointed
 from soco.surgery import bias_of, replaced, transformer_blocks, weight_of
-from soco.training import BESIDES, Snapshot, train_scores
+from soco.training import train_scores
 from soco.workbench import Workbench
 
 

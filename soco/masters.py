@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,17 @@ class Best:
             self.loss, self.since = loss, 0
             for value, parameter in zip(self.values, self.parameters, strict=True):
                 value.copy_(parameter)
+
+    def state(self) -> dict[str, Any]:
+        """The values, and how they came to be the best."""
+        return {"values": self.values, "loss": self.loss, "since": self.since}
+
+    @torch.no_grad()
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """To what ``state`` gave, which is on any device."""
+        self.loss, self.since = state["loss"], state["since"]
+        for value, held in zip(self.values, state["values"], strict=True):
+            value.copy_(held)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -70,6 +82,26 @@ class Masters:
             for master, size in zip(self.masters, sizes, strict=True)
         ]
         self.optimizer = torch.optim.Adam(groups, lr=learning_rate, betas=betas, eps=_EPSILON)
+
+    def state(self) -> dict[str, Any]:
+        """The values in float32, the moments, and what the rate was multiplied by."""
+        return {
+            "masters": [master.detach() for master in self.masters],
+            "optimizer": self.optimizer.state_dict(),
+            "scales": (self.backed_off, self.scale),
+        }
+
+    @torch.no_grad()
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """To what ``state`` gave, which is on any device."""
+        for parameter, master, held in zip(
+            self.parameters, self.masters, state["masters"], strict=True
+        ):
+            master.copy_(held)
+            if master is not parameter:
+                parameter.copy_(master)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.backed_off, self.scale = state["scales"]
 
     @torch.no_grad()
     def restart(self, backoff: float) -> None:

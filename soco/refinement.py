@@ -4,21 +4,22 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
+from soco.keeping import Keeper
 from soco.masters import Best, Masters, probed_rate, sizes_of
 from soco.objectives import Objective
 from soco.processes import add_up, own, part_of
 from soco.steps import (
     TEACHER_ROOM,
+    EndlessBatches,
     Step,
     Teacher,
     check_batches,
     checkpointed,
-    endless_batches,
     frozen,
 )
 from soco.surgery import transformer_blocks
@@ -107,6 +108,7 @@ def refine(
     held_out: Tensor | None = None,
     others: Mapping[str, tuple[nn.Module, nn.Module]] | None = None,
     written: Tensor | None = None,
+    keeper: Keeper | None = None,
 ) -> list[Step]:
     """Train the factors of all compressed layers together to give what the dense model gives.
 
@@ -137,6 +139,7 @@ def refine(
             are then not trained on.
         others: like ``pairs``, of layers that differ from the dense model's and are not trained.
         written: token ids (sequences, length) that are trained on as well and held out never.
+        keeper: where the state is kept from which the same call goes on; None: nowhere.
 
     Returns:
         The history. Its first entry is step 0, whose losses are those of the held-out text before
@@ -179,7 +182,7 @@ def refine(
                 Teacher(model, lambda: _dense_in_place(swaps), objective, each, room)
                 for each, room in ((held_out, TEACHER_ROOM // 4), (train, TEACHER_ROOM))
             ]
-            return _train(run, trained, best, teachers[1], teachers[0], size, on_step)
+            return _train(run, trained, best, teachers[1], teachers[0], size, on_step, keeper)
         finally:
             best.restore()
 
@@ -201,6 +204,7 @@ def _train(
     held_out: Teacher,
     size: int,
     on_step: Callable[[Step], None],
+    keeper: Keeper | None,
 ) -> list[Step]:
     settings = run.settings
     history: list[Step] = []
@@ -209,26 +213,57 @@ def _train(
         history.append(Step("tuning", step, settings.steps, loss, divergence, run.kept, measured))
         on_step(history[-1])
 
-    start, divergence = _evaluate(run, held_out, size)
-    best.offer(start)
-    note(0, start, divergence, start)
-    if not math.isfinite(start):
-        _warn_stop(f"the loss on the held-out text is {start} before the first step")
-        return history
-    rate = settings.learning_rate
-    if rate is None:
-        which = 1 if settings.divergence else 0
-        rate = probed_rate(
-            trained, run.sizes, lambda: _evaluate(run, held_out, size)[which],
-            (start, divergence)[which], settings.seed, _STEP_COST,
-        )  # fmt: skip
+    state = None if keeper is None else keeper.load()
+    generator = torch.Generator().manual_seed(settings.seed)
+    following = EndlessBatches(len(train.windows), size, generator)
+    first, rate = 1, settings.learning_rate
+    if state is None:
+        start, divergence = _evaluate(run, held_out, size)
+        best.offer(start)
+        note(0, start, divergence, start)
+        if not math.isfinite(start):
+            _warn_stop(f"the loss on the held-out text is {start} before the first step")
+            return history
+        if rate is None:
+            which = 1 if settings.divergence else 0
+            rate = probed_rate(
+                trained, run.sizes, lambda: _evaluate(run, held_out, size)[which],
+                (start, divergence)[which], settings.seed, _STEP_COST,
+            )  # fmt: skip
+    else:
+        rate = state[0]["rate"]
     masters = Masters(
         trained, run.sizes, learning_rate=rate, betas=settings.betas,
         weight_decay=settings.weight_decay, clip=settings.clip,
     )  # fmt: skip
-    generator = torch.Generator().manual_seed(settings.seed)
-    following = endless_batches(len(train.windows), size, generator)
-    for step in range(1, settings.steps + 1):
+
+    def keep(following_step: int) -> None:
+        if keeper is not None:
+            keeper.save(
+                {
+                    "step": following_step,
+                    "rate": rate,
+                    "best": best.state(),
+                    "masters": masters.state(),
+                    "batches": following.state(),
+                    "history": [asdict(step) for step in history],
+                },
+                [train.fresh(), held_out.fresh()],
+            )
+
+    if state is not None:
+        held, parts = state
+        first = held["step"]
+        best.go_back(held["best"])
+        masters.go_back(held["masters"])
+        following.go_back(held["batches"])
+        history += [Step(**step) for step in held["history"]]
+        for part in parts:
+            train.take(part[0])
+            held_out.take(part[1])
+    for step in range(first, settings.steps + 1):
+        if keeper is not None and step > first and keeper.due():
+            keep(step)
         loss, divergence, norm = _pass(run, masters, train, next(following))
         if not math.isfinite(loss):
             note(step, loss, divergence, None)
@@ -253,6 +288,7 @@ def _train(
         note(step, loss, divergence, measured)
         if settings.patience is not None and best.since >= settings.patience:
             break
+    keep(settings.steps + 1)
     return history
 
 

@@ -1,6 +1,8 @@
 """The layer that learns which spectral components of a weight matter."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +11,22 @@ from torch.nn import functional as F
 
 from soco import ops
 from soco.linalg import Factors, Spectrum
+
+# What a layer may train besides its scores.
+BESIDES = ("left", "right", "deviation")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a layer's scores were, and what its components were worth, when a budget was met."""
+
+    scores: Tensor  # (rank,), float32
+    logit: Tensor  # (rank,), float32, of which the scores are made
+    values: Tensor  # (rank,), float32: what a component is worth in the loss
+    mask: Tensor  # (rank,), bool: the components that are alive
+    left: Tensor | None = None  # (out,), of the outputs' scales; none were trained
+    right: Tensor | None = None  # (in,), of the inputs' scales
+    deviation: Tensor | None = None  # (out,), a trained one
 
 
 class SpectralLinear(nn.Module):
@@ -135,6 +153,35 @@ class SpectralLinear(nn.Module):
         self.down.copy_(self.down[move])
         self.order.copy_(order)
         self.computed = computed
+
+    @torch.no_grad()
+    def snapshot(self, values: Tensor) -> Snapshot:
+        """The scores as they are now; ``values`` (rank,): what the components are worth."""
+        besides = {part: getattr(self, part) for part in BESIDES}
+        return Snapshot(
+            self.scores().clone(),
+            self.logit.detach().clone(),
+            values,
+            self.mask.clone(),
+            **{part: each.detach().clone() for part, each in besides.items() if each is not None},
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What training changes, as it is now."""
+        parts = {name: getattr(self, name) for name in ("logit", *BESIDES)}
+        return {
+            **{name: each.detach().clone() for name, each in parts.items() if each is not None},
+            "mask": self.mask.clone(),
+            "order": self.order.clone(),
+            "computed": self.computed,
+        }
+
+    @torch.no_grad()
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """To what ``state`` gave, which is on any device."""
+        self.arrange(state["order"].to(self.order.device), state["computed"])
+        for name in state.keys() - {"order", "computed"}:
+            getattr(self, name).copy_(state[name])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., in) to (..., out)."""

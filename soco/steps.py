@@ -1,9 +1,9 @@
 """What every loop that trains or probes a model is made of: frozen models, batches, steps."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -34,20 +34,95 @@ class Step:
     held_out: float | None = None  # the loss on text that is not trained on, where it was measured
 
 
-def endless_batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+class EndlessBatches(Iterator[Tensor]):
     """Batches without end, every window once before any comes again; the odd rest is left out.
+
+    Each is which windows, (size,), int64.
 
     Args:
         count: windows.
         size: windows per batch, at most ``count``.
         generator: of the order, which is new in every round.
-
-    Yields:
-        Which windows, (size,), int64.
     """
-    while True:
-        order = torch.randperm(count, generator=generator)
-        yield from order[: count // size * size].split(size)
+
+    def __init__(self, count: int, size: int, generator: torch.Generator) -> None:
+        """The first order is drawn with the first batch."""
+        self._count, self._size, self._generator = count, size, generator
+        self._left: list[Tensor] = []
+
+    def __next__(self) -> Tensor:
+        """The next one."""
+        if not self._left:
+            order = torch.randperm(self._count, generator=self._generator)
+            self._left = list(order[: self._count // self._size * self._size].split(self._size))
+        return self._left.pop(0)
+
+    def state(self) -> dict[str, Any]:
+        """What is left of this round, and the generator's state."""
+        return {"left": list(self._left), "generator": self._generator.get_state()}
+
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """To where ``state`` was asked for."""
+        self._left = list(state["left"])
+        self._generator.set_state(state["generator"])
+
+
+class Losses:
+    """The history; it is one step behind, so that no step waits for its own loss."""
+
+    def __init__(self, total: int, on_step: Callable[[Step], None]) -> None:
+        self.total, self.on_step = total, on_step
+        self.history: list[Step] = []
+        self.pending: tuple[str, Tensor, float] | None = None
+        self.smooth, self.best, self.since = math.nan, math.inf, 0
+
+    def begin_stage(self) -> None:
+        """What came before counts no more for the patience."""
+        self.wait()
+        self.smooth, self.best, self.since = math.nan, math.inf, 0
+
+    def add(self, stage: str, losses: Tensor, kept: float) -> None:
+        """Note the loss and the divergence in it, (2,), and read those of the step before."""
+        self.wait()
+        self.pending = stage, losses, kept
+
+    def wait(self) -> None:
+        """Read what is pending.
+
+        Raises:
+            ValueError: a loss is not finite.
+        """
+        if self.pending is None:
+            return
+        stage, losses, kept = self.pending
+        self.pending = None
+        loss, divergence = losses.tolist()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss became {loss} in stage {stage}: the model's outputs are not finite "
+                f"(float16 overflows; try bfloat16 or float32) or learning_rate is too high"
+            )
+        step = Step(stage, len(self.history) + 1, self.total, loss, divergence, kept)
+        self.history.append(step)
+        self.on_step(step)
+        self.smooth = loss if math.isnan(self.smooth) else 0.9 * self.smooth + 0.1 * loss
+        lower = self.smooth < self.best
+        self.best, self.since = (self.smooth, 0) if lower else (self.best, self.since + 1)
+
+    def state(self) -> dict[str, Any]:
+        """All that was noted."""
+        self.wait()
+        return {
+            "history": [asdict(step) for step in self.history],
+            "patience": [self.smooth, self.best, self.since],
+        }
+
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """To what was noted then; the steps are told again."""
+        self.history = [Step(**step) for step in state["history"]]
+        self.smooth, self.best, self.since = state["patience"]
+        for step in self.history[-1:]:
+            self.on_step(step)
 
 
 def check_batches(settings: Any, *counts: str) -> None:
@@ -153,6 +228,7 @@ class Teacher:
         self.model, self.dense, self.objective, self.windows = model, dense, objective, windows
         self.room = room
         self.kept: dict[int, Tensor] = {}  # window to its states (length, hidden)
+        self._fresh: list[int] = []  # of them, since ``fresh`` was called
 
     @torch.no_grad()
     def outputs(self, chosen: Tensor) -> Tensor:
@@ -174,6 +250,7 @@ class Teacher:
             size = state.numel() * state.element_size()
             if known_state is None and size <= self.room:
                 self.kept[index] = state.to("cpu", copy=True)
+                self._fresh.append(index)
                 self.room -= size
         return outputs
 
@@ -191,6 +268,18 @@ class Teacher:
                 "the last hidden states of the dense model are not at hand: its outputs do not "
                 "follow from them by the head alone, or there are too many to keep"
             ) from None
+
+    def fresh(self) -> dict[int, Tensor]:
+        """What was kept since this was last called."""
+        found = {index: self.kept[index] for index in self._fresh}
+        self._fresh.clear()
+        return found
+
+    def take(self, kept: Mapping[int, Tensor]) -> None:
+        """Keep what ``fresh`` gave in an earlier run."""
+        for index, state in kept.items():
+            self.kept[index] = state
+            self.room -= state.numel() * state.element_size()
 
     def _follow(self, outputs: Tensor, states: Tensor) -> bool:
         """Whether the outputs are what the head makes of the states."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +17,18 @@ from soco.choosing import (
     polarization,
     soft_ratio,
 )
+from soco.keeping import Keeper, moved
 from soco.masters import probed_rate
 from soco.objectives import HiddenStates, Objective, TokenDistribution, draw_seeds
 from soco.processes import add_up, count, part_of
-from soco.spectral import SpectralLinear
+from soco.spectral import Snapshot, SpectralLinear
 from soco.stages import Stage, TrainingSettings
-from soco.steps import Step, Teacher, all_dense, endless_batches
+from soco.steps import EndlessBatches, Losses, Step, Teacher, all_dense
 
 _STEP_COST = 0.04  # of the loss, by a step with random signs, at the rate that is measured
 
-# What a layer may train besides its scores.
-BESIDES = ("left", "right", "deviation")
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What a layer's scores were, and what its components were worth, when a budget was met."""
-
-    scores: Tensor  # (rank,), float32
-    logit: Tensor  # (rank,), float32, of which the scores are made
-    values: Tensor  # (rank,), float32: what a component is worth in the loss
-    mask: Tensor  # (rank,), bool: the components that are alive
-    left: Tensor | None = None  # (out,), of the outputs' scales; none were trained
-    right: Tensor | None = None  # (in,), of the inputs' scales
-    deviation: Tensor | None = None  # (out,), a trained one
+# Told what comes next (budget, stage, step), and the optimizer; None at the end.
+Keep = Callable[[tuple[int, int, int], torch.optim.Optimizer | None], None]
 
 
 @dataclass
@@ -58,6 +47,7 @@ class _Run:
     alive: dict[str, int] = field(default_factory=dict)  # living components
     watched: dict[str, int] = field(default_factory=dict)  # and those that may come back
     kept: float = 1.0  # living parameters, as a fraction of the targets'
+    place: tuple[int, int, int] = (0, 0, 0)  # budget, stage and step that come next
 
 
 def train_scores(
@@ -71,6 +61,7 @@ def train_scores(
     *,
     pivoted: bool = False,
     expected: Mapping[str, Tensor] | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[list[Step], list[dict[str, Snapshot]]]:
     """Learn the scores of all layers together, and who of the components stays.
 
@@ -98,6 +89,7 @@ def train_scores(
         pivoted: whether the factors will be pivoted, which hold less (``ranks.layer_params``).
         expected: name to the Fisher information (rank,) that the scores should have by what made
             the components: counts like ``settings.fisher_prior`` batches.
+        keeper: where the state is kept from which the same call goes on; None: nowhere.
 
     Returns:
         All steps, in order; and for each budget the snapshots of all layers.
@@ -122,84 +114,120 @@ def train_scores(
     run = _Run(
         model, layers, objective, settings, generator, teacher, pivoted, expected or {}
     )  # fmt: skip
-    batches = endless_batches(len(windows), settings.batch_size, generator)
-    _offer(run)
-    if settings.criterion == "fisher":
-        for _ in range(settings.fisher_warmup):
-            _pass(run, next(batches), None, record=True)
+    batches = EndlessBatches(len(windows), settings.batch_size, generator)
+    losses = Losses(settings.steps_in_all(len(budgets)), on_step)
+    snapshots: list[dict[str, Snapshot]] = []
+    held = None if keeper is None else keeper.load()
+    if held is None:
+        _offer(run)
+        if settings.criterion == "fisher":
+            for _ in range(settings.fisher_warmup):
+                _pass(run, next(batches), None, record=True)
+    else:
+        _go_back(run, batches, losses, snapshots, *held)
+
+    def keep(place: tuple[int, int, int], optimizer: torch.optim.Optimizer | None) -> None:
+        if keeper is not None and (optimizer is None or keeper.due()):
+            run.place = place
+            keeper.save(_state(run, batches, losses, snapshots, optimizer), teacher.fresh())
+
     begin = sum(layer.weight.numel() for layer in layers.values())
-    losses = _Losses(settings.steps_in_all(len(budgets)), on_step)
-    snapshots = []
     for position, budget in enumerate(budgets):
-        run.rate = settings.learning_rate or _measured_rate(run, budget)
-        optimizer = _optimizer(run)
-        for stage, steps in settings.stages_for(position):
-            _run_stage(run, stage, steps, batches, begin, budget, optimizer, losses)
-        if kept_params(layers, pivoted) > budget:
-            _choose(run, budget)
+        if position >= run.place[0]:
+            optimizer = None
+            if held is not None and position == run.place[0]:
+                optimizer = _optimizer(run)
+                optimizer.load_state_dict(held[0]["optimizer"])
+            _meet(run, position, begin, budget, batches, optimizer, losses, keep)
+            values = component_values(layers, _fisher(run))
+            snapshots.append({n: layer.snapshot(values[n]) for n, layer in layers.items()})
         begin = budget
-        values = component_values(layers, _fisher(run))
-        snapshots.append(
-            {
-                name: Snapshot(
-                    layer.scores().detach(),
-                    layer.logit.detach().clone(),
-                    values[name],
-                    layer.mask.clone(),
-                    **{
-                        part: value.detach().clone()
-                        for part in BESIDES
-                        if (value := getattr(layer, part)) is not None
-                    },
-                )
-                for name, layer in layers.items()
-            }
-        )
     losses.wait()
+    if run.place[0] < len(budgets):
+        keep((len(budgets), 0, 0), None)
     return losses.history, snapshots
 
 
-class _Losses:
-    """The history; it is one step behind, so that no step waits for its own loss."""
+def _meet(
+    run: _Run,
+    position: int,
+    begin: int,
+    budget: int,
+    batches: EndlessBatches,
+    optimizer: torch.optim.Optimizer | None,
+    losses: Losses,
+    keep: Keep,
+) -> None:
+    """Train for one budget, from its start or (with an optimizer) from the run's place in it."""
+    _, stage_now, step_now = run.place if optimizer is not None else (position, 0, 0)
+    going_on = optimizer is not None
+    if optimizer is None:
+        run.rate = run.settings.learning_rate or _measured_rate(run, budget)
+        optimizer = _optimizer(run)
+    for number, (stage, steps) in enumerate(run.settings.stages_for(position)):
+        if number < stage_now:
+            continue
+        if not going_on:
+            losses.begin_stage()
+        first = step_now if going_on else 0
+        going_on = False
+        for step in range(first, steps):
+            keep((position, number, step), optimizer)
+            if _is_over(run, stage, step, steps, batches, begin, budget, optimizer, losses):
+                break
+    if kept_params(run.layers, run.pivoted) > budget:
+        _choose(run, budget)
 
-    def __init__(self, total: int, on_step: Callable[[Step], None]) -> None:
-        self.total, self.on_step = total, on_step
-        self.history: list[Step] = []
-        self.pending: tuple[Stage, Tensor, float] | None = None
-        self.smooth, self.best, self.since = math.nan, math.inf, 0
 
-    def begin_stage(self) -> None:
-        """What came before counts no more for the patience."""
-        self.wait()
-        self.smooth, self.best, self.since = math.nan, math.inf, 0
+def _state(
+    run: _Run,
+    batches: EndlessBatches,
+    losses: Losses,
+    snapshots: list[dict[str, Snapshot]],
+    optimizer: torch.optim.Optimizer | None,
+) -> dict[str, Any]:
+    """All that the steps to come depend on, but for what the teacher keeps."""
+    return {
+        "place": run.place,
+        "rate": run.rate,
+        "kept": run.kept,
+        "components": [run.alive, run.watched],
+        "fisher": [run.squares, run.weights],
+        "layers": {name: layer.state() for name, layer in run.layers.items()},
+        "batches": batches.state(),
+        "losses": losses.state(),
+        "snapshots": [{name: vars(each) for name, each in those.items()} for those in snapshots],
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+    }
 
-    def add(self, stage: Stage, losses: Tensor, kept: float) -> None:
-        """Note the loss and the divergence in it, (2,), and read those of the step before."""
-        self.wait()
-        self.pending = stage, losses, kept
 
-    def wait(self) -> None:
-        """Read what is pending.
-
-        Raises:
-            ValueError: a loss is not finite.
-        """
-        if self.pending is None:
-            return
-        stage, losses, kept = self.pending
-        self.pending = None
-        loss, divergence = losses.tolist()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss became {loss} in stage {stage.name}: the model's outputs are not finite "
-                f"(float16 overflows; try bfloat16 or float32) or learning_rate is too high"
-            )
-        step = Step(stage.name, len(self.history) + 1, self.total, loss, divergence, kept)
-        self.history.append(step)
-        self.on_step(step)
-        self.smooth = loss if math.isnan(self.smooth) else 0.9 * self.smooth + 0.1 * loss
-        lower = self.smooth < self.best
-        self.best, self.since = (self.smooth, 0) if lower else (self.best, self.since + 1)
+def _go_back(
+    run: _Run,
+    batches: EndlessBatches,
+    losses: Losses,
+    snapshots: list[dict[str, Snapshot]],
+    state: Mapping[str, Any],
+    kept: list[Mapping[int, Tensor]],
+) -> None:
+    """To where ``_state`` was asked for."""
+    run.place, run.rate, run.kept = state["place"], state["rate"], state["kept"]
+    run.alive, run.watched = state["components"]
+    for name, layer in run.layers.items():
+        layer.go_back(state["layers"][name])
+        for into, found in zip((run.squares, run.weights), state["fisher"], strict=True):
+            if name in found:
+                into[name] = found[name].to(layer.gain.device)
+    batches.go_back(state["batches"])
+    losses.go_back(state["losses"])
+    snapshots += [
+        {
+            name: Snapshot(**moved(each, run.layers[name].gain.device))
+            for name, each in those.items()
+        }
+        for those in state["snapshots"]
+    ]
+    for part in kept:
+        run.teacher.take(part)
 
 
 def _trained(run: _Run) -> list[tuple[list[nn.Parameter], float]]:
@@ -256,40 +284,38 @@ def _optimizer(run: _Run) -> torch.optim.Adam:
     )
 
 
-def _run_stage(
+def _is_over(
     run: _Run,
     stage: Stage,
+    step: int,
     steps: int,
-    batches: Iterator[Tensor],
+    batches: EndlessBatches,
     begin: int,
     budget: int,
     optimizer: torch.optim.Optimizer,
-    losses: _Losses,
-) -> None:
-    """Train through one stage, from ``begin`` parameters to ``budget``."""
+    losses: Losses,
+) -> bool:
+    """One step of a stage from ``begin`` parameters to ``budget``; whether it was the last one."""
     settings = run.settings
     total = sum(layer.weight.numel() for layer in run.layers.values())
-    losses.begin_stage()
-    for step in range(steps):
-        choosing = step == 0 or step < stage.choose_until * steps
-        if stage.hard and choosing and step % stage.period in (0, stage.recover):
-            excess = int((begin - budget) * stage.excess(step, steps))
-            changed = _choose(run, budget + excess)
-            settled = stage.settled is not None and changed <= stage.settled
-            if settled and step and not excess:
-                return
-        for group in optimizer.param_groups:
-            group["lr"] = run.rate * group["multiple"] * stage.rate(step, steps)
-        optimizer.zero_grad(set_to_none=True)
-        record = settings.criterion == "fisher" and choosing and step % settings.fisher_every == 0
-        found = _pass(run, next(batches), stage, record)
-        pressed = _press(run, stage.ratio_weight(step), stage.sparsity, budget / total)
-        if pressed is not None:
-            found = found + torch.stack([pressed, torch.zeros_like(pressed)]).to(found)
-        optimizer.step()
-        losses.add(stage, found, run.kept)
-        if stage.patience is not None and losses.since >= stage.patience:
-            return
+    choosing = step == 0 or step < stage.choose_until * steps
+    if stage.hard and choosing and step % stage.period in (0, stage.recover):
+        excess = int((begin - budget) * stage.excess(step, steps))
+        changed = _choose(run, budget + excess)
+        settled = stage.settled is not None and changed <= stage.settled
+        if settled and step and not excess:
+            return True
+    for group in optimizer.param_groups:
+        group["lr"] = run.rate * group["multiple"] * stage.rate(step, steps)
+    optimizer.zero_grad(set_to_none=True)
+    record = settings.criterion == "fisher" and choosing and step % settings.fisher_every == 0
+    found = _pass(run, next(batches), stage, record)
+    pressed = _press(run, stage.ratio_weight(step), stage.sparsity, budget / total)
+    if pressed is not None:
+        found = found + torch.stack([pressed, torch.zeros_like(pressed)]).to(found)
+    optimizer.step()
+    losses.add(stage.name, found, run.kept)
+    return stage.patience is not None and losses.since >= stage.patience
 
 
 def _choose(run: _Run, budget: int) -> float:

@@ -13,7 +13,7 @@ from soco.linalg import Factors
 from soco.objectives import HiddenStates, Objective, run_model
 from soco.principal import PrincipalDirections, project
 from soco.ranks import Shape, allocate, is_dense
-from soco.steps import Step, Teacher, all_dense, check_batches, endless_batches, half_cosine
+from soco.steps import EndlessBatches, Step, Teacher, all_dense, check_batches, half_cosine
 from soco.svd_gradient import stable_svd
 
 # How much more valuable a component counts that is earlier by the whole of its layer's rank, as a
@@ -293,7 +293,7 @@ def train_positions(
             f'take "divergence"'
         )
     generator = torch.Generator().manual_seed(settings.seed)
-    stream = endless_batches(len(windows), settings.batch_size, generator)
+    stream = EndlessBatches(len(windows), settings.batch_size, generator)
     teacher = Teacher(model, lambda: all_dense(layers.values()), objective, windows)
     target = budget / sum(layer.weight.numel() for layer in layers.values())
     positions = [layer.position for layer in layers.values()]

@@ -14,9 +14,8 @@ from soco.choosing import choose_components
 from soco.elastic import Components, ElasticSpectrum, elastic_spectrum
 from soco.linalg import Factors, whitened_svd
 from soco.ranks import layer_params, parameter_budget
-from soco.spectral import SpectralLinear
+from soco.spectral import BESIDES, Snapshot, SpectralLinear
 from soco.surgery import layout_of
-from soco.training import BESIDES, Snapshot
 
 SHAPES = {"a": (12, 8), "b": (8, 12), "c": (10, 10)}
 RATIOS = (0.2, 0.5, 0.7)

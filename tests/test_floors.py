@@ -14,7 +14,7 @@ PACKAGE = ROOT / "soco"
 FLOORS = [
     {"core", "processes"},
     {"data", "folders", "headers", "ops", "taskdata", "workfolder"},
-    {"diagnosis", "linalg", "modules", "objectives", "quadratics", "ranks"},
+    {"diagnosis", "keeping", "linalg", "modules", "objectives", "quadratics", "ranks"},
     {
         "allocators", "component_gradients", "fitting", "masters", "observing", "packing",
         "pivots", "principal", "spectral", "steps", "surgery", "svd_gradient", "weighting",

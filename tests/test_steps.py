@@ -9,23 +9,24 @@ from torch import nn
 
 from soco.objectives import TokenDistribution
 from soco.steps import (
+    EndlessBatches,
+    Losses,
     Step,
     Teacher,
     all_dense,
     check_batches,
     checkpointed,
-    endless_batches,
     frozen,
     half_cosine,
 )
 
 
 def test_every_window_comes_once_before_any_comes_again():
-    batches = endless_batches(7, 3, torch.Generator().manual_seed(0))
+    batches = EndlessBatches(7, 3, torch.Generator().manual_seed(0))
     rounds = [torch.cat([next(batches), next(batches)]).tolist() for _ in range(4)]
     assert all(len(set(each)) == 6 for each in rounds)
     assert len({tuple(each) for each in rounds}) > 1
-    again = endless_batches(7, 3, torch.Generator().manual_seed(0))
+    again = EndlessBatches(7, 3, torch.Generator().manual_seed(0))
     assert next(again).tolist() == rounds[0][:3]
 
 
@@ -182,3 +183,16 @@ def test_batches_are_checked(change, text):
 
 def test_half_cosine():
     assert [half_cosine(step, 4, 1.0, 0.2) for step in (0, 2, 4)] == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_the_callback_is_one_step_behind_until_the_end():
+    """Or the step would wait for its own loss."""
+    seen = []
+    losses = Losses(3, seen.append)
+    for value in (1.0, 2.0):
+        losses.add("coarse", torch.tensor([value, 0.5]), 0.7)
+    assert [step.loss for step in seen] == [1.0]
+    losses.wait()
+    assert [(s.loss, s.divergence, s.kept, s.step, s.steps) for s in seen] == [
+        (1.0, 0.5, 0.7, 1, 3), (2.0, 0.5, 0.7, 2, 3)
+    ]  # fmt: skip

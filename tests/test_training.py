@@ -14,10 +14,10 @@ from soco.linalg import whitened_svd
 from soco.masters import probed_rate
 from soco.objectives import TokenDistribution, draw_seeds
 from soco.ranks import is_dense
-from soco.spectral import SpectralLinear
+from soco.spectral import Snapshot, SpectralLinear
 from soco.stages import SOFT_STAGES, STAGES, Stage, TrainingSettings
 from soco.steps import Teacher, all_dense, checkpointed
-from soco.training import Snapshot, train_scores
+from soco.training import train_scores
 from tiny_models import drawn
 
 VOCABULARY, HIDDEN = 17, 12
@@ -355,21 +355,6 @@ def test_a_stage_ends_when_its_choice_is_settled():
     _, history = train(model, layers, windows, stages=(stage,), learning_rate=1e-9, steps=200)
     assert 5 <= len(history) < 200
     assert len(history) % 5 == 0
-
-
-def test_the_callback_is_one_step_behind_until_the_end():
-    """Or the step would wait for its own loss."""
-    from soco.training import _Losses
-
-    seen = []
-    losses = _Losses(3, seen.append)
-    for value in (1.0, 2.0):
-        losses.add(STAGES[0], torch.tensor([value, 0.5]), 0.7)
-    assert [step.loss for step in seen] == [1.0]
-    losses.wait()
-    assert [(s.loss, s.divergence, s.kept, s.step, s.steps) for s in seen] == [
-        (1.0, 0.5, 0.7, 1, 3), (2.0, 0.5, 0.7, 2, 3)
-    ]  # fmt: skip
 
 
 def test_a_stage_that_begins_settled_runs_to_its_next_choice():

@@ -1,0 +1,90 @@
+"""The state of a training in a work folder: written every so often, whole, for going on from."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soco.processes import count, gathered, number, told, wait
+from soco.workfolder import WorkFolder
+
+EVERY = 60.0  # seconds between two states
+
+
+class Keeper:
+    """What a loop has to know to go on: one state, which is replaced, and parts, which add up.
+
+    In several processes each keeps its own, all of the same moment.
+
+    Args:
+        work: the folder.
+        name: of the loop in it.
+        every: seconds between two states.
+    """
+
+    def __init__(self, work: WorkFolder, name: str, every: float | None = None) -> None:
+        """Nothing is read yet."""
+        self._work, self._name = work, name
+        self._every = EVERY if every is None else every
+        self._moment, self._parts = 0, 0
+        self._since = time.monotonic()
+
+    def load(self) -> tuple[Any, list[Any]] | None:
+        """The last state and all parts up to it; None if there is none.
+
+        Raises:
+            ValueError: a file is damaged; it is named.
+        """
+        marker = told(self._work.get_json(self._marker) if self._work.has(self._marker) else None)
+        if marker is None:
+            return None
+        self._moment, self._parts = marker["moment"], marker["parts"]
+        parts = [self._work.get_any(self._part(place)) for place in range(self._parts)]
+        return self._work.get_any(self._state(self._moment)), parts
+
+    def due(self) -> bool:
+        """Whether it is time for another state; all processes get the same answer."""
+        due = time.monotonic() - self._since >= self._every
+        return told(due) if count() > 1 else due
+
+    def save(self, state: Any, part: Any) -> None:
+        """Write a state: dictionaries, lists and tuples of tensors and plain values.
+
+        Args:
+            state: takes the place of the one before it.
+            part: is added to the parts before it; nothing is written where it is empty.
+        """
+        grows = any(gathered(bool(part)))
+        if grows:
+            self._work.put_any(self._part(self._parts), part)
+        self._work.put_any(self._state(self._moment + 1), state)
+        wait()  # every process has written
+        if number() == 0:
+            marker = {"moment": self._moment + 1, "parts": self._parts + grows}
+            self._work.put_json(self._marker, marker)
+        wait()
+        self._work.drop(self._state(self._moment))
+        self._moment, self._parts = self._moment + 1, self._parts + grows
+        self._since = time.monotonic()
+
+    @property
+    def _marker(self) -> str:
+        return f"{self._name}.json"
+
+    def _state(self, moment: int) -> str:
+        return f"{self._name}-{moment}-{number()}.pt"
+
+    def _part(self, place: int) -> str:
+        return f"{self._name}-part-{place}-{number()}.pt"
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors in dictionaries, lists and tuples on another device; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(each, device) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(each, device) for each in value)
+    return value
