@@ -1,9 +1,15 @@
-"""Memory of ``soco.compress_folder`` on random Llamas, and runs of it that are killed on the way.
+"""Memory of ``soco.compress_folder`` on random Llamas, and runs that are killed on the way.
 
     python benchmarks/streaming.py memory --layers 31,62 --hidden 2048 --inner 5632 --threads 2 \
         --output benchmarks/results/streaming-memory.json
     python benchmarks/streaming.py killed --layers 8 --hidden 512 --inner 1408 --kills 20 \
         --threads 2 --output benchmarks/results/streaming-killed.json
+
+    python benchmarks/streaming.py killed --trained FOLDER --text FILE --within 40 \
+        --threads 2 --output benchmarks/results/training-killed.json
+
+With ``--trained`` it is method soco with effort best, in memory, that is killed, on a trained model
+and with a state every 5 seconds.
 
 Every run is a process of its own, whose peak memory (resident, mapped files among it) is written
 down. A killed run gets SIGKILL after a random time and is started again, until it ends; then its
@@ -93,9 +99,33 @@ def stream(folder: Path, output: Path, threads: int, samples: int, length: int) 
     }
 
 
+def train(folder: Path, output: Path, text: Path, threads: int, samples: int) -> dict[str, Any]:
+    """Compress a trained model by method soco, in memory, and go on where an earlier run stopped."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import soco
+    from soco import keeping, workfolder
+
+    torch.set_num_threads(threads)
+    keeping.EVERY = 5.0
+    work = output.with_name(f"{output.name}.work")
+    begin = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    soco.compress(
+        model, 0.4, effort="best", tokenizer=AutoTokenizer.from_pretrained(folder),
+        calibration=text, samples=samples, length=256, work=work,
+    )  # fmt: skip
+    soco.save(model, output)
+    workfolder.discard(work)
+    return {"seconds": round(time.perf_counter() - begin, 1)}
+
+
 def _command(arguments: argparse.Namespace, folder: Path, output: Path) -> list[str]:
-    given = {"--threads": arguments.threads, "--samples": arguments.samples}
+    given: dict[str, Any] = {"--threads": arguments.threads, "--samples": arguments.samples}
     given["--length"] = arguments.length
+    if arguments.trained is not None:
+        folder = arguments.trained
+        given |= {"--trained": folder, "--text": arguments.text}
     told = [str(word) for pair in given.items() for word in pair]
     return [sys.executable, __file__, "once", str(folder), str(output), *told]
 
@@ -119,7 +149,11 @@ def killed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         folder, once, often = (Path(scratch) / name for name in ("dense", "once", "often"))
-        size = make(folder, arguments.layers[0], arguments.hidden, arguments.inner)
+        if arguments.trained is None:
+            size = make(folder, arguments.layers[0], arguments.hidden, arguments.inner)
+            told = {"layers": arguments.layers[0], "bytes": size, **_sizes(arguments)}
+        else:
+            told = {"model": arguments.trained.name, "samples": arguments.samples}
         begin = time.perf_counter()
         subprocess.run(_command(arguments, folder, once), stdout=subprocess.DEVNULL, check=True)
         seconds = time.perf_counter() - begin
@@ -143,9 +177,7 @@ def killed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 print(f"killed after {kills[-1]} s", flush=True)
         return [
             {
-                "layers": arguments.layers[0],
-                "bytes": size,
-                **_sizes(arguments),
+                **told,
                 "seconds_undisturbed": round(seconds, 1),
                 "seconds_with_kills": round(time.perf_counter() - begin, 1),
                 "killed_after_seconds": kills,
@@ -187,14 +219,24 @@ def main() -> None:
     parser.add_argument("--within", type=float, help="seconds after which a run is killed at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", type=Path, help="where the models are made")
+    parser.add_argument("--trained", type=Path, help="folder of a model to train scores of")
+    parser.add_argument("--text", type=Path, help="to train them on")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "once":
         folder, output = arguments.folders
-        found = stream(folder, output, arguments.threads, arguments.samples, arguments.length)
+        threads, samples = arguments.threads, arguments.samples
+        if arguments.trained is not None:
+            found = train(folder, output, arguments.text, threads, samples)
+        else:
+            found = stream(folder, output, threads, samples, arguments.length)
         print(json.dumps(found))
         return
     rows = memory(arguments) if arguments.what == "memory" else killed(arguments)
+    if arguments.trained is not None:  # its place on this machine is not recorded
+        rows[0]["text"] = arguments.text.name
+        replaced = {str(arguments.trained): "FOLDER", str(arguments.text): "FILE"}
+        sys.argv = [replaced.get(word, word) for word in sys.argv]
     write_record(arguments.output, arguments.scratch or Path(tempfile.gettempdir()), rows)
 
 

@@ -19,7 +19,7 @@ from soco.folders import replaced
 from soco.headers import Entry, read_headers, read_json
 
 RECORD, TENSORS = "statistics.json", "statistics.safetensors"
-FORMAT = 1
+FORMAT = 2  # 1: labels for gradients were drawn batch by batch
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,29 @@ class Key:
     @property
     def folder(self) -> str:
         """The name of its folder."""
-        return f"{self.model[:16]}-{self.config[:8]}-{self.data[:16]}-{self.seed}"
+        what = f"{self.model[:16]}-{self.config[:8]}-{self.data[:16]}-{self.seed}"
+        return f"{what}-{FORMAT}"
 
 
 def key_of(model: nn.Module, windows: Tensor, batch_size: int, seed: int) -> Key:
     """The key of the statistics that ``calibration.collect`` makes of these."""
+    data = hash_of_data(windows, batch_size)
+    return Key(hash_of_model(model), hash_of_config(model), data, seed)
+
+
+def hash_of_config(model: nn.Module) -> str:
+    """The hash of the class and the configuration, as far as it is computed with."""
+    return hashlib.sha256(_configuration(model).encode()).hexdigest()
+
+
+def hash_of_model(model: nn.Module) -> str:
+    """The hash of all parameters and buffers, and their names."""
     of_model = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         of_model.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         of_model.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    of_config = hashlib.sha256(_configuration(model).encode())
-    data = hash_of_data(windows, batch_size)
-    return Key(of_model.hexdigest(), of_config.hexdigest(), data, seed)
+    return of_model.hexdigest()
 
 
 def hash_of_data(windows: Tensor, batch_size: int) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from soco.factorization import Result
+from soco.keeping import Keeper
 from soco.linalg import Factors, Spectrum
 from soco.methods import RankLearner, SoCo, TrainedMethod
 from soco.preparation import steps_bar
@@ -62,6 +63,7 @@ def learn_scores(
     progress: bool | None,
     written: Tensor | None = None,
     held_out: int = 0,
+    keeper: Keeper | None = None,
 ) -> Learned:
     """Train the scores of all layers.
 
@@ -77,6 +79,7 @@ def learn_scores(
         written: token ids (sequences, length) that are trained on beside the calibration.
         held_out: so many of the calibration's last sequences are not trained on: a refinement that
             follows measures itself by them.
+        keeper: where the state of the training is kept; None: nowhere.
     """
     windows = cast(Tensor, shared.windows)
     windows = windows[: len(windows) - held_out]
@@ -121,7 +124,7 @@ def learn_scores(
     ):
         history, snapshots = train_scores(
             model, layers, windows, budgets, objective, settings, show, pivoted=pivoted,
-            expected=expected,
+            expected=expected, keeper=keeper,
         )  # fmt: skip
     return Learned(layers, snapshots, history)
 
@@ -149,12 +152,13 @@ def learn_ranks(
     *,
     pivoted: bool,
     progress: bool | None,
+    keeper: Keeper | None = None,
 ) -> dict[str, int]:
     """The ranks that SoCo's training finds for given components: the allocator "learned"."""
     method = SoCo(seed=shared.seed, fisher_prior=0.0)  # the components may be in any unit
     model, targets = shared.model, shared.targets
     learned = learn_scores(
         model, method, targets, dict(spectra), shared, [budget], pivoted=pivoted, progress=progress,
-        written=shared.written(method.written, method.seed),
+        written=shared.written(method.written, method.seed), keeper=keeper,
     )  # fmt: skip
     return {name: int(layer.mask.sum()) for name, layer in learned.layers.items()}

@@ -1,7 +1,6 @@
 """The way from a dense model to a compressed one: ``soco.compress``."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from os import PathLike
@@ -45,13 +44,15 @@ from soco.processes import check_same
 from soco.ranks import check_ratio, parameter_budget
 from soco.refinement import Refinement
 from soco.refinement import refine as refine_factors
-from soco.reporting import Report
+from soco.reporting import Report, history_columns
+from soco.resuming import going_on, keeper, own_text, patterns, resumable
 from soco.sizes import params_for_bytes, parse_bytes
 from soco.stages import TrainingSettings
 from soco.steps import Step
 from soco.surgeon import SVDSurgeon, rescale
 from soco.surgery import bias_of, fused_experts, is_linear, shape_of, weight_of
 from soco.workbench import Groups, Workbench
+from soco.workfolder import WorkFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +83,7 @@ def compress(
     batch_size: int = 8,
     stats: str | PathLike[str] | None = None,
     shared: Workbench | None = None,
+    work: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> ModelType:
     """Replace the linear layers of a transformers model by low-rank ones, in place.
@@ -133,6 +135,9 @@ def compress(
         shared: a workbench made by ``prepare`` for this model or one with the same weights, whose
             statistics and decompositions are used; calibration, samples, length, include, exclude,
             batch_size and stats are then its own.
+        work: a folder in which statistics, decompositions and every minute the state of a training
+            are kept: after a crash, a kill or Ctrl-C the same call goes on from there, and ends
+            with the same weights. It stays: delete it once the model is saved. None: nowhere.
         progress: whether to show progress bars, on stderr; None: if that is a terminal.
 
     Returns:
@@ -165,12 +170,23 @@ def compress(
             f'"self" for text that the model writes itself'
         )
     if shared is not None:
+        if work is not None:
+            raise ValueError("give either shared or work: a workbench lives in memory")
         _check_whole(shared)
+    plan = {
+        "method": chosen.name,
+        "settings": choices.settings(),
+        "ratios": list(ratios),
+        "size": size,
+        "stored_as": str(stored_as),
+        "layers": {"include": patterns(include), "exclude": patterns(exclude)},
+        "calibration": {"samples": samples, "length": length, "seed": seed, "batch": batch_size},
+    }
     clock = Clock(next(model.parameters()).device)
     before = size_of(model)
-    own = shared is None
+    alone = shared is None
     notes: list[str] = []
-    with experts_split(model) as fused:
+    with resumable(work, model, plan) as kept, experts_split(model) as fused:
         if fused and len(ratios) > 1:
             raise ValueError(
                 f"{type(model).__name__} has fused experts, which soco.resize cannot change yet: "
@@ -178,10 +194,11 @@ def compress(
             )
         if shared is None:
             with clock("calibration text"), noted(notes):
+                found = own_text(kept)
                 shared = prepare(
                     model,
                     tokenizer=tokenizer,
-                    calibration=calibration if reads else None,
+                    calibration=calibration if reads and found is None else None,
                     samples=samples,
                     length=length,
                     seed=seed,
@@ -192,16 +209,18 @@ def compress(
                     progress=progress,
                     keep=choices.keeps,
                 )
+                own = isinstance(calibration, str) and calibration == "self"
+                going_on(shared, kept, found, writes=own)
         targets = _counterparts(model, shared)
         stored_as = stored_as or next(model.parameters()).dtype
         ratios, budgets = _budgets(model, targets, shared, ratios, size, stored_as, choices)
         with unchanged_on_error(shared.model, shared.targets), unchanged_on_error(model, targets):
-            run = _Run(model, targets, shared, ratios, budgets, clock, notes, progress)
+            run = _Run(model, targets, shared, ratios, budgets, clock, notes, progress, kept)
             placed, groups, scores, history, spectrum = _factor(run, choices)
             written = _written(run, choices.refinement)  # the model is still the dense one
             made, redone = install(model, targets, placed, groups, pivoted=choices.pivoted)
             if choices.refinement is not None and made:
-                if own:
+                if alone:
                     shared.forget()
                 with clock("refinement"), noted(notes):
                     history += _refine(run, made, redone, choices.refinement, written)
@@ -223,7 +242,7 @@ def compress(
                 settings=choices.settings(),
                 left_dense=tuple(fused_experts(model)),
                 warnings=tuple(notes),
-                history=_columns(history),
+                history=history_columns(history),
                 versions=versions(),
                 date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             )
@@ -248,6 +267,7 @@ class _Run:
     clock: Clock
     notes: list[str]
     progress: bool | None
+    kept: WorkFolder | None  # where it is kept what was done
 
     @property
     def ratio(self) -> float:
@@ -292,6 +312,7 @@ def _factor(
                 run.model, method, run.targets, spectra, shared, run.budgets,
                 pivoted=pivoted, progress=progress, written=written,
                 held_out=later.held_out_of(len(run.windows)) if later else 0,
+                keeper=keeper(run.kept, "training"),
             )  # fmt: skip
         spectrum = None
         if len(run.budgets) > 1:
@@ -309,7 +330,8 @@ def _factor(
         ranks = choose_ranks(
             shared, method, rule, groups, spectra, run.budget, pivoted,
             lambda: learn_ranks(
-                shared, spectra, run.budget, pivoted=pivoted, progress=progress
+                shared, spectra, run.budget, pivoted=pivoted, progress=progress,
+                keeper=keeper(run.kept, "ranks"),
             ),
         )  # fmt: skip
     with clock("factors"), noted(run.notes):
@@ -425,7 +447,7 @@ def _refine(
     with steps_bar(settings.steps, run.progress) as show:
         return refine_factors(
             run.model, pairs, run.windows, objective, settings, show, others=others,
-            written=written,
+            written=written, keeper=keeper(run.kept, "refinement"),
         )  # fmt: skip
 
 
@@ -467,22 +489,3 @@ def _check_whole(shared: Workbench) -> None:
                 f"the model that this workbench was prepared for has changed: {name} is another "
                 f"layer now. Prepare a new one, and compress copies of the model"
             )
-
-
-def _columns(history: list[Step]) -> dict[str, list]:
-    """The history as plain JSON: what is not finite, or was not measured, is None."""
-    if not history:
-        return {}
-    columns = {
-        "stage": [step.stage for step in history],
-        "loss": [_rounded(step.loss) for step in history],
-        "divergence": [_rounded(step.divergence) for step in history],
-        "kept": [round(step.kept, 4) for step in history],
-    }
-    if any(step.held_out is not None for step in history):
-        columns["held_out"] = [_rounded(step.held_out) for step in history]
-    return columns
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else round(value, 6)

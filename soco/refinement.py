@@ -237,6 +237,8 @@ def _train(
         weight_decay=settings.weight_decay, clip=settings.clip,
     )  # fmt: skip
 
+    teachers = {"train": train, "held_out": held_out}
+
     def keep(following_step: int) -> None:
         if keeper is not None:
             keeper.save(
@@ -248,7 +250,7 @@ def _train(
                     "batches": following.state(),
                     "history": [asdict(step) for step in history],
                 },
-                [train.fresh(), held_out.fresh()],
+                {n: found for n, each in teachers.items() if (found := each.fresh())},
             )
 
     if state is not None:
@@ -259,8 +261,8 @@ def _train(
         following.go_back(held["batches"])
         history += [Step(**step) for step in held["history"]]
         for part in parts:
-            train.take(part[0])
-            held_out.take(part[1])
+            for name, kept in part.items():
+                teachers[name].take(kept)
     for step in range(first, settings.steps + 1):
         if keeper is not None and step > first and keeper.due():
             keep(step)

@@ -13,6 +13,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
 
+from soco.steps import Step
+
 PICTURES = (".png", ".svg", ".pdf")  # what can be drawn
 
 MOST_ROWS = 24  # of the picture; with more kinds of layers the experts are drawn as one
@@ -411,3 +413,22 @@ def _draw_history(axes: Any, history: Mapping[str, list]) -> None:
                 ha="center",
             )
         begin += share
+
+
+def history_columns(history: list[Step]) -> dict[str, list]:
+    """The history as plain JSON: what is not finite, or was not measured, is None."""
+    if not history:
+        return {}
+    columns = {
+        "stage": [step.stage for step in history],
+        "loss": [_rounded(step.loss) for step in history],
+        "divergence": [_rounded(step.divergence) for step in history],
+        "kept": [round(step.kept, 4) for step in history],
+    }
+    if any(step.held_out is not None for step in history):
+        columns["held_out"] = [_rounded(step.held_out) for step in history]
+    return columns
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 6)

@@ -127,7 +127,7 @@ def train_scores(
         _go_back(run, batches, losses, snapshots, *held)
 
     def keep(place: tuple[int, int, int], optimizer: torch.optim.Optimizer | None) -> None:
-        if keeper is not None and (optimizer is None or keeper.due()):
+        if keeper is not None and place != run.place and (optimizer is None or keeper.due()):
             run.place = place
             keeper.save(_state(run, batches, losses, snapshots, optimizer), teacher.fresh())
 

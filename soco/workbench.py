@@ -1,5 +1,6 @@
 """What compressions of one model share: statistics, decompositions, sensitivities, its own text."""
 
+import hashlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from soco.objectives import Objective, objective_for
 from soco.processes import count, from_first, gathered, handed, number, owners
 from soco.sampling import sample_from_model, writes_text
 from soco.surgery import bias_of, replaced, shape_of, weight_of
+from soco.workfolder import WorkFolder
 
 Groups = Sequence[tuple[str, ...]]  # layers that share a basis, each under its first name
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
@@ -46,6 +48,7 @@ class Workbench:
     progress: Progress | None = None  # makes a progress bar of a total and a title
     keep: bool = True  # False: statistics go as soon as a decomposition has used them
     source: dict[str, Any] = field(default_factory=dict)  # of the calibration, for reports
+    work: WorkFolder | None = None  # where spectra and the model's own text are kept to go on from
     seconds: dict[tuple, float] = field(
         default_factory=dict
     )  # (basis, groups) to its decomposition; (basis, group, rank) to its probe
@@ -133,11 +136,23 @@ class Workbench:
             again = self.source.get("source") == "self"
             with self._bar(wanted, "sampling from the model") as bar:
                 self._written[key] = from_first(
-                    lambda: sample_from_model(
-                        self.model, wanted, length, keep_start=True, seed=seed + again, on_batch=bar
+                    lambda: self._kept(
+                        f"text-{wanted}-{seed + again}.safetensors",
+                        lambda: sample_from_model(
+                            self.model, wanted, length, keep_start=True, seed=seed + again,
+                            on_batch=bar,
+                        ),
                     )
-                )
+                )  # fmt: skip
         return self._written[key]
+
+    def _kept(self, file: str, make: Callable[[], Tensor]) -> Tensor:
+        """What is in a file of the work folder, or what is made and put there."""
+        if self.work is None:
+            return make()
+        if not self.work.has(file):
+            self.work.put_tensors(file, {"tensor": make()})
+        return self.work.get_tensors(file)["tensor"]
 
     def forget(self) -> None:
         """Drop all that was collected and computed; what is asked for again is made again."""
@@ -189,9 +204,17 @@ class Workbench:
         """
 
         def take_apart(group: tuple[str, ...]) -> tuple[tuple[str, ...], Spectrum]:
+            place = _file_of(components, group)
+            if self.work is not None and self.work.has(place):
+                held = self.work.get_tensors(place)
+                parts = (held[part].to(self._device()) for part in Spectrum._fields)
+                return group, Spectrum(*parts)
             means = self._group_means(group)
             name = f"{group[0]}.weight"
-            return group, components.spectrum(self.weight(group), means, name=name)
+            found = components.spectrum(self.weight(group), means, name=name)
+            if self.work is not None:
+                self.work.put_tensors(place, found._asdict())
+            return group, found
 
         known, whitened = self.shapes, bool(components.needs)
         shapes = [(sum(known[name][0] for name in group), known[group[0]][1]) for group in groups]
@@ -315,6 +338,12 @@ class _silent:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def _file_of(components: Basis, group: tuple[str, ...]) -> str:
+    """Where the spectrum of a unit is kept."""
+    told = hashlib.sha256(f"{components!r} {group!r}".encode()).hexdigest()
+    return f"spectrum-{told[:24]}.safetensors"
 
 
 def _moved(found: Mapping[str, Statistics], device: torch.device) -> dict[str, Statistics]:

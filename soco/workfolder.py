@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,12 @@ from torch import Tensor
 from soco.processes import number, wait
 
 PLAN = "plan.json"  # what the run is of
+STATISTICS = "statistics"  # a folder in it, of soco.archive
 _LOCK = "lock"
 
 
-class DamagedError(ValueError):
-    """A file of a work folder cannot be read."""
+class WorkFolderError(ValueError):
+    """A work folder is damaged, or of another run; it stays as it is."""
 
 
 class WorkFolder:
@@ -31,9 +33,11 @@ class WorkFolder:
         path: of the folder.
     """
 
-    def __init__(self, path: Path, plan: Mapping[str, Any]) -> None:
-        """Prepared by ``opened``."""
+    def __init__(self, path: Path, plan: Mapping[str, Any] | None) -> None:
+        """Prepared by ``opened``; without a plan it is taken as it is."""
         self.path = path
+        if plan is None:
+            return
         self._plan = json.loads(json.dumps(plan))
         if self.has(PLAN):
             self._compare()
@@ -85,7 +89,8 @@ class WorkFolder:
             path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Delete the folder; what a user put into it stays."""
+        """Delete what is in the folder; what a user put into it stays."""
+        shutil.rmtree(self.path / STATISTICS, ignore_errors=True)
         self.drop("*.json")
         self.drop("*.safetensors")
         self.drop("*.pt")
@@ -111,8 +116,8 @@ class WorkFolder:
                 f"command again, which goes on from here"
             ) from error
 
-    def _broken(self, name: str) -> DamagedError:
-        return DamagedError(
+    def _broken(self, name: str) -> WorkFolderError:
+        return WorkFolderError(
             f"{self.path / name} is damaged: delete the folder {self.path} to begin anew"
         )
 
@@ -128,7 +133,7 @@ class WorkFolder:
         before, now = _flat(held), _flat(self._plan)
         for key in {**before, **now}:
             if before.get(key) != now.get(key):
-                raise ValueError(
+                raise WorkFolderError(
                     f"{self.path} holds the beginning of another run: {key} is "
                     f"{_told(before.get(key))} there and {_told(now.get(key))} here; give the "
                     f"command as it was, another work folder, or delete this one"
@@ -136,7 +141,7 @@ class WorkFolder:
 
 
 @contextmanager
-def opened(path: Path, plan: Mapping[str, Any]) -> Iterator[WorkFolder]:
+def opened(path: Path, plan: Mapping[str, Any], *, keep: bool = False) -> Iterator[WorkFolder]:
     """A work folder for one run at a time, kept when the block is interrupted or the disk is full.
 
     The processes of a run (``soco.together``) share it. It is deleted when the block ends well, and
@@ -145,6 +150,7 @@ def opened(path: Path, plan: Mapping[str, Any]) -> Iterator[WorkFolder]:
     Args:
         path: new, empty, or of an earlier run.
         plan: all that the result depends on, as JSON data.
+        keep: whether it stays when the block ends well (``discard`` deletes it).
 
     Raises:
         ValueError: another run works in it, it holds something else, or a run with another plan.
@@ -174,8 +180,8 @@ def opened(path: Path, plan: Mapping[str, Any]) -> Iterator[WorkFolder]:
         wait()
         try:
             yield folder
-            ended = True
-        except DamagedError:
+            ended = not keep
+        except WorkFolderError:
             raise
         except ValueError:  # what this run is of cannot be done, now or later
             ended = True
@@ -186,10 +192,22 @@ def opened(path: Path, plan: Mapping[str, Any]) -> Iterator[WorkFolder]:
     finally:
         lock.release()
         if ended:
-            (path / _LOCK).unlink(missing_ok=True)
-            if not any(path.iterdir()):
-                path.rmdir()
+            _remove(path)
     wait()
+
+
+def discard(path: Path) -> None:
+    """Delete a work folder that is not used any more; what a user put into it stays."""
+    if (path / PLAN).is_file():
+        WorkFolder(path, None).discard()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete an empty work folder."""
+    (path / _LOCK).unlink(missing_ok=True)
+    if not any(path.iterdir()):
+        path.rmdir()
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

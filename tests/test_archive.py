@@ -149,7 +149,7 @@ FIRST = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (change_record(lambda r: r.update(format=9)), "of format 9, not 1"),
+        (change_record(lambda r: r.update(format=9)), "of format 9, not 2"),
         (change_record(lambda r: r.update(model="other")), "of another model than its folder's"),
         (change_record(lambda r: r.update(seed=5)), "of another seed than its folder's"),
         (change_record(lambda r: r.pop("layers")), "names no layers"),

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import soco
-from soco import streaming
+from soco import keeping, streaming
 from soco.allocators import ALLOCATORS
 from soco.cli import commands, comparing, demo, main, sources
 from soco.cli.messages import sentence
@@ -263,6 +263,47 @@ def test_a_streamed_run_that_is_stopped_goes_on(run, place, monkeypatch):
     assert AutoModelForCausalLM.from_pretrained(place / "out") is not None
 
 
+def test_a_training_that_is_stopped_goes_on(run, place, monkeypatch):
+    """In memory; the work folder goes once the model is written."""
+    words = [
+        "compress", "dense", "--method", "soco", "--steps", "8", "--written", "0", "-c",
+        "text.txt", "--length", "16", "--samples", "8", "--ratio", "0.4", "-o",
+    ]  # fmt: skip
+    assert run(*words, "once")[0] == 0
+    monkeypatch.setattr(keeping, "EVERY", 0.0)
+    save, calls = keeping.Keeper.save, []
+
+    def stopping(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        save(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping.Keeper, "save", stopping)
+        code, out, err = run(*words, "out", "--work", "kept")
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-2:] == [
+        "soco: stopped: the same command goes on from here", "soco: interrupted",
+    ]  # fmt: skip
+    assert not (place / "out").exists()
+    calls.clear()
+    monkeypatch.setattr(keeping.Keeper, "save", lambda *args: (calls.append(args), save(*args)))
+    code, _, err = run(*words, "out", "--work", "kept")
+    assert code == 0
+    assert len(calls) == 5  # from step 3 to 7, and the end
+    told = "soco: an earlier run was stopped: going on with what is in kept"
+    assert told in err.splitlines()
+    assert not (place / "kept").exists()
+    one, other = (load_file(place / name / "model.safetensors") for name in ("once", "out"))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    code, _, err = run(*words, "out", "--work", "dense")
+    assert (code, err.splitlines()[-1].endswith("is no work folder: choose another one")) == (
+        2,
+        True,
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -310,8 +351,6 @@ def test_streaming_what_is_broken_leaves_nothing(fails, place, damage, message):
 def test_streaming_takes_a_folder(fails):
     message = "--stream reads a folder, and no/where is none"
     assert message in fails("compress", "no/where", "-o", "x", *STREAM)
-    message = "--work is where --stream keeps what is done: give both"
-    assert message in fails("compress", "dense", "-o", "x", "--work", "w")
 
 
 @pytest.mark.parametrize(

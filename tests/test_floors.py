@@ -29,7 +29,7 @@ FLOORS = [
         "tasks", "workbench",
     },
     {"factorization", "installation", "preparation", "record", "verification"},
-    {"learning", "plots", "resizing", "streaming"},
+    {"learning", "plots", "resizing", "resuming", "streaming"},
     {"pipeline"},
     {"comparison", "rendering"},
     {"cli"},

@@ -104,6 +104,13 @@ def test_methods_up_to_rounding(results, key, count):
     assert distance(weights, others) < 1e-5
 
 
+@pytest.mark.parametrize("count", [1, *COUNTS])
+def test_stopped_and_going_on(results, count):
+    """Bit for bit what an undisturbed run of as many processes gives."""
+    first = results[count][0]
+    assert distance(first["best"], first["stopped"]) == 0
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_from_folder_to_folder(results, count):
     weights, _ = results[1][0]["streamed"]

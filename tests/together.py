@@ -4,12 +4,13 @@ Every process writes what it got to OUTPUT/<number of processes>-<its number>.pt
 """
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 import soco
-from soco import processes
+from soco import keeping, processes
 from soco.calibration import collect
 from soco.experts import experts_split
 from soco.methods import SoCo
@@ -55,6 +56,26 @@ def streamed(folder):
     return soco.load(small).state_dict(), left
 
 
+def stopped(folder):
+    """Stopped in the middle of a training, and again in that of a refinement; then going on."""
+    keeping.EVERY, save, left = 0.0, keeping.Keeper.save, [5, 4, -1]
+
+    def stopping(keeper, state, part):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        save(keeper, state, part)
+
+    keeping.Keeper.save = stopping
+    options = {"refine": Refinement(steps=8, evaluate_every=4), "work": folder}
+    while left[0] > 0:
+        with suppress(KeyboardInterrupt):
+            compressed(SoCo(steps=6, written=0.0), **options)
+        left.pop(0)
+    keeping.Keeper.save = save
+    return compressed(SoCo(steps=6, written=0.0), **options)
+
+
 def main():
     torch.set_num_threads(1)
     output = Path(sys.argv[1])
@@ -73,8 +94,12 @@ def main():
             "svd-llm": compressed("svd-llm", stats=output / f"stats-{processes.count()}"),
             "again": compressed("svd-llm", stats=output / f"stats-{processes.count()}"),
             "soco": compressed(steps),
+            "best": compressed(
+                SoCo(steps=6, written=0.0), refine=Refinement(steps=8, evaluate_every=4)
+            ),
             "refine": compressed("svd-llm", refine=Refinement(steps=8, evaluate_every=4)),
             "streamed": streamed(output),
+            "stopped": stopped(output / f"work-{processes.count()}"),
         }
     assert processes.count() == 1
     torch.save(found, output / f"{found['numbers'][1]}-{found['numbers'][0]}.pt")

@@ -142,8 +142,6 @@ def compress(
     if method is not MethodName.soco and training:
         option = next(iter(training)).replace("_", "-")
         raise ValueError(f"--{option} is for method soco: method {method.value} has no training")
-    if work is not None and not stream:
-        raise ValueError("--work is where --stream keeps what is done: give both")
     from soco.cli import commands, streamed
     from soco.cli.shared import one_voice
 
@@ -177,7 +175,7 @@ def compress(
         if stream:
             streamed.compress(wanted, work)
         else:
-            commands.compress(wanted)
+            commands.compress(wanted, work)
 
 
 @app.command()

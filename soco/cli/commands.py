@@ -50,6 +50,7 @@ from soco.resizing import resize as resize_model
 from soco.sizes import parse_bytes
 from soco.tasks import check_tasks, evaluate_tasks
 from soco.verification import verify as verify_model
+from soco.workfolder import PLAN, discard
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,11 @@ class Compression:
         return {ratio: self.output / f"ratio-{ratio:g}" for ratio in self.ratios or ()}
 
 
-def compress(wanted: Compression) -> None:
-    """``soco compress``: from a dense model to a folder with the compressed one."""
+def compress(wanted: Compression, work: Path | None = None) -> None:
+    """``soco compress``: from a dense model to a folder with the compressed one.
+
+    With a work folder the same command goes on after it was stopped.
+    """
     begin = time.perf_counter()
     find_model(wanted.model)
     folders = wanted.folders()
@@ -115,10 +119,16 @@ def compress(wanted: Compression) -> None:
         compared = wanted.model == DEMO and isinstance(method, SoCo) and not folders
         dense = copy.deepcopy(model) if compared else None
         tell(f"compressing by {method.name} on {device}")
+        if work is not None and (work / PLAN).is_file():
+            tell(f"an earlier run was stopped: going on with what is in {work}")
         try:
             compress_model(
-                model, method=method, tokenizer=tokenizer, stored_as=stored, **options
+                model, method=method, tokenizer=tokenizer, stored_as=stored, work=work, **options
             )  # fmt: skip
+        except KeyboardInterrupt:
+            if work is not None:
+                tell("stopped: the same command goes on from here")
+            raise
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"the memory of {device} is full: try a smaller --batch-size or --length, "
@@ -136,6 +146,8 @@ def compress(wanted: Compression) -> None:
             save(model, wanted.output, tokenizer)
         for folder in folders.values() or [wanted.output]:
             _check_written(folder)
+        if work is not None:
+            discard(work)
         seconds = time.perf_counter() - begin
         out = console()
         out.print(f"{wanted.model}, compressed and written in {seconds:.0f} s", style="bold")

@@ -259,8 +259,9 @@ WorkOption = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Where --stream keeps what is done.",
-        show_default="the output with .work at its end",
+        help="Keep what is done in a folder: after a crash, a kill or Ctrl-C the same command goes "
+        "on from there.",
+        show_default="with --stream the output with .work at its end, else nowhere",
         rich_help_panel=RUNNING,
     ),
 ]

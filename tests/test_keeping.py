@@ -1,0 +1,76 @@
+"""soco.keeping: states that are whole, and parts that add up, whatever was being written."""
+
+from contextlib import suppress
+
+import pytest
+import torch
+
+from soco import keeping
+from soco.keeping import Keeper, moved
+from soco.workfolder import opened
+
+
+@pytest.fixture
+def work(tmp_path):
+    with opened(tmp_path / "work", {}, keep=True) as folder:
+        yield folder
+
+
+def test_the_last_state_and_all_parts(work):
+    keeper = Keeper(work, "loop")
+    assert keeper.load() is None
+    keeper.save({"step": 1, "x": torch.ones(2)}, {3: torch.zeros(1)})
+    keeper.save({"step": 2, "x": torch.ones(2)}, {})
+    keeper.save({"step": 3, "x": (torch.ones(2), None, 0.5)}, {4: torch.ones(1)})
+    state, parts = Keeper(work, "loop").load()
+    assert state["step"] == 3
+    assert state["x"][1:] == (None, 0.5)
+    assert [list(part) for part in parts] == [[3], [4]]
+    assert len(list(work.path.glob("loop-?-0.pt"))) == 1
+    assert Keeper(work, "other").load() is None
+
+
+@pytest.mark.parametrize("files", [0, 1, 2])
+def test_stopped_while_a_state_is_written(work, monkeypatch, files):
+    """The one before it counts, with its parts; and what was left over is overwritten."""
+    Keeper(work, "loop").save({"step": 1}, {0: torch.zeros(1)})
+    put, left = type(work)._put, [files]
+
+    def stopping(self, name, write):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        put(self, name, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(work), "_put", stopping)
+        keeper = Keeper(work, "loop")
+        keeper.load()
+        with suppress(KeyboardInterrupt):
+            keeper.save({"step": 2}, {1: torch.zeros(1)})
+    keeper = Keeper(work, "loop")
+    state, parts = keeper.load()
+    assert (state["step"], len(parts)) == (1, 1)
+    keeper.save({"step": 3}, {2: torch.zeros(1)})
+    state, parts = Keeper(work, "loop").load()
+    assert (state["step"], [list(part) for part in parts]) == (3, [[0], [2]])
+
+
+def test_when_it_is_due(work, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(keeping.time, "monotonic", lambda: now[0])
+    keeper = Keeper(work, "loop", every=60)
+    assert not keeper.due()
+    now[0] = 159.0
+    assert not keeper.due()
+    now[0] = 160.0
+    assert keeper.due()
+    keeper.save({}, {})
+    assert not keeper.due()
+
+
+def test_moved(device):
+    value = {"a": [torch.ones(1), 3], "b": (torch.zeros(2), "x", None)}
+    there = moved(value, torch.device(device))
+    assert there["a"][0].device.type == torch.device(device).type
+    assert (there["a"][1], there["b"][1:]) == (3, ("x", None))
