@@ -100,7 +100,7 @@ def stream(folder: Path, output: Path, threads: int, samples: int, length: int) 
 
 
 def train(folder: Path, output: Path, text: Path, threads: int, samples: int) -> dict[str, Any]:
-    """Compress a trained model by method soco, in memory, and go on where an earlier run stopped."""
+    """Compress a trained model by method soco in memory, or go on where an earlier run stopped."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import soco
