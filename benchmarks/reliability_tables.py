@@ -11,6 +11,7 @@ def reliability(parts: list[dict]) -> dict[str, str]:
     fuzzed = [part for part in parts if "outcomes" in part]
     streamed = [row for _, row in rows if "of_them_before" in row and "hidden" in row]
     killed = [(part, row) for part, row in rows if "killed_after_seconds" in row]
+    shared = [(part, row) for part, row in rows if "processes" in row and "phases" in row]
     found = {}
     if fuzzed:
         found["fuzz"] = _fuzzed(fuzzed)
@@ -18,6 +19,8 @@ def reliability(parts: list[dict]) -> dict[str, str]:
         found["streaming"] = _streamed(streamed)
     if killed:
         found["killed"] = "\n".join(_killed(part, row) for part, row in killed)
+    if shared:
+        found["processes"] = _shared(shared)
     return found
 
 
@@ -52,10 +55,39 @@ def _streamed(rows: list[dict]) -> str:
 
 def _killed(part: dict, row: dict) -> str:
     after = row["killed_after_seconds"]
+    if "model" in row:
+        what = f"{row['model']}, method soco with effort best, in memory, a state every 5 s"
+    else:
+        what = f"{row['layers']} layers, {format_bytes(row['bytes'])} in bfloat16, `--stream`"
     return (
-        f"{row['layers']} layers, {format_bytes(row['bytes'])} in bfloat16: killed {len(after)} "
-        f"times, after {min(after):.0f} to {max(after):.0f} s; {row['seconds_with_kills']:,.0f} s "
-        f"in all, {row['seconds_undisturbed']:,.0f} s undisturbed (beside other work); weights "
+        f"- {what}: killed {len(after)} times, after {min(after):.0f} to {max(after):.0f} s; "
+        f"{row['seconds_with_kills']:,.0f} s in all, {row['seconds_undisturbed']:,.0f} s undisturbed (beside other work); weights "
         f"{'identical' if row['identical'] else 'DIFFERENT'}, {len(row['left_behind'])} files left "
         f"behind. Made on {part['date'][:10]} at `{part['commit']}` by `{part['command']}`."
     )
+
+
+def _shared(rows: list[tuple[dict, dict]]) -> str:
+    lines = [
+        "| what | processes | statistics | decomposition | training | result |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    alone: dict[str, dict] = {}
+    for _, row in rows:
+        what = (
+            f"{row['model']}, {row['method']}"
+            if "model" in row
+            else f"{row['layers']} layers of {row['hidden']} and {row['inner']}, svd-llm, streamed"
+        )
+        first = alone.setdefault(what, row)
+        phases = [
+            f"{seconds:.1f} s" if (seconds := row["phases"].get(name)) else "-"
+            for name in ("statistics", "decomposition", "training")
+        ]
+        if "identical" in row:
+            result = "identical" if row["identical"] else "equal up to rounding"
+        else:
+            result = f"KL {row['kl']:.9f}, {row['same_ranks']} of {row['layers']} ranks equal"
+        result = "-" if row is first and "identical" in row else result
+        lines.append(f"| {what} | {row['processes']} | {' | '.join(phases)} | {result} |")
+    return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,11 +129,11 @@ class Masters:
         has = torch.tensor([master.grad is not None for master in self.masters], dtype=torch.int32)
         has = has.to(self.masters[0].device)
         add_up(has)
-        for master, some in zip(self.masters, has.tolist(), strict=True):
-            if some:
-                if master.grad is None:
-                    master.grad = torch.zeros_like(master)
-                add_up(master.grad)
+        reached = [m for m, some in zip(self.masters, has.tolist(), strict=True) if some]
+        for master in reached:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        add_up(*(cast(Tensor, master.grad) for master in reached))
 
     @torch.no_grad()
     def norm(self) -> Tensor:

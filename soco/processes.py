@@ -20,6 +20,8 @@ T = TypeVar("T")
 # the others.
 _PATIENCE = timedelta(days=1)
 
+_SMALL = 2**16  # entries of a tensor that does not travel alone
+
 _together = False
 _store: Any = None  # a dist.Store that the processes have in common, also when one is lost
 
@@ -116,15 +118,27 @@ def owners(costs: Sequence[float]) -> list[int]:
 
 
 def add_up(*tensors: Tensor) -> None:
-    """Replace tensors by their sums over all processes, in place; shapes are the same in all."""
-    if count() > 1:
-        for tensor in tensors:
-            if tensor.is_contiguous():
-                dist.all_reduce(tensor)
-            else:
-                dense = tensor.contiguous()
-                dist.all_reduce(dense)
-                tensor.copy_(dense)
+    """Replace tensors by their sums over all processes, in place; shapes are the same in all.
+
+    Small ones of one dtype travel together.
+    """
+    if count() == 1:
+        return
+    small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() <= _SMALL:
+            small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        elif tensor.is_contiguous():
+            dist.all_reduce(tensor)
+        else:
+            dense = tensor.contiguous()
+            dist.all_reduce(dense)
+            tensor.copy_(dense)
+    for those in small.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in those])
+        dist.all_reduce(flat)
+        for tensor, total in zip(those, flat.split([t.numel() for t in those]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
 
 def gathered(value: T) -> list[T]:

@@ -407,15 +407,17 @@ def _add_up(
     run: _Run, sums: Tensor, squares: dict[str, Tensor], record: bool, trains: bool
 ) -> None:
     """Losses, gradients and squares of all processes, each of which had a part of the batch."""
-    add_up(sums)
+    together = [sums]
     if trains:
         for parameter in (p for parameters, _ in _trained(run) for p in parameters):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            add_up(parameter.grad)
+            together.append(parameter.grad)
     if record:
         for name, layer in run.layers.items():
-            add_up(squares.setdefault(name, torch.zeros_like(layer.gain)))
+            together.append(squares.setdefault(name, torch.zeros_like(layer.gain)))
+    with torch.no_grad():
+        add_up(*together)
 
 
 @contextmanager
