@@ -61,7 +61,8 @@ def _killed(part: dict, row: dict) -> str:
         what = f"{row['layers']} layers, {format_bytes(row['bytes'])} in bfloat16, `--stream`"
     return (
         f"- {what}: killed {len(after)} times, after {min(after):.0f} to {max(after):.0f} s; "
-        f"{row['seconds_with_kills']:,.0f} s in all, {row['seconds_undisturbed']:,.0f} s undisturbed (beside other work); weights "
+        f"{row['seconds_with_kills']:,.0f} s in all, {row['seconds_undisturbed']:,.0f} s "
+        f"undisturbed (beside other work); weights "
         f"{'identical' if row['identical'] else 'DIFFERENT'}, {len(row['left_behind'])} files left "
         f"behind. Made on {part['date'][:10]} at `{part['commit']}` by `{part['command']}`."
     )
