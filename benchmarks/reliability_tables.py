@@ -39,12 +39,16 @@ def _fuzzed(parts: list[dict]) -> str:
 
 
 def _streamed(rows: list[dict]) -> str:
-    lines = ["| layers | hidden, inner | weights | seconds | peak |", "|--:|---|--:|--:|--:|"]
+    lines = [
+        "| method | layers | hidden, inner | weights | seconds | peak |",
+        "|---|--:|---|--:|--:|--:|",
+    ]
     return "\n".join(
         [
             *lines,
             *(
-                f"| {row['layers']} | {row['hidden']}, {row['inner']} | "
+                f"| {row.get('method', 'svd-llm')} | {row['layers']} | "
+                f"{row['hidden']}, {row['inner']} | "
                 f"{format_bytes(row['bytes'])} | {row['seconds']:.0f} | "
                 f"{format_bytes(row['peak_process_bytes'])} |"
                 for row in rows

@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 32000
+BATCH = 8  # sequences at a time
 
 
 def make(folder: Path, layers: int, hidden: int, inner: int) -> int:
@@ -77,7 +78,9 @@ def peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def stream(folder: Path, output: Path, threads: int, samples: int, length: int) -> dict[str, Any]:
+def stream(
+    folder: Path, output: Path, method: str, threads: int, samples: int, length: int
+) -> dict[str, Any]:
     """What this process needs for it."""
     from soco.streaming import compress_folder
 
@@ -88,7 +91,7 @@ def stream(folder: Path, output: Path, threads: int, samples: int, length: int) 
     )
     begin = time.perf_counter()
     report = compress_folder(
-        folder, output, 0.5, method="svd-llm", calibration=ids, samples=samples
+        folder, output, 0.5, method=method, calibration=ids, samples=samples, batch_size=BATCH
     )
     return {
         "removed": report.removed,
@@ -122,7 +125,7 @@ def train(folder: Path, output: Path, text: Path, threads: int, samples: int) ->
 
 def _command(arguments: argparse.Namespace, folder: Path, output: Path) -> list[str]:
     given: dict[str, Any] = {"--threads": arguments.threads, "--samples": arguments.samples}
-    given["--length"] = arguments.length
+    given |= {"--length": arguments.length, "--method": arguments.method}
     if arguments.trained is not None:
         folder = arguments.trained
         given |= {"--trained": folder, "--text": arguments.text}
@@ -139,7 +142,8 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             size = make(folder, layers, arguments.hidden, arguments.inner)
             command = _command(arguments, folder, Path(scratch) / "compressed")
             told = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
-            rows.append({"layers": layers, "bytes": size, **_sizes(arguments), **json.loads(told)})
+            told_of = {"method": arguments.method, "layers": layers, "bytes": size}
+            rows.append({**told_of, **_sizes(arguments), **json.loads(told)})
             print(rows[-1], flush=True)
     return rows
 
@@ -219,6 +223,7 @@ def main() -> None:
     parser.add_argument("--within", type=float, help="seconds after which a run is killed at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", type=Path, help="where the models are made")
+    parser.add_argument("--method", default="svd-llm")
     parser.add_argument("--trained", type=Path, help="folder of a model to train scores of")
     parser.add_argument("--text", type=Path, help="to train them on")
     parser.add_argument("--output", type=Path)
@@ -229,7 +234,7 @@ def main() -> None:
         if arguments.trained is not None:
             found = train(folder, output, arguments.text, threads, samples)
         else:
-            found = stream(folder, output, threads, samples, arguments.length)
+            found = stream(folder, output, arguments.method, threads, samples, arguments.length)
         print(json.dumps(found))
         return
     rows = memory(arguments) if arguments.what == "memory" else killed(arguments)

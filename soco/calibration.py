@@ -108,8 +108,9 @@ def collect(
             part of the batches (one in ``SAMPLED``) is used, and the others run forward only.
         objective: what gradients are of; None: by what the model returns.
         seed: of the drawn labels.
-        run: what runs a batch instead of the model (its number, and its token ids on the model's
-            device); for statistics that need no gradient.
+        run: what runs a batch instead of the model: its number, and its token ids on the model's
+            device. Where gradients are wanted (``torch.is_grad_enabled()``) it runs the backward
+            pass as well, and ``label_seeds`` has the seeds of the labels.
 
     Returns:
         name to statistics. A layer that saw nothing (an expert no token was sent to) has zeros and
@@ -126,7 +127,7 @@ def collect(
             raise ValueError(f"there is no statistic {kind!r}: choose from {sorted(KINDS)}")
     wanted = frozenset(kinds) | {"gram"}
     device = next(model.parameters()).device
-    if wanted & OF_GRADIENTS and objective is None:
+    if wanted & OF_GRADIENTS and objective is None and run is None:
         with frozen(model):
             objective = objective_for(model, windows[:1].to(device))
     twins = twins_of(model, layers)
@@ -140,10 +141,10 @@ def collect(
         ]
         gradients = GradientSums(wanted) if wanted & OF_GRADIENTS else None
         batches = windows.split(batch_size)
-        sample = -(-len(batches) // SAMPLED)
+        sample = sampled_batches(len(batches))
         if gradients is not None:
             hooks += [t.register_forward_hook(gradients.hook(n)) for n in layers for t in twins[n]]
-        seeds = draw_seeds(len(windows), torch.Generator().manual_seed(seed)).split(batch_size)
+        seeds = label_seeds(len(windows), seed).split(batch_size)
         try:
             with frozen(model), torch.autocast(device.type, enabled=False):
                 for number in own(len(batches)):
@@ -157,7 +158,15 @@ def collect(
                             else:
                                 run(number, ids)
                     else:
-                        gradients.run(model, cast(Objective, objective), ids, seeds[number])
+                        with gradients.batch((len(ids), ids.shape[1])):
+                            if run is None:
+                                outputs = cast(Objective, objective).outputs(model, ids)
+                                surprise = cast(Objective, objective).surprise(
+                                    outputs.detach(), outputs, seeds[number]
+                                )
+                                surprise.backward()
+                            else:
+                                run(number, ids)
                     collector.end_forward()
                     if collector.parted:
                         break
@@ -182,6 +191,16 @@ def collect(
             sequences = gradients.sequences
         found[name] = Statistics(tokens=tokens, sequences=sequences, **cast(dict[str, Any], sums))
     return found
+
+
+def label_seeds(sequences: int, seed: int) -> Tensor:
+    """The seeds of the labels that gradients are taken for, (sequences,)."""
+    return draw_seeds(sequences, torch.Generator().manual_seed(seed))
+
+
+def sampled_batches(batches: int) -> int:
+    """How many of the batches, the first ones, "sampled_grad_gram" is taken from."""
+    return -(-batches // SAMPLED)
 
 
 def _body(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:

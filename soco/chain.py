@@ -1,7 +1,7 @@
-"""The blocks of a stored model, run one at a time, each on what the one before it put out."""
+"""The blocks of a stored model, run one at a time, forward and backward, each on files."""
 
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from soco.calibration import Statistics, collect, uncalled
-from soco.objectives import run_model
+from soco.objectives import objective_for, run_model
+from soco.processes import own
 from soco.sequential import EnoughError, standing_in
 from soco.steps import frozen
 from soco.stored import StoredModel
@@ -83,49 +84,139 @@ class Chain:
             ValueError: the model is no chain of blocks, a layer is never called, or numbers are not
                 finite.
         """
-        self._begin()
-        first = windows[:batch_size]
-        block = self.blocks[number]
 
         def step(batch: int, ids: Tensor) -> None:
-            output = self._run(number, batch, ids)
+            output = self._run(number, ids, self._given(number, batch))
             if not last:
                 self._work.put_any(_hidden(number + 1, batch), output)
 
+        with self._loaded(number, windows[:batch_size], layers):
+            return collect(self.blocks[number], layers, windows, batch_size, kinds=kinds, run=step)
+
+    def pass_on(self, number: int, windows: Tensor, batch_size: int) -> None:
+        """Run a block on all batches and keep what it puts out, for the next one and for ``back``.
+
+        Raises:
+            ValueError: the model is no chain of blocks.
+        """
+        batches = windows.split(batch_size)
+        with self._loaded(number, batches[0], {}), torch.no_grad():
+            for batch in own(len(batches)):
+                ids = batches[batch].to(self._device)
+                output = self._run(number, ids, self._given(number, batch))
+                self._work.put_any(_hidden(number + 1, batch), output)
+
+    def turn(self, windows: Tensor, batch_size: int, seeds: Tensor, batches: int) -> None:
+        """Begin the way back: gradients of labels by what the last block puts out.
+
+        Args:
+            windows: token ids (sequences, length), on the CPU.
+            batch_size: sequences at a time.
+            seeds: of the labels, (sequences,).
+            batches: the first so many have gradients.
+        """
+        self._begin()
+        model, last = self._stored.model, len(self.blocks)
+        of_base = set(self._outside_names())
+        head = [n for n in self._outside_names(whole=True) if n not in of_base]
+        parts = list(zip(windows.split(batch_size), seeds.split(batch_size), strict=True))
+        with self._stored.in_memory(head, self._dtype, self._device), frozen(model):
+            first = parts[0][0].to(self._device)
+            with standing_in(self.blocks, self._given(last, 0), self._device):
+                objective = objective_for(model, first)
+            for batch in own(batches):
+                ids, of_labels = parts[batch]
+                given = _leaves(self._given(last, batch), self._device)
+                with standing_in(self.blocks, given, self._device), torch.enable_grad():
+                    outputs = objective.outputs(model, ids.to(self._device))
+                    objective.surprise(outputs.detach(), outputs, of_labels).backward()
+                self._work.put_any(_pull(last, batch), _gradients(given))
+
+    def back(
+        self,
+        number: int,
+        layers: Mapping[str, nn.Module],
+        windows: Tensor,
+        batch_size: int,
+        kinds: Collection[str],
+    ) -> dict[str, Statistics]:
+        """What layers of a block see, and the gradients at them; the block behind it has been back.
+
+        Args:
+            number: of the block.
+            layers: name to module, of the block.
+            windows: token ids (sequences, length), on the CPU.
+            batch_size: sequences at a time.
+            kinds: of statistics, as in ``calibration.collect``.
+
+        Raises:
+            ValueError: a layer is never called, or numbers are not finite.
+        """
+
+        def step(batch: int, ids: Tensor) -> None:
+            given = self._given(number, batch)
+            if not torch.is_grad_enabled():
+                self._run(number, ids, given)
+                return
+            given = _leaves(given, self._device)
+            output = self._run(number, ids, given)
+            pulls = zip(_floats(output), self._pulls(number + 1, batch), strict=True)
+            reached = [(x, pull) for x, pull in pulls if x.requires_grad and pull is not None]
+            torch.autograd.backward([x for x, _ in reached], [pull for _, pull in reached])
+            if number:
+                self._work.put_any(_pull(number, batch), _gradients(given))
+
+        with self._loaded(number, windows[:batch_size], layers):
+            return collect(self.blocks[number], layers, windows, batch_size, kinds=kinds, run=step)
+
+    @contextmanager
+    def _loaded(
+        self, number: int, first: Tensor, layers: Mapping[str, nn.Module]
+    ) -> Iterator[None]:
+        """Inside, a block is in memory, and known to be of a chain and to call its layers."""
+        self._begin()
+        block = self.blocks[number]
         with (
             self._stored.in_memory(self._inside(number), self._dtype, self._device),
-            torch.no_grad(),
             frozen(block),
         ):
-            self._check(number, first.to(self._device))
-            left = uncalled(
-                self._stored.model, layers, first, lambda batch, ids: self._run(number, batch, ids)
-            )
+            with torch.no_grad():
+                self._check(number, first.to(self._device))
+                left = uncalled(
+                    self._stored.model, layers, first,
+                    lambda batch, ids: self._run(number, ids, self._given(number, batch)),
+                )  # fmt: skip
             if left:
                 raise ValueError(
                     f"{left[0]} is never called, because its module reads the weight itself: "
                     f"leave it out (exclude)"
                 )
-            return collect(block, layers, windows, batch_size, kinds=kinds, run=step)
+            yield
 
     def forget(self, number: int) -> None:
         """What a block was given is not needed any more."""
         self._work.drop(_hidden(number, "*"))
+        self._work.drop(_pull(number, "*"))
 
     def _begin(self) -> None:
         """Bring in what lies outside of the blocks, once."""
         if self._begun:
             return
         self._begun = True
-        of_base = {id(parameter) for parameter in self._base.parameters()}
-        names = [
-            name
-            for name, parameter in self._stored.model.named_parameters()
-            if id(parameter) in of_base and not any(inside(name, path) for path in self.paths)
-        ]
+        names = self._outside_names()
         self._outside.enter_context(self._stored.in_memory(names, self._dtype, self._device))
         for buffer in self._stored.model.buffers():
             buffer.data = buffer.to(self._device)
+
+    def _outside_names(self, *, whole: bool = False) -> list[str]:
+        """Parameters outside of all blocks, of the base model or of the whole one."""
+        of_base = {id(parameter) for parameter in self._base.parameters()}
+        return [
+            name
+            for name, parameter in self._stored.model.named_parameters()
+            if (whole or id(parameter) in of_base)
+            and not any(inside(name, path) for path in self.paths)
+        ]
 
     def _inside(self, number: int) -> list[str]:
         names = (name for name, _ in self._stored.model.named_parameters())
@@ -135,15 +226,19 @@ class Chain:
         """The outputs of the block before; None for the first one."""
         return self._work.get_any(_hidden(number, batch)) if number else None
 
-    def _run(self, number: int, batch: int, ids: Tensor) -> Any:
-        """What a block puts out for a batch."""
+    def _pulls(self, number: int, batch: int) -> list[Tensor | None]:
+        """The gradients by what the block before puts out, one for each of its float tensors."""
+        pulls = self._work.get_any(_pull(number, batch))
+        return [None if pull is None else pull.to(self._device) for pull in pulls]
+
+    def _run(self, number: int, ids: Tensor, given: Any) -> Any:
+        """What a block puts out for a batch, given what the one before it put out."""
         outputs: list[Any] = []
 
         def keep(module: nn.Module, inputs: object, output: Any) -> None:
             outputs.append(output)
             raise EnoughError
 
-        given = self._given(number, batch)
         hook = self.blocks[number].register_forward_hook(keep)
         try:
             with standing_in(self.blocks[:number], given, self._device), suppress(EnoughError):
@@ -161,7 +256,7 @@ class Chain:
         this one only pass something on.
         """
         given = self._given(number, 0)
-        expected = self._run(number, 0, ids)
+        expected = self._run(number, ids, given)
         before, last = self.blocks[: max(0, number - 1)], self.blocks[max(0, number - 1) : number]
         for other in (given, _changed(given)):
             calls: list[Any] = []
@@ -197,6 +292,33 @@ def inside(name: str, path: str) -> bool:
 def _hidden(number: int, batch: int | str) -> str:
     """The file of what a block is given: the outputs of the one before it."""
     return f"hidden-{number}-{batch}.pt"
+
+
+def _pull(number: int, batch: int | str) -> str:
+    """The file of the gradients by what a block is given."""
+    return f"pull-{number}-{batch}.pt"
+
+
+def _floats(value: Any) -> list[Tensor]:
+    """The tensors of floating point in tuples and lists."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    return [x for part in value for x in _floats(part)] if type(value) in (tuple, list) else []
+
+
+def _leaves(value: Any, device: torch.device) -> Any:
+    """The same tensors as leaves that gradients are taken by."""
+    if isinstance(value, Tensor):
+        value = value.to(device)
+        return value.requires_grad_() if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_leaves(part, device) for part in value)
+    return value
+
+
+def _gradients(given: Any) -> list[Tensor | None]:
+    """The gradients by the leaves."""
+    return [leaf.grad for leaf in _floats(given)]
 
 
 def _changed(value: Any) -> Any:

@@ -1,14 +1,15 @@
 """What hooks see of layers that run: sums over inputs, and over gradients of outputs."""
 
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from soco.linalg import add_gram
-from soco.objectives import Objective, by_sequence
+from soco.objectives import by_sequence
 from soco.processes import add_up, gathered, gathered_tensors
 
 OF_GRADIENTS = frozenset({"fisher", "grad_gram", "sampled_grad_gram"})
@@ -219,17 +220,17 @@ class GradientSums:
         self.sampling = sampling and "sampled_grad_gram" in self.kinds
         return self.sampling or bool(self.kinds - {"sampled_grad_gram"})
 
-    def run(self, model: nn.Module, objective: Objective, ids: Tensor, seeds: Tensor) -> None:
-        """One batch (sequences, length), forward and backward; ``seeds`` are of the labels."""
+    @contextmanager
+    def batch(self, shape: tuple[int, int]) -> Iterator[None]:
+        """Inside, one batch of (sequences, length) runs forward and backward."""
         self.calls.clear()
-        self.shape = tuple(ids.shape)
+        self.shape = shape
         with torch.enable_grad():
-            outputs = objective.outputs(model, ids)
-            objective.surprise(outputs.detach(), outputs, seeds).backward()
+            yield
         for name, weight in self.pending.items():
             self.sums[name]["fisher"].add_(weight.double().square().sum(0))
         self.pending.clear()
-        self.sequences += len(ids)
+        self.sequences += shape[0]
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:

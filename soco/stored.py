@@ -1,5 +1,6 @@
 """A dense model that stays in its folder: its modules, and its weights when they are wanted."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -131,6 +132,18 @@ class StoredModel:
         weight = cast(Tensor, self.model.get_submodule(name).weight)
         return self.require(f"{name}.weight", tuple(weight.shape))
 
+    def fingerprint(self) -> dict[str, str]:
+        """What shows that a model was changed: config, headers, and sizes and times of files."""
+        config = hashlib.sha256((self.folder / CONFIG).read_bytes()).hexdigest()
+        found = {CONFIG: config[:16]}
+        for file in self.files:
+            told = file.stat()
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = hashlib.sha256(stream.read(length)).hexdigest()
+            found[file.name] = f"{told.st_size} bytes, {header[:16]}, written at {told.st_mtime_ns}"
+        return found
+
     @contextmanager
     def in_memory(
         self, names: Iterable[str], dtype: torch.dtype, device: torch.device
@@ -146,16 +159,20 @@ class StoredModel:
             ValueError: a parameter is not in the files, or holds NaN or Inf; it is named.
         """
         empty: list[tuple[nn.Module, str, nn.Parameter]] = []
+        places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}  # several where it is tied
+        for module in self.model.modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    places.setdefault(parameter, []).append((module, leaf))
         try:
             for name in names:
-                path, _, leaf = name.rpartition(".")
-                module = self.model.get_submodule(path)
-                parameter = module._parameters[leaf]
+                parameter = self.model.get_parameter(name)
                 value = self.read(self.require(name, tuple(parameter.shape)))
                 check_finite(name, value)
-                empty.append((module, leaf, parameter))
-                value = value.to(device, dtype)
-                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                filled = nn.Parameter(value.to(device, dtype), requires_grad=False)
+                for module, leaf in places[parameter]:
+                    empty.append((module, leaf, parameter))
+                    module._parameters[leaf] = filled
             yield
         finally:
             for module, leaf, parameter in empty:

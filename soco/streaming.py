@@ -1,11 +1,10 @@
 """Models larger than memory: a folder compressed into another, block by block."""
 
-import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from os import PathLike
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from soco.allocators import Allocator, Uniform
 from soco.archive import hash_of_data
-from soco.calibration import OF_GRADIENTS, Statistics
+from soco.calibration import OF_GRADIENTS, Statistics, label_seeds, sampled_batches
 from soco.chain import Chain, inside
 from soco.checkpoint import check_replaceable, mark_compressed
 from soco.choices import Choices, choose
-from soco.contents import CONFIG, check_contents
+from soco.contents import check_contents
 from soco.diagnosis import versions
 from soco.factorization import choose_ranks
 from soco.folders import carry_over, replaced, write_checksums
@@ -51,16 +50,11 @@ from soco.ranks import check_ratio, is_dense, parameter_budget, uniform_ranks
 from soco.reporting import Report
 from soco.sequential import stages
 from soco.stored import StoredModel
-from soco.surgery import (
-    bias_of,
-    find_linears,
-    fused_experts,
-    shape_of,
-)
+from soco.surgery import bias_of, find_linears, fused_experts, shape_of
 from soco.workbench import Workbench
 from soco.workfolder import WorkFolder, opened
 
-FORMAT = 1  # of the work folder
+FORMAT = 2  # of the work folder
 UNFINISHED = "unfinished.json"
 SHARD_BYTES = 2**29  # of tensors outside of the blocks
 _BY_SIGMA = ("uniform", "energy", "v2", "effective-rank")  # allocators that run no model
@@ -91,24 +85,26 @@ def compress_folder(
     One transformer block is in memory at a time: the calibration text runs through it, its layers
     are taken apart, and what it puts out goes to disk for the next one. So memory holds one block,
     the statistics of its layers (float64: the squares of their inputs), the decomposition of one
-    layer, one batch, and the embeddings; not more for a deeper model. The result is that of
-    ``soco.compress`` with the same batch size.
+    layer, one batch, and the embeddings; not more for a deeper model. Methods that read gradients
+    ("kfac-svd") go through all blocks to the loss, and back from the last one to the first: then
+    memory holds what autograd keeps of one block, and the logits of one batch. The result is that
+    of ``soco.compress`` with the same batch size.
 
     What is done is kept in a work folder. After a crash, a kill or Ctrl-C the same call goes on
     where it was, repeats the calibration of one block and the decomposition of one layer at most,
-    and ends with the same weights, bit for bit. On disk the work folder takes twice the hidden
-    states of the calibration, and the factors in float32.
+    and ends with the same weights, bit for bit. On disk the work folder takes the factors in
+    float32 and twice the hidden states of the calibration, or those of all blocks on the way back.
 
     Args:
         folder: of a dense transformers model in safetensors.
         output: folder to write, new or empty, or of a model compressed by soco, which is replaced.
         ratio: fraction of the layers' parameters to remove, above 0 and below 1.
-        method: a closed form that needs no gradients, such as "svd", "asvd" or "svd-llm".
+        method: a closed form, such as "svd", "svd-llm" or "kfac-svd".
         tokenizer: needed where the calibration is text.
         calibration: as in ``soco.compress``, but not "self". Not needed by "svd".
         samples: calibration sequences.
         length: tokens of each; None: what the model allows, at most 2048.
-        seed: of the choice of sequences.
+        seed: of the choice of sequences, and of drawn labels.
         allocator: "uniform", "energy", "v2" or "effective-rank"; None: the method's own.
         include: glob patterns of the layers to compress, in the transformer blocks.
         exclude: glob patterns of layers to leave alone.
@@ -158,12 +154,13 @@ def compress_folder(
             )
     plan = {
         "format": FORMAT,
-        "model": _fingerprint(stored),
+        "model": stored.fingerprint(),
         "method": choices.method.name,
         "settings": choices.settings(),
         "ratio": ratio,
         "layers": list(targets),
         "batch_size": batch_size,
+        "seed": seed,
         "calibration": None if windows is None else hash_of_data(windows, batch_size),
         "dtype": str(dtype or stored.dtype),
         "device": torch.device(device).type,
@@ -173,7 +170,7 @@ def compress_folder(
         if number() == 0:
             _clear(kept, target)
         run = _Run(
-            stored, targets, windows, choices, ratio, batch_size, dtype or stored.dtype,
+            stored, targets, windows, choices, ratio, batch_size, seed, dtype or stored.dtype,
             torch.device(device), kept, clock, notes, progress,
         )  # fmt: skip
         run.all_blocks()
@@ -196,11 +193,6 @@ def _check_choices(choices: Choices, ratio: float) -> None:
     sequential = isinstance(method, SequentialMethod) and method.is_sequential(ratio)
     if trained or isinstance(method, FittedMethod | SharingMethod) or sequential:
         raise ValueError(f"method {name} needs the whole model in memory: stream svd-llm, say")
-    if choices.needs & OF_GRADIENTS:
-        raise ValueError(
-            f"method {name} reads gradients of the whole model, which is not in memory: stream "
-            f"svd-llm, say"
-        )
     if rule.name not in _BY_SIGMA:
         raise ValueError(
             f"the allocator {rule.name!r} runs the whole model, which is not in memory: give "
@@ -238,6 +230,7 @@ class _Run:
     choices: Choices
     ratio: float
     batch_size: int
+    seed: int  # of drawn labels
     dtype: torch.dtype  # that is computed in
     device: torch.device
     work: WorkFolder
@@ -251,6 +244,7 @@ class _Run:
         self.chain = Chain(self.stored, self.work, self.dtype, self.device)
         self.names = [[n for n in self.targets if inside(n, path)] for path in self.chain.paths]
         self.last = max(i for i, names in enumerate(self.names) if names)
+        self.back = bool(self.choices.needs & OF_GRADIENTS)  # whether gradients are wanted
         self.shapes = {name: shape_of(module) for name, module in self.targets.items()}
         self.budget = parameter_budget(self.shapes, self.ratio)
         self.files = {name: f"layer-{i}.safetensors" for i, name in enumerate(self.targets)}
@@ -261,25 +255,65 @@ class _Run:
     # Block after block ----------------------------------------------------------------------------
 
     def all_blocks(self) -> None:
-        """Take all layers apart, from where an earlier run stopped."""
-        blocks = len(self.chain.blocks)
-        done = told([self.work.has(_marker(block)) for block in range(self.last + 1)])
-        with self.chain, progress_bar(blocks, "blocks", self.progress) as bar:
-            for block in range(self.last + 1):
+        """Take all layers apart, from where an earlier run stopped.
+
+        From the first block on; or, where gradients are wanted, from the last one back to it, after
+        the calibration has run through all of them.
+        """
+        blocks = range(self.last + 1)
+        done = told([self.work.has(_marker(block)) for block in blocks])
+        there = len(self.chain.blocks) if self.back else 0
+        with self.chain, progress_bar(there + len(blocks), "blocks", self.progress) as bar:
+            if self.back:
+                self._through(bar)
+                blocks = range(there)[::-1]
+                done += [self.work.has(_marker(block)) for block in range(len(done), there)]
+                done = told(done)
+            for place, block in enumerate(blocks):
                 found = None if done[block] else self._block(block)
                 wait()  # for the layers of the other processes, and what they read
                 if number() == 0:
                     if found is not None:
                         self.work.put_json(_marker(block), found)
-                    self.chain.forget(block)
-                bar(block + 1)
+                    self.chain.forget(block + 1 if self.back else block)
+                bar(there + place + 1)
         wait()
-        for block in range(self.last + 1):
-            for phase, seconds in self.work.get_json(_marker(block))["seconds"].items():
+        if number() == 0:
+            self.chain.forget(0)
+        for file in [_marker(block) for block in range(self.last + 1)] + self._passes():
+            for phase, seconds in self.work.get_json(file)["seconds"].items():
                 self.clock.seconds[phase] = round(self.clock.seconds.get(phase, 0) + seconds, 3)
         if self.windows is not None:
             with noted(self.notes):
                 warn_of_rare(self._seen())
+
+    def _passes(self) -> list[str]:
+        """The files that tell of the way through all blocks to the loss."""
+        if not self.back:
+            return []
+        return [*(f"forward-{block}.json" for block in range(len(self.chain.blocks))), "loss.json"]
+
+    def _through(self, bar: Callable[[int], None]) -> None:
+        """Run the calibration through all blocks, to the loss, and keep what they put out."""
+        windows, files = cast(Tensor, self.windows), self._passes()
+        done = told([self.work.has(file) for file in files])
+        for block, file in enumerate(files):
+            if not done[block]:
+                begin = time.perf_counter()
+                if block < len(self.chain.blocks):
+                    self.chain.pass_on(block, windows, self.batch_size)
+                else:
+                    count = len(windows.split(self.batch_size))
+                    if self.choices.needs & OF_GRADIENTS == {"sampled_grad_gram"}:
+                        count = sampled_batches(count)
+                    seeds = label_seeds(len(windows), self.seed)
+                    self.chain.turn(windows, self.batch_size, seeds, count)
+                wait()
+                if number() == 0:
+                    seconds = {"statistics": time.perf_counter() - begin}
+                    self.work.put_json(file, {"seconds": seconds})
+            bar(min(block + 1, len(self.chain.blocks)))
+        wait()
 
     def _seen(self) -> dict[str, tuple[int, int]]:
         """Layer to the tokens that it saw, and to how many inputs it has."""
@@ -293,10 +327,11 @@ class _Run:
         statistics: dict[str, Statistics] = {}
         if self.windows is not None:
             layers = {name: self.targets[name] for name in names}
-            statistics = self.chain.statistics(
-                block, layers, self.windows, self.batch_size, self.choices.needs,
-                last=block == self.last,
-            )  # fmt: skip
+            what = (block, layers, self.windows, self.batch_size, self.choices.needs)
+            if self.back:
+                statistics = self.chain.back(*what)
+            else:
+                statistics = self.chain.statistics(*what, last=block == self.last)
         tokens = {name: each.tokens for name, each in statistics.items()}
         between = time.perf_counter()
         whitened = bool(self.choices.method.components.needs)
@@ -461,16 +496,3 @@ def _clear(work: WorkFolder, target: Path) -> None:
         if ours and Path(name).name == name:
             shutil.rmtree(target.resolve().parent / name, ignore_errors=True)
         work.drop(UNFINISHED)
-
-
-def _fingerprint(stored: StoredModel) -> dict[str, str]:
-    """What is noticed of a model that was changed: config, headers, sizes and times of files."""
-    config = hashlib.sha256((stored.folder / CONFIG).read_bytes()).hexdigest()
-    found = {CONFIG: config[:16]}
-    for file in stored.files:
-        told = file.stat()
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = hashlib.sha256(stream.read(length)).hexdigest()
-        found[file.name] = f"{told.st_size} bytes, {header[:16]}, written at {told.st_mtime_ns}"
-    return found

@@ -1,5 +1,6 @@
 """soco.compress_folder: the same weights as in memory, whatever happens on the way."""
 
+import dataclasses
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import soco
 from soco import chain, streaming
-from soco.methods import SVDLLM
+from soco.methods import KFACSVD, SVDLLM
 from soco.streaming import compress_folder
 from soco.surgery import find_linears
 from soco.workfolder import WorkFolder, opened
@@ -84,6 +85,46 @@ def test_the_same_weights_as_in_memory(name, tmp_path):
     stream(tmp_path / "dense", tmp_path / "out")
     check_same(tmp_path / "out", model)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "out"]
+
+
+@pytest.mark.parametrize("method", ["kfac-svd", "fwsvd"])
+@pytest.mark.parametrize("name", STREAMED)
+def test_gradients_block_by_block(name, method, tmp_path):
+    """From the last block back to the first; the loss is that of the whole model."""
+    model = dense(tmp_path / "dense", name)
+    options = {"method": method, "batch_size": 2, "seed": 3}
+    stream(tmp_path / "dense", tmp_path / "out", **options)
+    check_same(tmp_path / "out", model, **options)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "out"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_gradients_in_other_dtypes(dtype, tmp_path):
+    model = dense(tmp_path / "dense", dtype=dtype, num_hidden_layers=3)
+    stream(tmp_path / "dense", tmp_path / "out", method="kfac-svd")
+    check_same(tmp_path / "out", model, method="kfac-svd")
+
+
+@pytest.mark.parametrize("include", ["*layers.0*", "*layers.1*", "*layers.2.mlp*"])
+def test_gradients_of_some_blocks(include, tmp_path):
+    """Gradients come through blocks that have no layer to compress."""
+    model = dense(tmp_path / "dense", num_hidden_layers=3)
+    options = {"method": "kfac-svd", "include": include}
+    stream(tmp_path / "dense", tmp_path / "out", **options)
+    check_same(tmp_path / "out", model, **options)
+
+
+def test_sampled_gradients(tmp_path):
+    """A basis that takes the outputs' side from an eighth of the calibration."""
+    method = KFACSVD()
+    sampled = dataclasses.replace(method.components, sampled=True)
+    changed = type("Sampled", (KFACSVD,), {"components": property(lambda self: sampled)})()
+    model = dense(tmp_path / "dense", num_hidden_layers=3)
+    stream(tmp_path / "dense", tmp_path / "out", method=changed, batch_size=1)
+    check_same(tmp_path / "out", model, method=changed, batch_size=1)
+    other = dense(tmp_path / "dense", num_hidden_layers=3)
+    with pytest.raises(AssertionError):
+        check_same(tmp_path / "out", other, method=method, batch_size=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -251,7 +292,6 @@ def test_blocks_that_read_what_earlier_ones_gave(tmp_path, monkeypatch):
         ({"method": "basis-sharing"}, "method basis-sharing needs the whole model"),
         ({"method": "adasvd"}, "method adasvd needs the whole model"),
         ({"method": SVDLLM(update=True)}, "method svd-llm needs the whole model"),
-        ({"method": "kfac-svd"}, "method kfac-svd reads gradients of the whole model"),
         ({"method": "asvd"}, "the allocator 'sensitivity' runs the whole model"),
         ({"method": "svd-surgeon"}, "surgeon, refine and pivoted need the whole model"),
         ({"calibration": None}, "method svd-llm learns from text: give calibration="),
@@ -327,10 +367,13 @@ def weights(folder):
     return {file.name: file.read_bytes() for file in sorted(folder.glob("model*"))}
 
 
-def test_stopped_at_every_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "files"), [("svd-llm", 21), ("kfac-svd", 21)], ids=["svd-llm", "kfac-svd"]
+)
+def test_stopped_at_every_file(method, files, tmp_path, monkeypatch):
     """Ctrl-C before and in the middle of each file that is written; then the same call goes on."""
     dense(tmp_path / "dense", num_hidden_layers=3)
-    options = {"allocator": "energy", "batch_size": 3}
+    options = {"allocator": "energy", "batch_size": 3, "method": method}
     stream(tmp_path / "dense", tmp_path / "once", **options)
     put, count = WorkFolder._put, [0]
 
@@ -355,7 +398,7 @@ def test_stopped_at_every_file(tmp_path, monkeypatch):
             stops += 1
             assert not (tmp_path / "often").exists()
             assert (tmp_path / "often.work").is_dir()
-        assert 21 // written < stops < 50
+        assert files // written < stops < 50
         assert weights(tmp_path / "often") == weights(tmp_path / "once")
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "often", "once"]
         shutil.rmtree(tmp_path / "often")
@@ -436,7 +479,7 @@ def begun(tmp_path, monkeypatch, **options):
         ({"method": "svd-llm-v2"}, 'method is "svd-llm" there and "svd-llm-v2" here'),
         ({"allocator": "energy"}, 'settings.allocator is "uniform" there and "energy" here'),
         ({"calibration": IDS.flip(0)}, "calibration is .* there and .* here"),
-        ({"seed": 1}, "calibration is .* there and .* here"),
+        ({"seed": 1}, "seed is 0 there and 1 here"),
         ({"batch_size": 2}, "batch_size is 8 there and 2 here"),
         ({"dtype": torch.bfloat16}, 'dtype is "torch.float32" there and "torch.bfloat16" here'),
         ({"exclude": "*up_proj"}, "layers is .* there and .* here"),
