@@ -17,6 +17,7 @@ from soco.folders import CHECKSUMS, checksums
 from soco.headers import read_json
 from soco.modules import CompressedLinear
 from soco.objectives import run_model
+from soco.ops import check_finite
 from soco.steps import frozen
 from soco.stored import StoredModel
 from soco.surgery import context_length, is_linear, low_rank_layers, shape_of
@@ -201,7 +202,9 @@ class _Errors:
     def _hook(self, name: str) -> Any:
         def compare(layer: CompressedLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].float()
-            dense = x @ self.stored.weight(name).mT.float()
+            weight = self.stored.weight(name)
+            check_finite(f"{self.stored.folder}: {name}.weight", weight)
+            dense = x @ weight.mT.float()
             bias = 0 if layer.bias is None else layer.bias.float()
             gap = output.float() - bias - dense
             sums = self.sums.setdefault(name, [0.0, 0.0])
@@ -216,6 +219,7 @@ class _Errors:
         found = []
         for name, layer in self.layers.items():
             dense = self.stored.weight(name).float()
+            check_finite(f"{self.stored.folder}: {name}.weight", dense)
             gap = torch.linalg.norm(dense - layer.to_linear().weight.float())
             weight = float(gap / torch.linalg.norm(dense).clamp_min(1e-30))
             output = None
