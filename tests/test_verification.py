@@ -158,17 +158,12 @@ def test_another_dense_model(tmp_path):
 
 
 def test_a_dense_model_with_nan_is_named(tmp_path):
-    model = tiny_model("llama")
-    model.save_pretrained(tmp_path / "dense")
-    soco.save(soco.compress(model, 0.4, method="svd"), tmp_path / "out")
+    small, _ = folders(tmp_path)
     broken = tiny_model("llama")
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     broken.save_pretrained(tmp_path / "nan")
-    assert not verify(tmp_path / "out", tmp_path / "dense").problems
-    with pytest.raises(
-        ValueError, match=r"nan: model.layers.1.mlp.up_proj.weight \(48, 32\) holds"
-    ):
-        verify(tmp_path / "out", tmp_path / "nan")
+    with pytest.raises(ValueError, match=r"nan: model.layers.1.mlp.up_proj.weight .* holds NaN"):
+        soco.verify(small, tmp_path / "nan")
 
 
 def test_a_folder_that_does_not_load(tmp_path):
