@@ -2,19 +2,20 @@
 
 import copy
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from soco.contents import BROKEN, architecture_of, check_counts, reason_of
 from soco.contents import CONFIG as CONFIG
 from soco.experts import find_experts
 from soco.folders import SPECTRUM, carry_over, replaced, write_checksums
-from soco.headers import check_index, read_headers, read_json, weight_files
+from soco.headers import INDEX, check_index, read_headers, read_json, weight_files
 from soco.modules import LowRankLinear, PivotedLinear
 from soco.optimization import optimize as make_fast
 from soco.packing import check_whole
@@ -304,3 +305,31 @@ def _description(folder: Path) -> dict[str, Any] | None:
     except (ValueError, NotADirectoryError):
         return None
     return described if isinstance(described, dict) else None
+
+
+def write_shards(
+    folder: Path,
+    parts: Sequence[Sequence[str]],
+    tensors_of: Callable[[str], Mapping[str, Tensor]],
+    on_file: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Write tensors file by file, and the index of them; one file is in memory at a time.
+
+    Args:
+        folder: to write into.
+        parts: what each file holds, by any names.
+        tensors_of: such a name to the tensors that are written, by theirs.
+        on_file: called with the number of files done.
+    """
+    places, total = {}, 0
+    for done, part in enumerate(parts, 1):
+        file = f"model-{done:05}-of-{len(parts):05}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for name in part:
+            tensors |= tensors_of(name)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        on_file(done)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """Models larger than memory: a folder compressed into another, block by block."""
 
-import json
 import math
 import shutil
 import time
@@ -12,22 +11,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from soco.allocators import Allocator, Uniform
 from soco.archive import hash_of_data
 from soco.calibration import OF_GRADIENTS, Statistics, label_seeds, sampled_batches
 from soco.chain import Chain, inside
-from soco.checkpoint import check_replaceable, mark_compressed
+from soco.checkpoint import check_replaceable, mark_compressed, write_shards
 from soco.choices import Choices, choose
 from soco.contents import check_contents
 from soco.diagnosis import versions
 from soco.factorization import choose_ranks
 from soco.folders import carry_over, replaced, write_checksums
 from soco.guard import Clock, give_back_memory
-from soco.headers import INDEX, read_headers, weight_files
-from soco.installation import install, layer_reports, size_of
+from soco.headers import read_headers, weight_files
+from soco.installation import layer_reports, size_of
 from soco.linalg import Factors, Spectrum, work_of
 from soco.methods import (
     FittedMethod,
@@ -37,7 +35,9 @@ from soco.methods import (
     SharingMethod,
     TrainedMethod,
 )
+from soco.modules import CompressedLinear, LowRankLinear, PivotedLinear
 from soco.ops import check_finite
+from soco.pivots import pivot_factors
 from soco.preparation import (
     calibration_source,
     calibration_windows,
@@ -50,7 +50,7 @@ from soco.ranks import check_ratio, is_dense, parameter_budget, uniform_ranks
 from soco.reporting import Report
 from soco.sequential import stages
 from soco.stored import StoredModel
-from soco.surgery import bias_of, find_linears, fused_experts, shape_of
+from soco.surgery import bias_of, find_linears, fused_experts, replace_modules, shape_of
 from soco.workbench import Workbench
 from soco.workfolder import WorkFolder, opened
 
@@ -72,6 +72,7 @@ def compress_folder(
     length: int | None = None,
     seed: int = 0,
     allocator: str | Allocator | None = None,
+    pivoted: bool | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     batch_size: int = 8,
@@ -106,6 +107,7 @@ def compress_folder(
         length: tokens of each; None: what the model allows, at most 2048.
         seed: of the choice of sequences, and of drawn labels.
         allocator: "uniform", "energy", "v2" or "effective-rank"; None: the method's own.
+        pivoted: store a layer as pivot rows and what combines them, as in ``soco.compress``.
         include: glob patterns of the layers to compress, in the transformer blocks.
         exclude: glob patterns of layers to leave alone.
         batch_size: sequences at a time.
@@ -126,7 +128,7 @@ def compress_folder(
     Warns:
         UserWarning: the calibration has less than was asked for, or layers saw too little of it.
     """
-    choices = choose(method, allocator, seed=seed)
+    choices = choose(method, allocator, seed=seed, pivoted=pivoted)
     check_ratio(ratio)
     _check_choices(choices, ratio)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -198,8 +200,8 @@ def _check_choices(choices: Choices, ratio: float) -> None:
             f"the allocator {rule.name!r} runs the whole model, which is not in memory: give "
             f"allocator= one of {', '.join(_BY_SIGMA)}"
         )
-    if choices.surgeon is not None or choices.refinement is not None or choices.pivoted:
-        raise ValueError("surgeon, refine and pivoted need the whole model in memory")
+    if choices.surgeon is not None or choices.refinement is not None:
+        raise ValueError("surgeon and refine need the whole model in memory")
 
 
 def _check_model(
@@ -248,9 +250,10 @@ class _Run:
         self.shapes = {name: shape_of(module) for name, module in self.targets.items()}
         self.budget = parameter_budget(self.shapes, self.ratio)
         self.files = {name: f"layer-{i}.safetensors" for i, name in enumerate(self.targets)}
+        self.pivoted = self.choices.pivoted
         self.known = None  # ranks that can be told before any layer is taken apart
         if isinstance(self.choices.rule, Uniform):
-            self.known = uniform_ranks(self.shapes, self.budget)
+            self.known = uniform_ranks(self.shapes, self.budget, pivoted=self.pivoted)
 
     # Block after block ----------------------------------------------------------------------------
 
@@ -350,7 +353,9 @@ class _Run:
         """Write the factors of a layer, of as many components as it may come to."""
         shape = self.shapes[name]
         known = None if self.known is None else self.known[name]
-        if self.work.has(self.files[name]) or (known is not None and is_dense(shape, known)):
+        if self.work.has(self.files[name]):
+            return
+        if known is not None and is_dense(shape, known, self.pivoted):
             return
         rows, columns = shape
         weight = self.stored.weight(name).to(self.device, self.dtype)
@@ -359,7 +364,8 @@ class _Run:
         del statistics  # the sums that these are of: as large as they
         basis = self.choices.method.components
         spectrum = basis.spectrum(weight, means, name=f"{name}.weight")
-        most = known if known is not None else max(1, (rows * columns - 1) // (rows + columns))
+        most = (rows * columns - 1) // (rows + columns)  # more is dense
+        most = known or max(1, min(rows, columns) - 1 if self.pivoted else most)
         factors = spectrum.truncate(min(most, len(spectrum.sigma)))
         wide = torch.promote_types(self.dtype, torch.float32)
         tensors = {"up": factors.up.to(wide), "down": factors.down.to(wide)}
@@ -380,26 +386,24 @@ class _Run:
         }
         method, rule = self.choices.method, self.choices.rule
         groups = [(name,) for name in self.targets]
-        return choose_ranks(bench, method, rule, groups, spectra, self.budget, False, dict)
+        return choose_ranks(bench, method, rule, groups, spectra, self.budget, self.pivoted, dict)
 
     def write(self, target: Path, source: Mapping[str, Any]) -> Report:
         """Put the result into a folder: factors, and all other tensors as they are."""
         ranks = self._ranks()
         before = size_of(self.model)
         names = list(self.model.state_dict())
-        dtype = self.stored.dtype
-        placed = {}
+        kind = PivotedLinear if self.pivoted else LowRankLinear
+        made: dict[str, CompressedLinear] = {}
         for name, module in self.targets.items():
             rows, columns = self.shapes[name]
-            factors = None
-            if not is_dense((rows, columns), ranks[name]):
-                factors = Factors(
-                    torch.empty(rows, ranks[name], dtype=dtype, device="meta"),
-                    torch.empty(ranks[name], columns, dtype=dtype, device="meta"),
+            if not is_dense((rows, columns), ranks[name], self.pivoted):
+                biased = bias_of(module) is not None
+                made[name] = kind(
+                    columns, rows, ranks[name], biased, device="meta", dtype=self.stored.dtype
                 )
-            placed[name] = (factors, bias_of(module))
+        replace_modules(self.model, made)
         groups = [(name,) for name in self.targets]
-        made, _ = install(self.model, self.targets, placed, groups, pivoted=False)
         after, peak = size_of(self.model), self.clock.peak()
         report = Report(
             method=self.choices.method.name,
@@ -451,19 +455,8 @@ class _Run:
                 held = 0
             parts[-1].append(name)
             held += size
-        places, total = {}, 0
         with progress_bar(len(parts), "writing", self.progress) as bar:
-            for count, part in enumerate(parts, 1):
-                file = f"model-{count:05}-of-{len(parts):05}.safetensors"
-                tensors: dict[str, Tensor] = {}
-                for name in part:
-                    tensors |= self._tensors(name, ranks)
-                save_file(tensors, folder / file, metadata={"format": "pt"})
-                places |= dict.fromkeys(tensors, file)
-                total += sum(tensor.nbytes for tensor in tensors.values())
-                bar(count)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_shards(folder, parts, lambda name: self._tensors(name, ranks), bar)
 
     def _tensors(self, name: str, ranks: Mapping[str, int]) -> dict[str, Tensor]:
         """What is written of a tensor of the dense model, by its names in the files."""
@@ -474,10 +467,19 @@ class _Run:
         if name.endswith(".weight") and layer in ranks:
             rank, stem = ranks[layer], key.removesuffix("weight")
             held = self.work.get_tensors(self.files[layer])
-            factors = {"up": held["up"][:, :rank], "down": held["down"][:rank]}
-            return {key: torch.zeros(1, dtype=self.stored.dtype)} | {
-                f"{stem}{part}.weight": each.to(self.dtype).to(self.stored.dtype).contiguous()
-                for part, each in factors.items()
+            factors = Factors(held["up"][:, :rank], held["down"][:rank])
+            parts: dict[str, Tensor] = factors._asdict()
+            pivots = {}
+            if self.pivoted:
+                rest, rows, places = pivot_factors(factors, name=layer)
+                parts, pivots = {"up": rest, "down": rows}, {f"{stem}pivots": places}
+            return {
+                key: torch.zeros(1, dtype=self.stored.dtype),
+                **pivots,
+                **{
+                    f"{stem}{part}.weight": each.to(self.dtype).to(self.stored.dtype).contiguous()
+                    for part, each in parts.items()
+                },
             }
         value = self.stored.read(key, floating=False)
         dtype = self.stored.dtype if value.is_floating_point() else value.dtype

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from soco.checkpoint import export_dense, load, mark_compressed, save
+from soco.checkpoint import export_dense, load, mark_compressed, save, write_shards
 from soco.experts import find_experts, join_experts, split_experts
 from soco.folders import write_checksums
 from soco.modules import LowRankLinear, PivotedLinear, share_basis
@@ -934,3 +934,20 @@ def test_only_the_experts_of_the_config_are_saved(mixture, tmp_path):
     model.config.quantization_config.experts.append(FUSED)
     with pytest.raises(ValueError, match=rf"the experts {FUSED} are split in the config only"):
         save(model, tmp_path / "model")
+
+
+def test_shards_by_hand(tmp_path):
+    held = {"a": torch.ones(3), "b": torch.zeros(2, 2, dtype=torch.bfloat16), "c": torch.ones(1)}
+    seen = []
+    write_shards(
+        tmp_path, [["x", "y"], ["z"]],
+        {"x": {"a": held["a"], "b": held["b"]}, "y": {}, "z": {"c": held["c"]}}.__getitem__,
+        seen.append,
+    )  # fmt: skip
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    assert index["weight_map"] == {"a": first, "b": first, "c": second}
+    assert index["metadata"] == {"total_size": 12 + 8 + 4}
+    assert seen == [1, 2]
+    found = {**load_file(tmp_path / first), **load_file(tmp_path / second)}
+    assert all(torch.equal(found[name], tensor) for name, tensor in held.items())

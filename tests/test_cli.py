@@ -308,11 +308,10 @@ def test_a_training_that_is_stopped_goes_on(run, place, monkeypatch):
     ("words", "message"),
     [
         (["--method", "soco"], "method soco needs the whole model in memory"),
-        (["--method", "kfac-svd"], "method kfac-svd reads gradients of the whole model"),
+        (["--method", "adasvd"], "method adasvd needs the whole model in memory"),
         (["--allocator", "lems"], "the allocator 'lems' runs the whole model"),
         (["--refine"], "--refine needs the whole model in memory: leave out --stream"),
         (["--surgeon"], "--surgeon needs the whole model"),
-        (["--pivoted"], "--pivoted needs the whole model"),
         (["--size", "1MB"], "--size needs the whole model"),
         (["--stats", "stats"], "--stats needs the whole model"),
         (["--method", "soco", "--steps", "3"], "--steps needs the whole model"),

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import soco
-from soco import chain, streaming
+from soco import chain, checkpoint, streaming
 from soco.methods import KFACSVD, SVDLLM
 from soco.streaming import compress_folder
 from soco.surgery import find_linears
@@ -112,6 +112,23 @@ def test_gradients_of_some_blocks(include, tmp_path):
     options = {"method": "kfac-svd", "include": include}
     stream(tmp_path / "dense", tmp_path / "out", **options)
     check_same(tmp_path / "out", model, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["svd", "svd-llm", "kfac-svd"])
+@pytest.mark.parametrize("ratio", [0.05, 0.4])
+def test_pivoted(method, ratio, dtype, tmp_path):
+    model = dense(tmp_path / "dense", dtype=dtype)
+    options = {"method": method, "pivoted": True}
+    stream(tmp_path / "dense", tmp_path / "out", ratio, **options)
+    check_same(tmp_path / "out", model, ratio, **options)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox"])
+def test_pivoted_with_biases(name, tmp_path):
+    model = dense(tmp_path / "dense", name)
+    stream(tmp_path / "dense", tmp_path / "out", pivoted=True, allocator="energy")
+    check_same(tmp_path / "out", model, pivoted=True, allocator="energy")
 
 
 def test_sampled_gradients(tmp_path):
@@ -293,7 +310,7 @@ def test_blocks_that_read_what_earlier_ones_gave(tmp_path, monkeypatch):
         ({"method": "adasvd"}, "method adasvd needs the whole model"),
         ({"method": SVDLLM(update=True)}, "method svd-llm needs the whole model"),
         ({"method": "asvd"}, "the allocator 'sensitivity' runs the whole model"),
-        ({"method": "svd-surgeon"}, "surgeon, refine and pivoted need the whole model"),
+        ({"method": "svd-surgeon"}, "surgeon and refine need the whole model"),
         ({"calibration": None}, "method svd-llm learns from text: give calibration="),
         ({"calibration": "self"}, "cannot write its calibration text"),
         ({"ratio": 1.5}, "ratio is the fraction"),
@@ -544,16 +561,16 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 def test_a_full_disk_while_the_result_is_written(tmp_path, monkeypatch):
     model = dense(tmp_path / "dense")
-    save = streaming.save_file
+    save = checkpoint.save_file
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(streaming, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left on device"):
         stream(tmp_path / "dense", tmp_path / "out")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "out.work"]
-    monkeypatch.setattr(streaming, "save_file", save)
+    monkeypatch.setattr(checkpoint, "save_file", save)
     stream(tmp_path / "dense", tmp_path / "out")
     check_same(tmp_path / "out", model)
 

@@ -22,7 +22,7 @@ from soco.streaming import compress_folder, work_folder
 from soco.workfolder import PLAN
 
 # Options of `soco compress` that need what streaming has not.
-_WHOLE = ("ratios", "size", "effort", "preset", "pivoted", "refine", "surgeon", "stats", "training")
+_WHOLE = ("ratios", "size", "effort", "preset", "refine", "surgeon", "stats", "training")
 
 
 def compress(wanted: Compression, work: Path | None) -> None:
@@ -40,11 +40,8 @@ def compress(wanted: Compression, work: Path | None) -> None:
     check_output(wanted.output, replace=True)
     device = find_device(wanted.device)
     tell = (lambda text: None) if wanted.quiet else say
-    options = {
-        name: value
-        for name in ("ratio", "samples", "length", "include", "exclude", "allocator")
-        if (value := getattr(wanted, name)) is not None
-    }
+    names = ("ratio", "samples", "length", "include", "exclude", "allocator", "pivoted")
+    options = {name: value for name in names if (value := getattr(wanted, name)) is not None}
     with quiet_libraries(bars=False):
         stored = StoredModel(place).dtype
         dtype = stored if wanted.dtype == "auto" else getattr(torch, wanted.dtype)
