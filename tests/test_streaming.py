@@ -199,16 +199,19 @@ def test_shards_and_names_of_the_base_model(tmp_path):
     check_same(tmp_path / "out", model)
 
 
-def test_a_trained_model(model_dir, tmp_path):
+@pytest.mark.parametrize(("method", "pivoted"), [("svd-llm", False), ("kfac-svd", True)])
+def test_a_trained_model(method, pivoted, model_dir, tmp_path):
     folder = model_dir("books-llama-1m")
     ids = torch.randint(0, 1000, (8, 64), generator=torch.Generator().manual_seed(0))
     options = {"calibration": ids, "samples": 8, "allocator": "energy"}
+    options |= {"method": method, "pivoted": pivoted}
     stream(folder, tmp_path / "out", **options)
     check_same(tmp_path / "out", AutoModelForCausalLM.from_pretrained(folder), **options)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-def test_one_block_at_a_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["svd-llm", "kfac-svd"])
+def test_one_block_at_a_time(method, tmp_path, monkeypatch):
     """While a block runs, all others are empty; afterwards it is, too."""
     dense(tmp_path / "dense", num_hidden_layers=4)
     held, models = [], []
@@ -233,8 +236,9 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(streaming.StoredModel, "_empty", noted)
     monkeypatch.setattr(chain, "collect", watched)
-    stream(tmp_path / "dense", tmp_path / "out", batch_size=2)
-    assert held == [{str(block)} for block in range(4) for _ in range(3)]
+    stream(tmp_path / "dense", tmp_path / "out", batch_size=2, method=method)
+    order = range(4) if method == "svd-llm" else range(4)[::-1]
+    assert held == [{str(block)} for block in order for _ in range(3)]
     assert all(parameter.is_meta for parameter in models[0].parameters())
 
 
