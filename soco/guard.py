@@ -81,9 +81,10 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time a phase, which may come in several parts."""
+        """Time a phase, which may come in several parts; what it freed goes back to the system."""
         begin = time.perf_counter()
         yield
+        give_back_memory()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
