@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from soco.linalg import add_gram
 from soco.objectives import Objective, by_sequence, objective_for, run_model
-from soco.steps import frozen
+from soco.steps import frozen, give_back_memory
 from soco.surgery import twins_of
 
 # What can be collected. All but the last three are of the inputs; those take a backward pass.
@@ -163,6 +163,8 @@ def collect(
                     else:
                         gradients.run(model, cast(Objective, objective), ids, generator)
                     collector.end_forward()
+                    if gradients is not None:
+                        give_back_memory()
                     if collector.parted:
                         break
                     on_batch(min(done * batch_size, len(windows)))

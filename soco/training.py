@@ -20,7 +20,7 @@ from soco.masters import probed_rate
 from soco.objectives import HiddenStates, Objective, TokenDistribution
 from soco.spectral import SpectralLinear
 from soco.stages import Stage, TrainingSettings
-from soco.steps import Step, Teacher, all_dense, endless_batches
+from soco.steps import Step, Teacher, all_dense, endless_batches, give_back_memory
 
 _STEP_COST = 0.04  # of the loss, by a step with random signs, at the rate that is measured
 
@@ -366,6 +366,7 @@ def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> Tensor
                 loss = loss + stage.cross_entropy * objective.cross_entropy(student, ids)
             (loss * part).backward()
         sums += torch.stack([loss.detach(), divergence.detach()]) * part
+    give_back_memory()
     if record:
         _average(run, squares, batch.numel() * run.teacher.windows.shape[1])
     return sums

@@ -30,7 +30,7 @@ FLOORS = [
     },
     {"factorization", "installation", "preparation", "record", "verification"},
     {"learning", "plots", "resizing", "streaming"},
-    {"pipeline"},
+    {"pipeline", "planning"},
     {"comparison", "rendering"},
     {"cli"},
     {"bench"},
