@@ -55,6 +55,7 @@ def show(wanted: Wanted, *, as_json: bool) -> None:
     if wanted.model == DEMO:
         sizes = {name: demo.OPTIONS[name] for name in ("samples", "length")}
         options = {**sizes, **options}
+    say("planning: this CPU is measured, and the model runs without values")
     with quiet_libraries(bars=False):
         dtype = None if wanted.dtype == "auto" else getattr(torch, wanted.dtype)
         if dtype is None:

@@ -99,7 +99,9 @@ def _statistics(setting: Setting, passes: Passes, sums: Mapping[str, tuple[int, 
 
 
 def _units(setting: Setting) -> dict[Shape, Work]:
-    """Shape to what it takes to take a weight apart, and to have its spectrum."""
+    """Shape to what it takes to take a weight apart; methods that train their own do not."""
+    if isinstance(setting.choices.method, RankLearner):
+        return {}
     return {shape: _taken_apart(setting, shape) for shape in dict.fromkeys(setting.shapes.values())}
 
 

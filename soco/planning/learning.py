@@ -1,7 +1,7 @@
 """What the phases of a compression that train hold in memory, and what they compute."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -9,16 +9,22 @@ from torch import nn
 from soco.linalg import Spectrum
 from soco.methods import TrainedMethod
 from soco.modules import LowRankLinear, PivotedLinear
-from soco.planning.setting import Demand, Passes, Setting, ids_of, spectrum_bytes
-from soco.planning.tracing import KEPT, Work, training_pass, without_values
+from soco.planning.setting import (
+    Demand,
+    Passes,
+    Setting,
+    ids_of,
+    of_all_blocks,
+    spectrum_bytes,
+)
+from soco.planning.tracing import KEPT, Work, training_pass
 from soco.ranks import Shape, uniform_ranks
 from soco.refinement import Refinement
+from soco.sampling import cache_bytes, sequences_at_once
 from soco.spectral import SpectralLinear
 from soco.stages import TrainingSettings
 from soco.steps import TEACHER_ROOM, all_dense, checkpointed
-from soco.surgery import bias_of, replaced, text_config, transformer_blocks, weight_of
-
-WRITTEN_AT_ONCE = 64  # sequences that a model writes at a time
+from soco.surgery import bias_of, replaced, transformer_blocks, weight_of
 
 
 def training(setting: Setting, method: TrainedMethod, passes: Passes) -> list[Demand]:
@@ -57,31 +63,39 @@ def _training_passes(
     begin = uniform_ranks(
         shapes, setting.budget + int((total - setting.budget) * excess), pivoted=pivoted
     )
-    with without_values(model):
-        layers = {
-            name: SpectralLinear(
-                weight_of(layer), bias_of(layer), _no_spectrum(shapes[name]),
-                largest_score=method.largest_score, channels=method.channels,
-                deviation=method.deviation == "vector",
-            )
-            for name, layer in setting.targets.items()
-        }  # fmt: skip
-        blocks = transformer_blocks(model) if settings.checkpointing else []
-        found = []
-        with replaced(model, layers), checkpointed(blocks):
-            for ranks, train in ((None, False), (begin, True), (setting.ranks, True)):
-                for name, layer in layers.items():
-                    full = min(shapes[name])
-                    alive = full if ranks is None else ranks[name]
-                    layer.computed = min(full, math.ceil((1 + settings.spare) * alive))
-                found.append(
-                    training_pass(
-                        model, list(layers.values()), passes.objective, ids_of(setting, micro),
-                        record=settings.criterion == "fisher", train=train,
-                        dense=lambda: all_dense(layers.values()), again=ranks is setting.ranks,
-                    )
+    found = []
+    for ranks, train in ((None, False), (begin, True), (setting.ranks, True)):
+
+        def one(ranks: Mapping[str, int] | None = ranks, train: bool = train) -> Work:
+            layers = _spectral(setting, method)
+            for name, layer in layers.items():
+                full = min(shapes[name])
+                alive = full if ranks is None else ranks[name]
+                layer.computed = min(full, math.ceil((1 + settings.spare) * alive))
+            blocks = transformer_blocks(model) if settings.checkpointing else []
+            with replaced(model, layers), checkpointed(blocks):
+                return training_pass(
+                    model, list(layers.values()), passes.objective, ids_of(setting, micro),
+                    record=settings.criterion == "fisher", train=train,
+                    dense=lambda: all_dense(layers.values()), again=ranks is setting.ranks,
                 )  # fmt: skip
-    return found[0].times(parts), found[1].times(parts), found[2].times(parts)
+
+        found.append(of_all_blocks(model, one).times(parts))
+    return found[0], found[1], found[2]
+
+
+def _spectral(setting: Setting, method: TrainedMethod) -> dict[str, SpectralLinear]:
+    """The layers that are trained, without values, in the place of those that are in the model."""
+    there = dict(setting.model.named_modules())
+    return {
+        name: SpectralLinear(
+            weight_of(layer), bias_of(layer), _no_spectrum(setting.shapes[name]),
+            largest_score=method.largest_score, channels=method.channels,
+            deviation=method.deviation == "vector",
+        )
+        for name, layer in setting.targets.items()
+        if there.get(name) is layer
+    }  # fmt: skip
 
 
 def _no_spectrum(shape: Shape) -> Spectrum:
@@ -92,16 +106,12 @@ def _no_spectrum(shape: Shape) -> Spectrum:
 
 def _writing_text(setting: Setting, written: int, passes: Passes, spectra: int) -> Demand:
     """Keys and values of the sequences that are written at once, and their next tokens."""
-    config: Any = text_config(setting.model)
-    at_once = min(WRITTEN_AT_ONCE, written)
-    heads = config.num_attention_heads
-    width = (getattr(config, "num_key_value_heads", None) or heads) * (
-        getattr(config, "head_dim", None) or config.hidden_size // heads
-    )
-    cache = 2 * config.num_hidden_layers * width * setting.dtype.itemsize * setting.length * at_once
-    tokens = 6 * at_once * config.vocab_size * 4  # logits, in float32, sorted out, and chances
+    vocabulary, width = setting.model.get_input_embeddings().weight.shape
+    at_once = min(sequences_at_once(setting.model, setting.length), written)
+    cache = at_once * cache_bytes(setting.model, setting.length)
+    tokens = 6 * at_once * vocabulary * 4  # logits, in float32, sorted out, and chances
     share = written / (setting.batches * setting.batch_size)
-    head = 2.0 * written * setting.length * config.hidden_size * config.vocab_size
+    head = 2.0 * written * setting.length * width * vocabulary
     work = passes.forward.times(setting.batches * share).then(
         Work(products={setting.dtype: head}, kept=KEPT)
     )
@@ -134,17 +144,22 @@ def _refined(setting: Setting, settings: Refinement, passes: Passes, size: int) 
     model, pivoted = setting.model, setting.choices.pivoted
     kind = PivotedLinear if pivoted else LowRankLinear
     micro = settings.micro_batch or size
-    with without_values(model):
+
+    def one() -> Work:
+        there = dict(model.named_modules())
         layers: dict[str, nn.Module] = {}
         for name in setting.factored:
-            (rows, columns), bias = setting.shapes[name], bias_of(setting.targets[name])
-            rank = setting.ranks[name]
-            layers[name] = kind(columns, rows, rank, bias is not None, dtype=setting.dtype)
+            dense = setting.targets[name]
+            if there.get(name) is dense:
+                (rows, columns), bias = setting.shapes[name], bias_of(dense)
+                rank = setting.ranks[name]
+                layers[name] = kind(columns, rows, rank, bias is not None, dtype=setting.dtype)
         blocks = transformer_blocks(model) if settings.checkpointing else []
-        dense = {name: setting.targets[name] for name in layers}
+        before = {name: setting.targets[name] for name in layers}
         with replaced(model, layers), checkpointed(blocks):
-            step = training_pass(
+            return training_pass(
                 model, [], passes.objective, ids_of(setting, micro), record=False, train=True,
-                dense=lambda: replaced(model, dense),
+                dense=lambda: replaced(model, before),
             )  # fmt: skip
-    return step.times(math.ceil(size / micro))
+
+    return of_all_blocks(model, one).times(math.ceil(size / micro))

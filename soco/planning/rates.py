@@ -10,7 +10,7 @@ from torch import Tensor
 _SIDE = {torch.float64: 512}  # of the matrices that are multiplied; others are larger
 _LARGER = 1024
 _EIGEN = 384  # columns of what is taken apart
-_LONG = 0.15  # seconds after which a measurement is not repeated
+_LONG = 0.4  # seconds after which a measurement is not repeated
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,19 @@
 """The compression that is planned, and one batch of its model run without values."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from soco.calibration import OF_GRADIENTS
 from soco.choices import Choices
 from soco.objectives import objective_for, run_model
 from soco.planning.tracing import Work, curvature_pass, inputs_of, without_values
 from soco.ranks import Shape, is_dense, layer_params
-from soco.surgery import text_config
+from soco.surgery import text_config, transformer_blocks
 
 
 @dataclass(frozen=True)
@@ -103,20 +104,22 @@ def passes_of(setting: Setting, notes: list[str]) -> Passes:
     """Run the model on one batch without values."""
     model, targets = setting.model, setting.targets
     alone = Passes([[name] for name in targets], Work(), Work(), None)
-    choices = setting.choices
+    choices, size = setting.choices, setting.batch_size
     if not choices.reads_text:
         return alone
     try:
         with without_values(model):
-            ids = ids_of(setting, setting.batch_size)
+            ids = ids_of(setting, size)
             base = getattr(model, "base_model", model)
             within = set(base.modules())
             body = base if all(t in within for t in targets.values()) else model
             groups, forward = inputs_of(model, body, targets, ids, run_model)
             objective = objective_for(model, ids[:1])
-            curvature = Work()
-            if choices.needs & {"fisher", "grad_gram", "sampled_grad_gram"}:
-                curvature = curvature_pass(model, targets, objective, ids)
+        curvature = Work()
+        if choices.needs & OF_GRADIENTS:
+            curvature = of_all_blocks(
+                model, lambda: curvature_pass(model, targets, objective, ids_of(setting, size))
+            )
     except (RuntimeError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         notes.append(f"what passes of {type(model).__name__} take is not counted: {reason}")
@@ -133,3 +136,30 @@ def spectrum_bytes(shape: Shape, dtype: torch.dtype) -> int:
     """Bytes of a whole spectrum."""
     rank = min(shape)
     return max(4, 8 if dtype == torch.float64 else 4) * (rank * sum(shape) + rank)
+
+
+def of_all_blocks(model: nn.Module, run: Callable[[], Work]) -> Work:
+    """What a pass with gradients takes, told by the first two and the first three blocks.
+
+    Every further block takes as much as the third. Of a model whose blocks differ or lie in several
+    lists, all of them run.
+
+    Args:
+        model: on the meta device.
+        run: a pass of the model with the blocks that it has then, all without values.
+    """
+    blocks = transformer_blocks(model)
+    holders = [m for m in model.modules() if isinstance(m, nn.ModuleList) and blocks[0] in list(m)]
+    sizes = {tuple(p.shape for p in block.parameters()) for block in blocks}
+    if len(holders) != 1 or len(holders[0]) != len(blocks) or len(sizes) > 1 or len(blocks) < 4:
+        with without_values(model):
+            return run()
+    held, found = dict(holders[0]._modules), []
+    try:
+        for count in (2, 3):
+            holders[0]._modules = dict(list(held.items())[:count])
+            with without_values(model):
+                found.append(run())
+    finally:
+        holders[0]._modules = held
+    return found[0].and_more(found[1], len(blocks) - 2)

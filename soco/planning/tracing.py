@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -44,6 +43,17 @@ class Work:
         peak = math.ceil(by**2 * self.peak)
         return Work(peak, min(KEPT, peak), found, by**3 * self.cubes)
 
+    def and_more(self, other: "Work", count: int) -> "Work":
+        """This, and so many times what another one takes beyond it."""
+        keys = {**self.products, **other.products}
+        mine, theirs = ({k: w.products.get(k, 0.0) for k in keys} for w in (self, other))
+        return Work(
+            self.peak + count * (other.peak - self.peak),
+            min(KEPT, self.kept + count * (other.kept - self.kept)),
+            {k: mine[k] + count * (theirs[k] - mine[k]) for k in keys},
+            self.cubes + count * (other.cubes - self.cubes),
+        )
+
     def then(self, other: "Work") -> "Work":
         """One after the other."""
         found = dict(self.products)
@@ -59,21 +69,21 @@ class Trace(TorchDispatchMode):
     def __init__(self) -> None:
         """Nothing is alive yet."""
         super().__init__()
-        self._alive: dict[int, tuple[Any, int]] = {}  # by address
-        self._now = self._peak = self._small = 0
+        self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}  # by address
+        self._now = self._small_now = 0
+        self._peak = self._small_peak = 0
         self._products: dict[torch.dtype, float] = {}
         self._cubes = 0.0
 
     @property
     def work(self) -> Work:
         """What it took so far."""
-        kept = min(KEPT, self._small)
+        kept = min(KEPT, self._small_peak)
         return Work(self._peak, kept, dict(self._products), self._cubes)
 
     @property
     def alive(self) -> int:
         """Bytes that are alive now."""
-        self._sweep()
         return self._now
 
     def __torch_dispatch__(
@@ -92,28 +102,25 @@ class Trace(TorchDispatchMode):
 
     def _note(self, tensor: Tensor, *, new: bool) -> None:
         storage = tensor.untyped_storage()
-        known = self._alive.get(storage._cdata)
-        if known is not None:
-            if not known[0].expired():
-                return
-            self._now -= known[1]
+        address = storage._cdata
+        if address in self._alive:
+            return
         size = storage.nbytes() if new else 0
-        self._alive[storage._cdata] = StorageWeakRef(storage), size
-        self._now += size
-        if size and size <= CHUNK and self._small < KEPT:
-            small = sum(n for ref, n in self._alive.values() if n <= CHUNK and not ref.expired())
-            self._small = max(self._small, small)
+        self._alive[address] = weakref.ref(storage, lambda _: self._forget(address)), size
+        self._add(size, 1)
+        self._small_peak = max(self._small_peak, self._small_now)
         self._rise(0)
 
-    def _rise(self, beside: int) -> None:
-        if self._now + beside > self._peak:
-            self._sweep()
-            self._peak = max(self._peak, self._now + beside)
+    def _forget(self, address: int) -> None:
+        """Nothing refers to a storage any more."""
+        self._add(self._alive.pop(address)[1], -1)
 
-    def _sweep(self) -> None:
-        """Forget what nothing refers to any more."""
-        for address in [a for a, (reference, _) in self._alive.items() if reference.expired()]:
-            self._now -= self._alive.pop(address)[1]
+    def _add(self, size: int, sign: int) -> None:
+        self._now += sign * size
+        self._small_now += sign * size if size <= CHUNK else 0
+
+    def _rise(self, beside: int) -> None:
+        self._peak = max(self._peak, self._now + beside)
 
     def _count(self, name: str, args: tuple[Any, ...], found: Any) -> None:
         """Note what a product or a decomposition takes."""
@@ -214,7 +221,8 @@ def curvature_pass(
         output = output + zero
 
         def wide(gradient: Tensor) -> None:
-            x.float(), gradient.float()
+            for each in (x, gradient):
+                each.float()
 
         output.register_hook(wide)
         return output
@@ -253,27 +261,27 @@ def training_pass(
         dense: makes a context in which the model is the dense one.
         again: whether the dense model's states are known, so that only its head runs.
     """
-    with Trace() as trace:
-        with torch.no_grad(), dense():
-            wanted, states = objective.outputs_and_states(model, ids)
-            if states is not None and not again:
-                head = objective.from_states(model, states)
-                torch.isclose(head, wanted, rtol=0, atol=1e-4)
-                del head
-        for layer in layers:
-            layer.recording, layer.listening = record, True
-        with torch.enable_grad():
-            student = objective.outputs(model, ids)
-            if record:
-                surprise = objective.surprise(wanted, student, torch.Generator())
-                logits = [layer.logit for layer in layers]
-                torch.autograd.grad(surprise, logits, allow_unused=True, retain_graph=train)
-                for layer in layers:
-                    layer.listening = False
-                    layer.take_recorded()
-            if train:  # as ``objectives.TokenDistribution.divergence`` has it
-                gradient = student.new_empty(student.shape)
-                torch.autograd.backward(student, gradient * torch.ones(()))
-        for layer in layers:
-            layer.recording, layer.listening = False, True
-    return trace.work
+    with torch.no_grad(), dense(), Trace() as teacher:
+        wanted, states = objective.outputs_and_states(model, ids)
+        if states is not None and not again:
+            head = objective.from_states(model, states)
+            torch.isclose(head, wanted, rtol=0, atol=1e-4)
+            del head
+    for layer in layers:
+        layer.recording, layer.listening = record, True
+    with torch.enable_grad(), Trace() as trace:
+        held = wanted.clone()  # it is alive, and was made outside of this trace
+        student = objective.outputs(model, ids)
+        if record:
+            surprise = objective.surprise(held, student, torch.Generator())
+            logits = [layer.logit for layer in layers]
+            torch.autograd.grad(surprise, logits, allow_unused=True, retain_graph=train)
+            for layer in layers:
+                layer.listening = False
+                layer.take_recorded()
+        if train:  # as ``objectives.TokenDistribution.divergence`` has it
+            gradient = student.new_empty(student.shape)
+            torch.autograd.backward(student, gradient * torch.ones(()))
+    for layer in layers:
+        layer.recording, layer.listening = False, True
+    return teacher.work.then(trace.work)
