@@ -207,7 +207,9 @@ def _streamed(setting: Setting, passes: Passes, units: Mapping[Shape, Work]) -> 
         [n for n, m in setting.targets.items() if m in set(block.modules())] for block in blocks
     ]
     sums = _sums(setting, passes)
-    largest = max(sum(map(sum, (sums.get(n, (0, 0)) for n in names))) for names in of_block)
+    largest = max(
+        (sum(map(sum, (sums.get(n, (0, 0)) for n in names))) for names in of_block), default=0
+    )
     reads = bool(setting.choices.needs)
     found = []
     if reads:
@@ -216,7 +218,7 @@ def _streamed(setting: Setting, passes: Passes, units: Mapping[Shape, Work]) -> 
         tokens = setting.samples * setting.length
         grams = float(tokens * sum(shared // 8 for shared, _ in sums.values()))
         work = work.then(Work(products={torch.float32: grams}))
-        held = outside + width * max(inside) + largest + states
+        held = outside + width * max(inside, default=0) + largest + states
         found.append(Demand("statistics", held + work.peak + work.kept, work))
     work, peak = Work(), 0
     for shape in setting.shapes.values():

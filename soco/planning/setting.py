@@ -149,7 +149,8 @@ def of_all_blocks(model: nn.Module, run: Callable[[], Work]) -> Work:
         run: a pass of the model with the blocks that it has then, all without values.
     """
     blocks = transformer_blocks(model)
-    holders = [m for m in model.modules() if isinstance(m, nn.ModuleList) and blocks[0] in list(m)]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    holders = [each for each in lists if blocks and blocks[0] in list(each)]
     sizes = {tuple(p.shape for p in block.parameters()) for block in blocks}
     if len(holders) != 1 or len(holders[0]) != len(blocks) or len(sizes) > 1 or len(blocks) < 4:
         with without_values(model):
