@@ -98,7 +98,8 @@ def _print(model: str, found: Plan) -> None:
         "the GPU's times were never measured: they are what an H100 would take at half the speed "
         "that its maker states",
         "more GPUs: as long as one, since soco computes on one device",
-        "times leave out reading, writing and waiting, and are good to a factor of about 2 or 3",
+        "times are estimates: reading, writing, the overhead of small operations and other work "
+        "on the machine come on top",
         *found.notes,
     )
     for line in lines:

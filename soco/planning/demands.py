@@ -156,7 +156,7 @@ def _decomposition(
         there += spectrum_bytes(setting.shapes[name], setting.dtype)
         if not setting.choices.keeps:
             left -= sum(sums.get(name, (0, 0)))
-    work = replace(work, peak=max(peak, left + there))
+    work = replace(work, peak=max(peak, left + there), cubes=work.cubes / workers)
     return Demand("decomposition", setting.weights + work.peak + work.kept, work)
 
 

@@ -19,7 +19,7 @@ class Rates:
     """Operations in a second."""
 
     products: Mapping[torch.dtype, float]  # multiplications and additions of matrix products
-    cubes: float  # of eigendecompositions in float64: n^3 for n columns
+    cubes: float  # of eigendecompositions in float64: n^3 for n columns, one at a time
 
     def seconds(self, products: Mapping[torch.dtype, float], cubes: float) -> float:
         """The time for so many operations."""
@@ -38,7 +38,10 @@ ASSUMED_GPU = Rates(
 
 
 def measured_rates(dtype: torch.dtype) -> Rates:
-    """What this CPU does with the threads that torch has now; it takes about a second.
+    """What this CPU does; it takes about a second.
+
+    Products run on the threads that torch has now, eigendecompositions on one: they gain little by
+    more, and several matrices are taken apart side by side.
 
     Args:
         dtype: that a model computes in, beside float32 and float64.
@@ -49,7 +52,12 @@ def measured_rates(dtype: torch.dtype) -> Rates:
         x = torch.randn(side, side).to(kind)
         products[kind] = 2 * side**3 / _quickest(lambda x: x @ x, x)
     x = torch.randn(_EIGEN, _EIGEN, dtype=torch.float64)
-    return Rates(products, _EIGEN**3 / _quickest(torch.linalg.eigh, x @ x.mT))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        return Rates(products, _EIGEN**3 / _quickest(torch.linalg.eigh, x @ x.mT))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _quickest(work: Callable[[Tensor], object], x: Tensor) -> float:
