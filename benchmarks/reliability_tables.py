@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md, from records of streaming, of killed runs, and of fuzzing."""
+"""The tables of docs/reliability.md, from records of streaming, killed runs, plans and fuzzing."""
 
 from collections import Counter
 
@@ -12,7 +12,10 @@ def reliability(parts: list[dict]) -> dict[str, str]:
     streamed = [row for _, row in rows if "of_them_before" in row and "hidden" in row]
     killed = [(part, row) for part, row in rows if "killed_after_seconds" in row]
     shared = [(part, row) for part, row in rows if "processes" in row and "phases" in row]
+    planned = [part for part in parts if any("planned" in row for row in part.get("rows", []))]
     found = {}
+    if planned:
+        found["planning"] = _planned(planned)
     if fuzzed:
         found["fuzz"] = _fuzzed(fuzzed)
     if streamed:
@@ -96,3 +99,42 @@ def _shared(rows: list[tuple[dict, dict]]) -> str:
         result = "-" if row is first and "identical" in row else result
         lines.append(f"| {what} | {row['processes']} | {' | '.join(phases)} | {result} |")
     return "\n".join(lines)
+
+
+def _planned(parts: list[dict]) -> str:
+    """Model by model, all methods: the plan of the highest phase, and how far it is off."""
+    rows = [row for part in parts for row in part["rows"]]
+    ways = list(dict.fromkeys(_way(row) for row in rows))
+    lines = [
+        f"| layers, hidden, dtype | {' | '.join(ways)} |",
+        "|---" + "|--:" * len(ways) + "|",
+    ]
+    for model in dict.fromkeys(_model(row) for row in rows):
+        found = {_way(row): row for row in rows if _model(row) == model}
+        cells = [
+            f"{format_bytes(found[way]['planned']['peak'])} ({found[way]['off']['together']:+.1%})"
+            if way in found
+            else "-"
+            for way in ways
+        ]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    off = [abs(row["off"]["together"]) for row in rows]
+    phases = [abs(value) for row in rows for name, value in row["off"].items()]
+    far = sum(value > 0.15 for value in phases)
+    times = sorted(row["measured"]["seconds"] / row["planned"]["seconds"] for row in rows)
+    made = ", ".join(dict.fromkeys(f"{p['date'][:10]} at `{p['commit']}`" for p in parts))
+    text = (
+        f"At most {max(off):.1%} off at the peak; of {len(phases)} single phases {far} are off by "
+        f"more than 15%, the farthest by {max(phases):.1%}. The runs took {times[0]:.1f} to "
+        f"{times[-1]:.1f} times as long as planned (beside other work, median "
+        f"{times[len(times) // 2]:.1f}). Made on {made} by `{parts[0]['command']}`."
+    )
+    return "\n".join([*lines, "", text])
+
+
+def _way(row: dict) -> str:
+    return f"`{row['method']}`{', streamed' if row['stream'] else ''}"
+
+
+def _model(row: dict) -> str:
+    return f"{row['layers']}, {row['hidden']}, {row['dtype']}"

@@ -37,13 +37,15 @@ VOCABULARY = 32000
 BATCH = 8  # sequences at a time
 
 
-def make(folder: Path, layers: int, hidden: int, inner: int) -> int:
-    """A random model in bfloat16, written tensor by tensor; returns the bytes of its weights."""
+def make(
+    folder: Path, layers: int, hidden: int, inner: int, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """A random model, written tensor by tensor; returns the bytes of its weights."""
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         vocab_size=VOCABULARY, num_attention_heads=hidden // 64,
         num_key_value_heads=max(1, hidden // 512), architectures=["LlamaForCausalLM"],
-        dtype=torch.bfloat16, tie_word_embeddings=False,
+        dtype=dtype, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("meta"):
         shapes = {
@@ -59,9 +61,9 @@ def make(folder: Path, layers: int, hidden: int, inner: int) -> int:
     for count, names in enumerate(parts.values(), 1):
         file = f"model-{count:05}-of-{len(parts):05}.safetensors"
         tensors = {
-            name: torch.ones(shapes[name], dtype=torch.bfloat16)
+            name: torch.ones(shapes[name], dtype=dtype)
             if len(shapes[name]) == 1
-            else torch.randn(shapes[name], generator=generator).mul_(0.02).bfloat16()
+            else torch.randn(shapes[name], generator=generator).mul_(0.02).to(dtype)
             for name in names
         }
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from soco.evaluation import evaluate as evaluate
     from soco.optimization import optimize as optimize
     from soco.pipeline import compress as compress
+    from soco.planning import Plan as Plan
+    from soco.planning import plan as plan
     from soco.preparation import prepare as prepare
     from soco.processes import together as together
     from soco.reporting import Report as Report
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Decomposition",
     "Evaluation",
+    "Plan",
     "Report",
     "TaskScore",
     "TaskScores",
@@ -63,6 +66,7 @@ __all__ = [
     "modules",
     "ops",
     "optimize",
+    "plan",
     "prepare",
     "report",
     "resize",
@@ -74,6 +78,7 @@ __all__ = [
 _HOME = {  # public name to the file it lives in
     "Decomposition": "decomposition",
     "Evaluation": "evaluation",
+    "Plan": "planning",
     "Report": "reporting",
     "TaskScore": "tasks",
     "TaskScores": "tasks",
@@ -87,6 +92,7 @@ _HOME = {  # public name to the file it lives in
     "export_dense": "checkpoint",
     "load": "checkpoint",
     "optimize": "optimization",
+    "plan": "planning",
     "prepare": "preparation",
     "report": "reporting",
     "resize": "resizing",

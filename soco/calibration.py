@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from soco.objectives import Objective, draw_seeds, objective_for, run_model
 from soco.observing import OF_GRADIENTS, GradientSums, InputSums
 from soco.processes import count, gathered, own
-from soco.steps import frozen
+from soco.steps import frozen, give_back_memory
 from soco.surgery import twins_of
 
 # What can be collected. All but the last three are of the inputs; those take a backward pass.
@@ -168,6 +168,8 @@ def collect(
                             else:
                                 run(number, ids)
                     collector.end_forward()
+                    if gradients is not None:
+                        give_back_memory()
                     if collector.parted:
                         break
                     on_batch(min((number + 1) * batch_size, len(windows)))

@@ -1,7 +1,6 @@
 """Around a compression: the model unharmed when it fails, and what it took."""
 
 import contextlib
-import ctypes
 import resource
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from soco.steps import give_back_memory as give_back_memory
 from soco.surgery import bias_of, text_config
 
 
@@ -81,9 +81,10 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time a phase, which may come in several parts."""
+        """Time a phase, which may come in several parts; what it freed goes back to the system."""
         begin = time.perf_counter()
         yield
+        give_back_memory()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
@@ -106,13 +107,17 @@ class Clock:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
 
 
-def give_back_memory() -> None:
-    """Return to the system what was freed and is kept for later (by glibc; others do nothing).
-
-    After large matrices that can be hundreds of megabytes, which count as resident.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now; at the most so far where that is not told."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        now = next((line for line in lines if line.startswith("VmRSS:")), None)
+        if now is not None:
+            return int(now.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _flags(module: nn.Module) -> tuple[bool, bool]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Seeds = Tensor | Sequence[int]  # of what is drawn, one for each sequence
+
 
 def run_model(model: nn.Module, ids: Tensor) -> Any:
     """Run ``model`` on token ids (sequences, length) without a cache and return its outputs."""
@@ -85,7 +87,7 @@ class TokenDistribution:
             dense, student = ((x / self.temperature).log_softmax(-1) for x in (dense, student))
         return _Divergence.apply(dense, student)
 
-    def surprise(self, dense: Tensor, student: Tensor, seeds: Tensor) -> Tensor:
+    def surprise(self, dense: Tensor, student: Tensor, seeds: Seeds) -> Tensor:
         """Negative log likelihood, summed over tokens, of labels drawn from the dense model.
 
         Its gradient has mean zero where student and dense agree, and its square is then the Fisher
@@ -125,7 +127,7 @@ class HiddenStates:
         """The mean squared distance as a fraction of the dense states' variance."""
         return (dense - student).square().mean() / dense.var().clamp_min(1e-12)
 
-    def surprise(self, dense: Tensor, student: Tensor, seeds: Tensor) -> Tensor:
+    def surprise(self, dense: Tensor, student: Tensor, seeds: Seeds) -> Tensor:
         """Negative log likelihood, up to a constant, of states drawn around the dense ones.
 
         They are normal, with the variance whose divergence from the student's is ``divergence``;
@@ -151,10 +153,11 @@ def draw_seeds(sequences: int, generator: torch.Generator) -> Tensor:
     return torch.randint(2**62, (sequences,), generator=generator)
 
 
-def _drawn(draw: Callable[..., Tensor], seeds: Tensor, shape: Sequence[int]) -> Tensor:
+def _drawn(draw: Callable[..., Tensor], seeds: Seeds, shape: Sequence[int]) -> Tensor:
     """Random numbers (sequences, *shape): those of a sequence are the same in any batch."""
     generator = torch.Generator()
-    parts = [draw(tuple(shape), generator=generator.manual_seed(seed)) for seed in seeds.tolist()]
+    whole = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    parts = [draw(tuple(shape), generator=generator.manual_seed(seed)) for seed in whole]
     return torch.stack(parts)
 
 

@@ -16,7 +16,7 @@ from soco.diagnosis import versions
 from soco.elastic import ElasticSpectrum, elastic_spectrum
 from soco.experts import experts_split, join_experts
 from soco.factorization import choose_ranks, groups_of, make_factors
-from soco.guard import Clock, unchanged_on_error
+from soco.guard import Clock, give_back_memory, unchanged_on_error
 from soco.installation import (
     Placed,
     bytes_beside,
@@ -219,6 +219,8 @@ def compress(
             placed, groups, scores, history, spectrum = _factor(run, choices)
             written = _written(run, choices.refinement)  # the model is still the dense one
             made, redone = install(model, targets, placed, groups, pivoted=choices.pivoted)
+            del placed
+            give_back_memory()
             if choices.refinement is not None and made:
                 if alone:
                     shared.forget()

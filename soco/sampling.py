@@ -51,7 +51,7 @@ def sample_from_model(
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     ordinary = torch.tensor(sorted(set(range(vocabulary)) - _special_ids(model)))
     generator = torch.Generator().manual_seed(seed)
-    batch_size = batch_size or _batch_size(model, length)
+    batch_size = batch_size or sequences_at_once(model, length)
     parts = []
     own = model.generation_config
     plain = type(own)(  # type: ignore[operator]
@@ -87,8 +87,13 @@ def sample_from_model(
     return torch.cat(parts)
 
 
-def _batch_size(model: nn.Module, length: int) -> int:
+def sequences_at_once(model: nn.Module, length: int) -> int:
     """Sequences whose keys and values have room, 64 at most."""
+    return max(1, min(64, CACHE_ROOM // max(1, cache_bytes(model, length))))
+
+
+def cache_bytes(model: nn.Module, length: int) -> int:
+    """What the keys and values of one sequence take."""
     config = text_config(model)
     layers = getattr(config, "num_hidden_layers", None) or 1
     hidden = getattr(config, "hidden_size", None) or 1
@@ -96,8 +101,7 @@ def _batch_size(model: nn.Module, length: int) -> int:
     width = (getattr(config, "num_key_value_heads", None) or heads) * (
         getattr(config, "head_dim", None) or hidden // heads
     )
-    each = 2 * layers * width * next(model.parameters()).element_size() * length
-    return max(1, min(64, CACHE_ROOM // max(1, each)))
+    return 2 * layers * width * next(model.parameters()).element_size() * length
 
 
 def writes_text(model: nn.Module) -> bool:

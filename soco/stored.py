@@ -1,7 +1,7 @@
 """A dense model that stays in its folder: its modules, and its weights when they are wanted."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -186,27 +186,46 @@ class StoredModel:
                 buffer.copy_(self.read(self.require(name, tuple(buffer.shape)), floating=False))
 
     def _empty(self) -> tuple[Any, torch.dtype]:
-        described = read_json(self.folder / CONFIG)
-        if described.get("quantization_config") is not None:
-            raise ValueError(f"{self.folder} is quantized or compressed already: start from dense")
-        check_counts(self.folder / CONFIG, described, self.entries)
-        kind = architecture_of(self.folder, described)
-        usual = torch.get_default_dtype()
-        try:
-            config = transformers.AutoConfig.from_pretrained(self.folder)
-            dtype = getattr(config, "dtype", None) or self._dtype_of_files()
-            torch.set_default_dtype(dtype)
-            with init_empty_weights(include_buffers=False):
-                model = kind(config)
-            model.tie_weights()
-        except BROKEN as error:
-            raise ValueError(
-                f"{self.folder / CONFIG} describes no model: {reason_of(error)}"
-            ) from error
-        finally:
-            torch.set_default_dtype(usual)
-        return model.eval(), cast(torch.dtype, dtype)
+        return empty_model(self.folder, self.entries, self._dtype_of_files)
 
     def _dtype_of_files(self) -> torch.dtype:
         kinds = (_FLOATS.get(entry.dtype) for entry in self.entries.values())
         return next((kind for kind in kinds if kind is not None), torch.float32)
+
+
+def empty_model(
+    folder: Path, entries: Mapping[str, Entry], usual_dtype: Callable[[], torch.dtype]
+) -> tuple[Any, torch.dtype]:
+    """The model that a folder's config.json describes, in evaluation mode and without values.
+
+    Its parameters are on the meta device; buffers that are computed are there.
+
+    Args:
+        folder: holds config.json.
+        entries: every tensor in its files; empty where there are none.
+        usual_dtype: tells the dtype of the parameters where config.json does not.
+
+    Returns:
+        The model, and the dtype of its parameters.
+
+    Raises:
+        ValueError: it describes no model of transformers, or one that is quantized or compressed.
+    """
+    described = read_json(folder / CONFIG)
+    if described.get("quantization_config") is not None:
+        raise ValueError(f"{folder} is quantized or compressed already: start from dense")
+    check_counts(folder / CONFIG, described, entries)
+    kind = architecture_of(folder, described)
+    usual = torch.get_default_dtype()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        dtype = getattr(config, "dtype", None) or usual_dtype()
+        torch.set_default_dtype(dtype)
+        with init_empty_weights(include_buffers=False):
+            model = kind(config)
+        model.tie_weights()
+    except BROKEN as error:
+        raise ValueError(f"{folder / CONFIG} describes no model: {reason_of(error)}") from error
+    finally:
+        torch.set_default_dtype(usual)
+    return model.eval(), cast(torch.dtype, dtype)

@@ -130,7 +130,7 @@ def compress_folder(
     """
     choices = choose(method, allocator, seed=seed, pivoted=pivoted)
     check_ratio(ratio)
-    _check_choices(choices, ratio)
+    check_choices(choices, ratio)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive whole number, got {batch_size!r}")
     if choices.needs and calibration is None:
@@ -187,8 +187,12 @@ def work_folder(output: Path, work: str | PathLike[str] | None) -> Path:
     return Path(work) if work is not None else beside.with_name(f"{beside.name}.work")
 
 
-def _check_choices(choices: Choices, ratio: float) -> None:
-    """Refuse what looks at more than one block."""
+def check_choices(choices: Choices, ratio: float) -> None:
+    """Refuse what looks at more than one block.
+
+    Raises:
+        ValueError: it does.
+    """
     method, rule = choices.method, choices.rule
     name = method.name
     trained = isinstance(method, TrainedMethod | RankLearner)

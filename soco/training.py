@@ -23,7 +23,7 @@ from soco.objectives import HiddenStates, Objective, TokenDistribution, draw_see
 from soco.processes import add_up, count, part_of
 from soco.spectral import Snapshot, SpectralLinear
 from soco.stages import Stage, TrainingSettings
-from soco.steps import EndlessBatches, Losses, Step, Teacher, all_dense
+from soco.steps import EndlessBatches, Losses, Step, Teacher, all_dense, give_back_memory
 
 _STEP_COST = 0.04  # of the loss, by a step with random signs, at the rate that is measured
 
@@ -398,6 +398,7 @@ def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> Tensor
         sums += torch.stack([loss.detach(), divergence.detach()]) * part
     if count() > 1:
         _add_up(run, sums, squares, record, stage is not None)
+    give_back_memory()
     if record:
         _average(run, squares, batch.numel() * run.teacher.windows.shape[1])
     return sums

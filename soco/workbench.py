@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from soco.archive import fetch, key_of, store
 from soco.calibration import Statistics, collect
+from soco.guard import give_back_memory
 from soco.linalg import Factors, Spectrum, side_by_side, work_of, workers_for
 from soco.methods import Basis
 from soco.modules import LowRankLinear
@@ -185,6 +186,7 @@ class Workbench:
                 else:
                     for name in group:
                         self._statistics.pop(name, None)
+                give_back_memory()
                 bar(done)
         key = (components, tuple(groups))
         if missing:

@@ -760,6 +760,46 @@ def test_info(run):
     assert "low_rank_linear" in json.loads(run("info", "--json")[1])["ops"]
 
 
+def test_plan_takes_a_config_alone(run, tmp_path):
+    config = tiny_model("llama").config
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    words = ["plan", tmp_path, "--method", "svd-llm", "--samples", "4", "--length", "16"]
+    code, out, err = run(*words, "--ratio", "0.4")
+    assert code == 0
+    assert err.splitlines() == [
+        "soco: planning: this CPU is measured, and the model runs without values"
+    ]
+    assert "by svd-llm, in float32: a plan, nothing was computed" in out
+    for word in ("parameters", "on disk", "peak", "statistics", "decomposition", "never measured"):
+        assert word in out
+    assert "work folder" in run(*words, "--stream")[1]
+
+
+def test_plan_as_json(run):
+    code, out, _ = run("plan", "demo", "--json", "--steps", "2", "--samples", "8")
+    assert code == 0
+    told = json.loads(out)
+    assert (told["model"], told["method"], told["ratio"]) == ("demo", "soco", 0.5)
+    assert told["peak_bytes"] == max(phase["peak_bytes"] for phase in told["phases"])
+    assert told["peak_bytes"] > told["base_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere/at/all"], "there is no folder 'nowhere/at/all'"),
+        (["an-id"], "a plan is made from a folder with config.json: an-id is none"),
+        (["demo", "--ratio", "2"], "Invalid value for '--ratio'"),
+        (["demo", "--method", "svd", "--steps", "3"], "--steps is for method soco"),
+        (["demo", "--stream"], "method soco needs the whole model in memory"),
+        (["demo", "--length", "100000"], "length 100000 is too much for the model's"),
+    ],
+)
+def test_what_cannot_be_planned(fails, words, message):
+    assert message in fails("plan", *words)
+
+
 def test_demo(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "RIVALS", demo.RIVALS[3:5])

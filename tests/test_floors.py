@@ -30,7 +30,7 @@ FLOORS = [
     },
     {"factorization", "installation", "preparation", "record", "verification"},
     {"learning", "plots", "resizing", "resuming", "streaming"},
-    {"pipeline"},
+    {"pipeline", "planning"},
     {"comparison", "rendering"},
     {"cli"},
     {"__main__", "bench"},

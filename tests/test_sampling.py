@@ -200,4 +200,4 @@ def test_a_batch_of_a_large_model(heads, length, sequences):
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
-    assert sampling._batch_size(model, length) == sequences
+    assert sampling.sequences_at_once(model, length) == sequences

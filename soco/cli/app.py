@@ -51,10 +51,10 @@ from soco.cli.options import (
     WorkOption,
     WrittenOption,
 )
+from soco.cli.planning import plan
 from soco.cli.program import Commands, run_program
 
 # torch, transformers and what needs them are imported in the commands: `soco --help` is quick.
-
 
 app = typer.Typer(
     cls=Commands,
@@ -63,6 +63,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(plan)
 
 
 @app.callback(invoke_without_command=True)

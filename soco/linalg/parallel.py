@@ -25,9 +25,15 @@ def work_of(rows: int, columns: int, whitened: bool) -> float:
     return float(side * side * max(rows, columns) + whitened * rows * columns * columns)
 
 
-def workers_for(side: int, count: int) -> int:
-    """How many matrices of this smaller side are worked on at once, of ``count``."""
-    threads = torch.get_num_threads()
+def workers_for(side: int, count: int, threads: int | None = None) -> int:
+    """How many matrices of this smaller side are worked on at once, of ``count``.
+
+    Args:
+        side: of the largest.
+        count: of matrices.
+        threads: that there are; None: those that torch has now.
+    """
+    threads = threads or torch.get_num_threads()
     if side < WORTH_A_THREAD:
         return 1
     return max(1, min(threads, count, MOST_BYTES // (48 * side**2)))

@@ -1,0 +1,106 @@
+"""``soco plan``: what a compression takes, before it begins."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.table import Table
+
+from soco.choices import find_method
+from soco.cli import demo
+from soco.cli.messages import console, quiet_libraries, say
+from soco.cli.sources import DEMO, find_model, is_slow
+from soco.planning import Plan, duration, plan
+from soco.reporting import format_bytes
+from soco.stored import empty_model
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for; None stands for an option that was not given."""
+
+    model: str
+    ratio: float | None
+    method: str
+    effort: str | None
+    preset: str | None
+    samples: int | None
+    length: int | None
+    include: list[str] | None
+    exclude: list[str] | None
+    allocator: str | None
+    pivoted: bool | None
+    refine: bool | None
+    surgeon: bool | None
+    batch_size: int
+    stream: bool
+    dtype: str
+    training: dict[str, Any]  # fields of SoCo that were given
+
+
+def show(wanted: Wanted, *, as_json: bool) -> None:
+    """Plan, and print it."""
+    place = find_model(wanted.model)
+    if not Path(place).is_dir():
+        raise ValueError(f"a plan is made from a folder with config.json: {place} is none")
+    method = find_method(wanted.method, 0, effort=wanted.effort, preset=wanted.preset)
+    method = replace(cast(Any, method), **wanted.training)
+    names = (
+        "ratio", "samples", "length", "include", "exclude", "allocator", "pivoted", "refine",
+        "surgeon",
+    )  # fmt: skip
+    options = {name: value for name in names if (value := getattr(wanted, name)) is not None}
+    if wanted.model == DEMO:
+        sizes = {name: demo.OPTIONS[name] for name in ("samples", "length")}
+        options = {**sizes, **options}
+    say("planning: this CPU is measured, and the model runs without values")
+    with quiet_libraries(bars=False):
+        dtype = None if wanted.dtype == "auto" else getattr(torch, wanted.dtype)
+        if dtype is None:
+            _, stored = empty_model(Path(place), {}, lambda: torch.float32)
+            if is_slow(stored, torch.device("cpu")):
+                name = str(stored).removeprefix("torch.")
+                say(f"planned in float32: this CPU is slow in {name}, which the model is stored in")
+                dtype = torch.float32
+        found = plan(
+            place, method=method, stream=wanted.stream, batch_size=wanted.batch_size, dtype=dtype,
+            **options,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps({"model": wanted.model, **found.to_dict()}, indent=1))
+        return
+    _print(wanted.model, found)
+
+
+def _print(model: str, found: Plan) -> None:
+    out = console()
+    how = "block by block, " if found.stream else ""
+    title = f"{model} by {found.method}, {how}in {found.dtype}: a plan, nothing was computed"
+    out.print(title, style="bold", markup=False)
+    out.print(found.summary(), markup=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for column in ("memory", "this CPU", "one GPU"):
+        table.add_column(column, justify="right")
+    for phase in found.phases:
+        times = [duration(each) if each else "-" for each in (phase.cpu_seconds, phase.gpu_seconds)]
+        table.add_row(phase.name, format_bytes(phase.peak_bytes), *times)
+    whole = format_bytes(found.peak_bytes), duration(found.cpu_seconds), duration(found.gpu_seconds)
+    table.add_row("together", *whole, style="bold")
+    out.print()
+    out.print(table)
+    threads = f"{found.threads} thread{'s' if found.threads != 1 else ''}"
+    lines = (
+        f"memory: resident memory of a process on the CPU; times: of {threads}, by what this CPU "
+        f"multiplied and decomposed in a second just now",
+        "the GPU's times were never measured: they are what an H100 would take at half the speed "
+        "that its maker states",
+        "more GPUs: as long as one, since soco computes on one device",
+        "times are estimates: reading, writing, the overhead of small operations and other work "
+        "on the machine come on top",
+        *found.notes,
+    )
+    for line in lines:
+        out.print(f"  {line}", markup=False)

@@ -1,0 +1,166 @@
+"""The compression that is planned, and one batch of its model run without values."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from soco.calibration import OF_GRADIENTS
+from soco.choices import Choices
+from soco.objectives import objective_for, run_model
+from soco.planning.tracing import Work, curvature_pass, inputs_of, without_values
+from soco.ranks import Shape, is_dense, layer_params
+from soco.surgery import text_config, transformer_blocks
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a phase takes."""
+
+    name: str
+    bytes: int  # of memory beside Python and its libraries
+    work: Work
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The compression that is planned."""
+
+    model: Any  # without values, its parameters in ``dtype``
+    targets: Mapping[str, nn.Module]
+    shapes: Mapping[str, Shape]
+    ranks: Mapping[str, int]
+    budget: int
+    ratio: float
+    choices: Choices
+    samples: int
+    length: int
+    batch_size: int
+    dtype: torch.dtype  # that is computed in
+    stored: torch.dtype
+    threads: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the model."""
+        return sum(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
+
+    @property
+    def largest(self) -> int:
+        """Entries of the largest parameter."""
+        return max(p.numel() for p in self.model.parameters())
+
+    @property
+    def batches(self) -> int:
+        """Of the calibration."""
+        return math.ceil(self.samples / self.batch_size)
+
+    @property
+    def factored(self) -> list[str]:
+        """Layers that do not stay dense."""
+        pivoted = self.choices.pivoted
+        return [n for n, r in self.ranks.items() if not is_dense(self.shapes[n], r, pivoted)]
+
+    def factors(self, width: int, *, pivoted: bool = False) -> int:
+        """Bytes of all factors, of so many bytes each number."""
+        return width * sum(
+            layer_params(self.shapes[n], self.ranks[n], pivoted) for n in self.factored
+        )
+
+    def hidden(self, sequences: int) -> int:
+        """Bytes of hidden states."""
+        config: Any = text_config(self.model)
+        return sequences * self.length * config.hidden_size * self.dtype.itemsize
+
+    def work_bytes(self) -> int:
+        """Bytes of the work folder of a streamed run at its largest."""
+        states = 2 * self.hidden(self.samples) if self.choices.needs else 0
+        known = self.choices.rule.name == "uniform"
+        each = [
+            self.ranks[n] if known else max(1, (o * i - 1) // (o + i))
+            for n, (o, i) in self.shapes.items()
+        ]
+        wide = max(4, self.dtype.itemsize)
+        sizes = zip(self.shapes.items(), each, strict=True)
+        return states + wide * sum(
+            r * (o + i) + min(o, i) for (n, (o, i)), r in sizes if not known or n in self.factored
+        )
+
+
+@dataclass
+class Passes:
+    """What passes of the model take."""
+
+    groups: list[list[str]]  # layers with the same inputs
+    forward: Work
+    curvature: Work
+    objective: Any
+
+
+def passes_of(setting: Setting, notes: list[str]) -> Passes:
+    """Run the model on one batch without values."""
+    model, targets = setting.model, setting.targets
+    alone = Passes([[name] for name in targets], Work(), Work(), None)
+    choices, size = setting.choices, setting.batch_size
+    if not choices.reads_text:
+        return alone
+    try:
+        with without_values(model):
+            ids = ids_of(setting, size)
+            base = getattr(model, "base_model", model)
+            within = set(base.modules())
+            body = base if all(t in within for t in targets.values()) else model
+            groups, forward = inputs_of(model, body, targets, ids, run_model)
+            objective = objective_for(model, ids[:1])
+        curvature = Work()
+        if choices.needs & OF_GRADIENTS:
+            curvature = of_all_blocks(
+                model, lambda: curvature_pass(model, targets, objective, ids_of(setting, size))
+            )
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        notes.append(f"what passes of {type(model).__name__} take is not counted: {reason}")
+        return alone
+    return Passes(groups, forward, curvature, objective)
+
+
+def ids_of(setting: Setting, sequences: int) -> Tensor:
+    """Token ids of so many sequences."""
+    return torch.zeros(sequences, setting.length, dtype=torch.long)
+
+
+def spectrum_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of a whole spectrum."""
+    rank = min(shape)
+    return max(4, 8 if dtype == torch.float64 else 4) * (rank * sum(shape) + rank)
+
+
+def of_all_blocks(model: nn.Module, run: Callable[[], Work]) -> Work:
+    """What a pass with gradients takes, told by the first two and the first three blocks.
+
+    Every further block takes as much as the third. Of a model whose blocks differ or lie in several
+    lists, all of them run.
+
+    Args:
+        model: on the meta device.
+        run: a pass of the model with the blocks that it has then, all without values.
+    """
+    blocks = transformer_blocks(model)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    holders = [each for each in lists if blocks and blocks[0] in list(each)]
+    sizes = {tuple(p.shape for p in block.parameters()) for block in blocks}
+    if len(holders) != 1 or len(holders[0]) != len(blocks) or len(sizes) > 1 or len(blocks) < 4:
+        with without_values(model):
+            return run()
+    held, found = dict(holders[0]._modules), []
+    try:
+        for count in (2, 3):
+            holders[0]._modules = dict(list(held.items())[:count])
+            with without_values(model):
+                found.append(run())
+    finally:
+        holders[0]._modules = held
+    return found[0].and_more(found[1], len(blocks) - 2)

@@ -1,0 +1,250 @@
+"""soco.planning: numbers worked by hand, what folders and arguments do, memory as it is."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from soco.choices import choose
+from soco.methods import SoCo
+from soco.planning import Plan, duration, plan
+from soco.planning.rates import Rates, measured_rates
+from soco.planning.setting import Setting
+from soco.planning.tracing import Trace, Work, without_values
+
+TINY: dict[str, Any] = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+)  # fmt: skip
+FEW: dict[str, Any] = dict(samples=4, length=16, batch_size=2)
+
+
+def folder(tmp_path, **changes):
+    """A folder with a config and nothing else."""
+    LlamaConfig(**{**TINY, **changes}).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_parameters_and_disk_by_hand(tmp_path):
+    found = plan(folder(tmp_path, dtype="bfloat16"), 0.5, method="svd", **FEW)
+    block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32  # q, o; k, v; gate, up, down
+    assert found.target_params == 2 * block
+    assert found.params == 2 * block + 2 * 96 * 32 + 5 * 32  # embeddings, head, norms
+    assert found.dense_bytes == 2 * found.params
+    assert found.compressed_bytes == 2 * found.params_after
+    after = found.params_after - found.params + found.target_params
+    assert block - 80 < after <= block  # half, but for less than a rank
+    assert (found.dtype, found.work_bytes) == ("bfloat16", 0)
+
+
+def test_phases_of_each_way(tmp_path):
+    place = folder(tmp_path)
+
+    def phases(**options):
+        return [phase.name for phase in plan(place, **FEW, **options).phases]
+
+    end = ["factors", "writing", "checking"]
+    assert phases(method="svd") == ["loading", "decomposition", *end]
+    assert phases(method="svd-llm") == ["loading", "statistics", "decomposition", *end]
+    trained = ["loading", "statistics", "decomposition", "written text", "training", "factors"]
+    assert phases() == [*trained, *end[1:]]
+    assert phases(effort="best")[-3:] == ["refinement", *end[1:]]
+    assert phases(method="svd", stream=True) == ["decomposition", "writing"]
+    assert phases(method="svd-llm", stream=True) == ["statistics", "decomposition", "writing"]
+
+
+def test_the_work_folder_by_hand(tmp_path):
+    found = plan(folder(tmp_path), 0.5, method="svd-llm", stream=True, **FEW)
+    states = 2 * 4 * 16 * 32 * 4  # twice: sequences, length, hidden, float32
+    factors = 4 * (found.params_after - found.params + found.target_params)
+    spectra = 4 * 2 * (2 * 32 + 2 * 16 + 3 * 32)
+    assert found.work_bytes == states + factors + spectra
+
+
+def test_what_is_larger_takes_more(tmp_path):
+    place = folder(tmp_path)
+    little = plan(place, method="kfac-svd", **FEW)
+    for more in ({"batch_size": 4}, {"length": 32}):
+        other = plan(place, method="kfac-svd", **{**FEW, **more})
+        assert phase(other, "statistics") > phase(little, "statistics")
+    wide = plan(place, method="kfac-svd", dtype=torch.float64, **FEW)
+    assert phase(wide, "loading") > phase(little, "loading")
+
+
+def phase(found: Plan, name: str) -> int:
+    """Bytes of a phase without what Python takes."""
+    return next(p.peak_bytes for p in found.phases if p.name == name) - found.base_bytes
+
+
+def test_a_config_is_enough(tmp_path):
+    by_folder = plan(folder(tmp_path), method="svd", **FEW)
+    by_config = plan(LlamaConfig(**TINY), method="svd", **FEW)
+    assert by_config.params == by_folder.params
+    assert by_config.to_dict().keys() == by_folder.to_dict().keys()
+    json.dumps(by_config.to_dict(), allow_nan=False)
+
+
+def test_checkpointing_and_micro_batches_take_less(tmp_path):
+    place = folder(tmp_path, num_hidden_layers=4, vocab_size=8)
+    few: dict[str, Any] = {"samples": 8, "length": 64}
+    usual = phase(plan(place, method=SoCo(steps=2), **few), "training")
+    parts = phase(plan(place, method=SoCo(steps=2, micro_batch=1), **few), "training")
+    again = phase(plan(place, method=SoCo(steps=2, checkpointing=True), **few), "training")
+    assert parts < usual
+    assert again < usual
+
+
+def test_blocks_that_are_not_run_count_like_the_third(tmp_path):
+    """Of six blocks three run; of four and of five, the difference is one block's."""
+
+    def of(layers):
+        place = folder(tmp_path, num_hidden_layers=layers, vocab_size=8)
+        return plan(place, method="kfac-svd", samples=8, length=64, batch_size=8)
+
+    four, five, six = (phase(of(layers), "statistics") for layers in (4, 5, 6))
+    assert six - five == pytest.approx(five - four, abs=8)
+    three = phase(of(3), "statistics")  # which all run
+    assert four - three == pytest.approx(five - four, abs=8)
+
+
+def test_what_is_not_planned_is_said(tmp_path):
+    place = folder(tmp_path)
+    assert "dobi-svd is not planned" in " ".join(plan(place, method="dobi-svd", **FEW).notes)
+    assert "surgeon" in " ".join(plan(place, method="svd", surgeon=True, **FEW).notes)
+    assert plan(place, method="svd-llm", **FEW).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 1.5}, "must be above 0 and below 1, got 1.5"),
+        ({"ratio": 0.999}, "the largest ratio that can be met"),
+        ({"method": "magic"}, "there is no method 'magic'"),
+        ({"samples": 0}, "samples must be a positive whole number, got 0"),
+        ({"batch_size": True}, "batch_size must be a positive whole number, got True"),
+        ({"length": 65}, "length 65 is too much for the model's 64 positions"),
+        ({"stream": True}, "needs the whole model in memory"),
+        ({"include": "nothing.*"}, "matches no linear layer"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(folder(tmp_path), **{**FEW, **options})
+
+
+def test_bad_models(tmp_path):
+    with pytest.raises(ValueError, match=r"is no model: it has no config\.json"):
+        plan(tmp_path)
+    with pytest.raises(ValueError, match=r"a folder with config\.json or a config .*, got a int"):
+        plan(3)
+    (tmp_path / "config.json").write_text('{"architectures": ["Unheard"]}')
+    with pytest.raises(ValueError, match="not in the installed transformers"):
+        plan(tmp_path)
+    folder(tmp_path, quantization_config={"quant_method": "soco"})
+    with pytest.raises(ValueError, match="quantized or compressed already"):
+        plan(tmp_path)
+
+
+def test_the_model_has_no_values_and_comes_back(tmp_path):
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    before = model.weight
+    with without_values(model):
+        assert model.weight.device.type == "cpu"
+        assert model(torch.ones(2, 4)).shape == (2, 4)
+    assert model.weight is before
+
+
+def test_a_trace_counts_what_is_alive_at_once():
+    x = torch.ones(64, 32)
+    with Trace() as trace:
+        y = x + 1  # 8192 bytes
+        z = y * 2
+        del y
+        w = z @ torch.ones(32, 16)  # 2048 bytes, and 4096
+    assert trace.work.peak == 2 * 64 * 32 * 4
+    assert trace.alive == 64 * 32 * 4 + w.nbytes
+    assert trace.work.products == {torch.float32: 2 * 64 * 32 * 16}
+
+
+def test_a_trace_counts_eigendecompositions_and_where_they_work():
+    x = torch.eye(10, dtype=torch.float64)
+    with Trace() as trace:
+        torch.linalg.eigh(x)
+    assert trace.work.cubes == 1000
+    assert trace.work.peak == 8 * (10 + 100 + 2 * 100)  # values, vectors, LAPACK's own
+    twice = trace.work.scaled(2)
+    assert twice.cubes == 8000
+    assert twice.peak == 4 * trace.work.peak
+
+
+def test_work_adds_up():
+    one, other = Work(5, 1, {torch.float32: 1.0}, 2.0), Work(3, 2, {torch.float64: 4.0}, 1.0)
+    assert one.then(other) == Work(5, 2, {torch.float32: 1.0, torch.float64: 4.0}, 3.0)
+    assert one.times(3) == Work(5, 1, {torch.float32: 3.0}, 6.0)
+
+
+def test_rates():
+    rates = Rates({torch.float32: 2.0, torch.float64: 1.0}, cubes=10.0)
+    assert rates.seconds({torch.float32: 4.0, torch.bfloat16: 2.0, torch.float64: 1.0}, 20.0) == 6
+    assert min(measured_rates(torch.float16).products.values()) > 0
+
+
+def test_durations():
+    assert duration(59) == "59 s"
+    assert duration(3600) == "60 min"
+
+
+def test_setting_counts_the_layers_that_are_factored():
+    shapes = {"a": (4, 4), "b": (8, 8)}
+    setting = Setting(
+        model=nn.Linear(2, 2), targets={}, shapes=shapes, ranks={"a": 4, "b": 2}, budget=0,
+        ratio=0.5, choices=choose("svd"), samples=3, length=1,
+        batch_size=2, dtype=torch.float32, stored=torch.float32, threads=1,
+    )  # fmt: skip
+    assert setting.factored == ["b"]
+    assert (setting.factors(2), setting.batches, setting.largest) == (64, 2, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_near_to_what_is_measured(tmp_path):
+    """A small Llama by svd-llm, planned and compressed in processes of their own."""
+    folder(
+        tmp_path, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, vocab_size=8000,
+        num_attention_heads=8,
+    )  # fmt: skip
+    planned = max(json.loads(run(PLANNED, tmp_path)).values())
+    measured = json.loads(run(MEASURED, tmp_path))
+    assert abs(planned / measured - 1) < 0.15
+
+
+def run(script, place):
+    """The last line that a process prints."""
+    command = [sys.executable, "-W", "ignore", "-c", script, str(place)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+PLANNED = """
+import json, sys, torch, soco
+torch.set_num_threads(1)
+soco.compress, soco.save
+found = soco.plan(sys.argv[1], method="svd-llm", samples=32, length=64)
+ends = ("writing", "checking")
+print(json.dumps({p.name: p.peak_bytes for p in found.phases if p.name not in ends}))
+"""
+MEASURED = """
+import sys, torch, soco
+from transformers import AutoConfig, AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]))
+ids = torch.randint(0, 8000, (32, 64))
+soco.compress(model, method="svd-llm", calibration=ids, samples=32)
+print(soco.report(model).peak_bytes)
+"""
