@@ -22,6 +22,8 @@ from soco.surgeon import SVDSurgeon
 
 _PROBING = ("sensitivity", "lems")  # allocators that try layers out at several ranks
 
+_BY_SIGMA = ("uniform", "energy", "v2", "effective-rank")  # allocators that run no model
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -189,3 +191,24 @@ def _refinement(refine: bool | Refinement | None, method: Method, seed: int) -> 
     if not isinstance(refine, Refinement):
         raise ValueError(f"refine must be True, False or a Refinement, got {refine!r}")
     return refine
+
+
+def check_streamed(choices: Choices, ratio: float) -> None:
+    """Refuse what looks at more than one block.
+
+    Raises:
+        ValueError: it does.
+    """
+    method, rule = choices.method, choices.rule
+    name = method.name
+    trained = isinstance(method, TrainedMethod | RankLearner)
+    sequential = isinstance(method, SequentialMethod) and method.is_sequential(ratio)
+    if trained or isinstance(method, FittedMethod | SharingMethod) or sequential:
+        raise ValueError(f"method {name} needs the whole model in memory: stream svd-llm, say")
+    if rule.name not in _BY_SIGMA:
+        raise ValueError(
+            f"the allocator {rule.name!r} runs the whole model, which is not in memory: give "
+            f"allocator= one of {', '.join(_BY_SIGMA)}"
+        )
+    if choices.surgeon is not None or choices.refinement is not None:
+        raise ValueError("surgeon and refine need the whole model in memory")

@@ -33,6 +33,16 @@ def is_dense(shape: Shape, rank: int, pivoted: bool = False) -> bool:
     return layer_params(shape, rank, pivoted) >= shape[0] * shape[1]
 
 
+def largest_rank(shape: Shape, pivoted: bool = False) -> int:
+    """The most components of a weight that is not dense, at least 1.
+
+    >>> largest_rank((4, 4)), largest_rank((4, 4), pivoted=True)
+    (1, 3)
+    """
+    rows, columns = shape
+    return max(1, min(rows, columns) - 1 if pivoted else (rows * columns - 1) // (rows + columns))
+
+
 def rank_at(shape: Shape, params: float, pivoted: bool = False) -> float:
     """The rank, not rounded, at which the factors of a weight (out, in) hold ``params``.
 

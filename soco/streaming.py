@@ -18,7 +18,7 @@ from soco.archive import hash_of_data
 from soco.calibration import OF_GRADIENTS, Statistics, label_seeds, sampled_batches
 from soco.chain import Chain, inside
 from soco.checkpoint import check_replaceable, mark_compressed, write_shards
-from soco.choices import Choices, choose
+from soco.choices import Choices, check_streamed, choose
 from soco.contents import check_contents
 from soco.diagnosis import versions
 from soco.factorization import choose_ranks
@@ -28,12 +28,7 @@ from soco.headers import read_headers, weight_files
 from soco.installation import layer_reports, size_of
 from soco.linalg import Factors, Spectrum, work_of
 from soco.methods import (
-    FittedMethod,
     Method,
-    RankLearner,
-    SequentialMethod,
-    SharingMethod,
-    TrainedMethod,
 )
 from soco.modules import CompressedLinear, LowRankLinear, PivotedLinear
 from soco.ops import check_finite
@@ -46,7 +41,7 @@ from soco.preparation import (
     warn_of_rare,
 )
 from soco.processes import number, owners, told, wait
-from soco.ranks import check_ratio, is_dense, parameter_budget, uniform_ranks
+from soco.ranks import check_ratio, is_dense, largest_rank, parameter_budget, uniform_ranks
 from soco.reporting import Report
 from soco.sequential import stages
 from soco.stored import StoredModel
@@ -57,7 +52,6 @@ from soco.workfolder import WorkFolder, opened
 FORMAT = 2  # of the work folder
 UNFINISHED = "unfinished.json"
 SHARD_BYTES = 2**29  # of tensors outside of the blocks
-_BY_SIGMA = ("uniform", "energy", "v2", "effective-rank")  # allocators that run no model
 
 
 def compress_folder(
@@ -130,7 +124,7 @@ def compress_folder(
     """
     choices = choose(method, allocator, seed=seed, pivoted=pivoted)
     check_ratio(ratio)
-    check_choices(choices, ratio)
+    check_streamed(choices, ratio)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive whole number, got {batch_size!r}")
     if choices.needs and calibration is None:
@@ -185,27 +179,6 @@ def work_folder(output: Path, work: str | PathLike[str] | None) -> Path:
     """Where a run keeps what is done, if that was asked for or not."""
     beside = output.resolve()
     return Path(work) if work is not None else beside.with_name(f"{beside.name}.work")
-
-
-def check_choices(choices: Choices, ratio: float) -> None:
-    """Refuse what looks at more than one block.
-
-    Raises:
-        ValueError: it does.
-    """
-    method, rule = choices.method, choices.rule
-    name = method.name
-    trained = isinstance(method, TrainedMethod | RankLearner)
-    sequential = isinstance(method, SequentialMethod) and method.is_sequential(ratio)
-    if trained or isinstance(method, FittedMethod | SharingMethod) or sequential:
-        raise ValueError(f"method {name} needs the whole model in memory: stream svd-llm, say")
-    if rule.name not in _BY_SIGMA:
-        raise ValueError(
-            f"the allocator {rule.name!r} runs the whole model, which is not in memory: give "
-            f"allocator= one of {', '.join(_BY_SIGMA)}"
-        )
-    if choices.surgeon is not None or choices.refinement is not None:
-        raise ValueError("surgeon and refine need the whole model in memory")
 
 
 def _check_model(
@@ -361,15 +334,13 @@ class _Run:
             return
         if known is not None and is_dense(shape, known, self.pivoted):
             return
-        rows, columns = shape
         weight = self.stored.weight(name).to(self.device, self.dtype)
         check_finite(f"{name}.weight", weight)
         means = {} if statistics is None else statistics.means(cast(Tensor, self.windows).numel())
         del statistics  # the sums that these are of: as large as they
         basis = self.choices.method.components
         spectrum = basis.spectrum(weight, means, name=f"{name}.weight")
-        most = (rows * columns - 1) // (rows + columns)  # more is dense
-        most = known or max(1, min(rows, columns) - 1 if self.pivoted else most)
+        most = known or largest_rank(shape, self.pivoted)
         factors = spectrum.truncate(min(most, len(spectrum.sigma)))
         wide = torch.promote_types(self.dtype, torch.float32)
         tensors = {"up": factors.up.to(wide), "down": factors.down.to(wide)}

@@ -97,7 +97,8 @@ def _print(model: str, found: Plan) -> None:
         f"multiplied and decomposed in a second just now",
         "the GPU's times were never measured: they are what an H100 would take at half the speed "
         "that its maker states",
-        "more GPUs: as long as one, since soco computes on one device",
+        "several processes (torchrun) share calibration, decompositions and training; how much of "
+        "the time that saves is not planned, and each takes this memory",
         "times are estimates: reading, writing, the overhead of small operations and other work "
         "on the machine come on top",
         *found.notes,

@@ -219,6 +219,13 @@ def _streamed(setting: Setting, passes: Passes, units: Mapping[Shape, Work]) -> 
         grams = float(tokens * sum(shared // 8 for shared, _ in sums.values()))
         work = work.then(Work(products={torch.float32: grams}))
         held = outside + width * max(inside, default=0) + largest + states
+        if passes.single.peak:  # autograd of one block, and the way from the last one to the loss
+            work = replace(passes.curvature.times(setting.batches), peak=passes.single.peak).then(
+                replace(work, peak=0)
+            )
+            held += width * sum(p.numel() for p in setting.model.parameters()) - (
+                outside + width * sum(inside)
+            )
         found.append(Demand("statistics", held + work.peak + work.kept, work))
     work, peak = Work(), 0
     for shape in setting.shapes.values():
@@ -252,7 +259,8 @@ def _largest_file(
     for count, names in zip(inside, of_block, strict=True):
         made = [n for n in names if n in factored]
         kept = count - sum(math.prod(setting.shapes[n]) for n in made)
-        each = [layer_params(setting.shapes[n], setting.ranks[n]) for n in made]
+        pivoted = setting.choices.pivoted
+        each = [layer_params(setting.shapes[n], setting.ranks[n], pivoted) for n in made]
         size = width * (kept + sum(each)) + (wide + width) * max(each, default=0)
         largest = max(largest, size)
     return largest + KEPT

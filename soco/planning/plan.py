@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from soco.allocators import Allocator
-from soco.choices import Choices, choose
+from soco.choices import Choices, check_streamed, choose
 from soco.contents import CONFIG
 from soco.guard import give_back_memory, resident_memory
 from soco.installation import size_of
@@ -24,7 +24,6 @@ from soco.ranks import check_ratio, layer_params, parameter_budget, uniform_rank
 from soco.refinement import Refinement
 from soco.reporting import format_bytes, format_percent
 from soco.stored import empty_model
-from soco.streaming import check_choices
 from soco.surgeon import SVDSurgeon
 from soco.surgery import context_length, find_linears, shape_of
 
@@ -164,7 +163,7 @@ def plan(
     )  # fmt: skip
     check_ratio(ratio)
     if stream:
-        check_choices(choices, ratio)
+        check_streamed(choices, ratio)
     for name, value in (("samples", samples), ("batch_size", batch_size), ("length", length)):
         optional = name == "length" and value is None
         if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -12,7 +12,7 @@ from soco.calibration import OF_GRADIENTS
 from soco.choices import Choices
 from soco.objectives import objective_for, run_model
 from soco.planning.tracing import Work, curvature_pass, inputs_of, without_values
-from soco.ranks import Shape, is_dense, layer_params
+from soco.ranks import Shape, is_dense, largest_rank, layer_params
 from soco.surgery import text_config, transformer_blocks
 
 
@@ -78,9 +78,11 @@ class Setting:
     def work_bytes(self) -> int:
         """Bytes of the work folder of a streamed run at its largest."""
         states = 2 * self.hidden(self.samples) if self.choices.needs else 0
+        if self.choices.needs & OF_GRADIENTS:  # those of all blocks are kept for the way back
+            states = states // 2 * (len(transformer_blocks(self.model)) + 2)
         known = self.choices.rule.name == "uniform"
         each = [
-            self.ranks[n] if known else max(1, (o * i - 1) // (o + i))
+            self.ranks[n] if known else largest_rank((o, i), self.choices.pivoted)
             for n, (o, i) in self.shapes.items()
         ]
         wide = max(4, self.dtype.itemsize)
@@ -96,14 +98,15 @@ class Passes:
 
     groups: list[list[str]]  # layers with the same inputs
     forward: Work
-    curvature: Work
+    curvature: Work  # with gradients
+    single: Work  # the same of a model of one block
     objective: Any
 
 
 def passes_of(setting: Setting, notes: list[str]) -> Passes:
     """Run the model on one batch without values."""
     model, targets = setting.model, setting.targets
-    alone = Passes([[name] for name in targets], Work(), Work(), None)
+    alone = Passes([[name] for name in targets], Work(), Work(), Work(), None)
     choices, size = setting.choices, setting.batch_size
     if not choices.reads_text:
         return alone
@@ -115,16 +118,18 @@ def passes_of(setting: Setting, notes: list[str]) -> Passes:
             body = base if all(t in within for t in targets.values()) else model
             groups, forward = inputs_of(model, body, targets, ids, run_model)
             objective = objective_for(model, ids[:1])
-        curvature = Work()
+        curvature = single = Work()
         if choices.needs & OF_GRADIENTS:
-            curvature = of_all_blocks(
-                model, lambda: curvature_pass(model, targets, objective, ids_of(setting, size))
-            )
+
+            def run() -> Work:
+                return curvature_pass(model, targets, objective, ids_of(setting, size))
+
+            curvature, single = of_all_blocks(model, run), of_one_block(model, run)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         notes.append(f"what passes of {type(model).__name__} take is not counted: {reason}")
         return alone
-    return Passes(groups, forward, curvature, objective)
+    return Passes(groups, forward, curvature, single, objective)
 
 
 def ids_of(setting: Setting, sequences: int) -> Tensor:
@@ -148,9 +153,7 @@ def of_all_blocks(model: nn.Module, run: Callable[[], Work]) -> Work:
         model: on the meta device.
         run: a pass of the model with the blocks that it has then, all without values.
     """
-    blocks = transformer_blocks(model)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    holders = [each for each in lists if blocks and blocks[0] in list(each)]
+    blocks, holders = transformer_blocks(model), _holders(model)
     sizes = {tuple(p.shape for p in block.parameters()) for block in blocks}
     if len(holders) != 1 or len(holders[0]) != len(blocks) or len(sizes) > 1 or len(blocks) < 4:
         with without_values(model):
@@ -164,3 +167,24 @@ def of_all_blocks(model: nn.Module, run: Callable[[], Work]) -> Work:
     finally:
         holders[0]._modules = held
     return found[0].and_more(found[1], len(blocks) - 2)
+
+
+def of_one_block(model: nn.Module, run: Callable[[], Work]) -> Work:
+    """What a pass takes in the model with its first block alone; nothing if lists are several."""
+    holders = _holders(model)
+    if len(holders) != 1:
+        return Work()
+    held = dict(holders[0]._modules)
+    try:
+        holders[0]._modules = dict(list(held.items())[:1])
+        with without_values(model):
+            return run()
+    finally:
+        holders[0]._modules = held
+
+
+def _holders(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists that the model's blocks lie in."""
+    blocks = transformer_blocks(model)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [each for each in lists if blocks and blocks[0] in list(each)]
