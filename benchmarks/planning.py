@@ -71,7 +71,8 @@ def once(folder: Path, output: Path, case: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     begin = time.perf_counter()
     if case["stream"]:
-        phases.watch(chain.Chain, "statistics", "statistics")
+        for name in ("statistics", "pass_on", "turn", "back"):
+            phases.watch(chain.Chain, name, "statistics")
         phases.watch(streaming._Run, "_take_apart", "decomposition")
         phases.watch(streaming._Run, "write", "writing")
         soco.compress_folder(folder, output, 0.5, method=case["method"], **options)
@@ -140,7 +141,7 @@ def cases(threads: int) -> Iterator[dict[str, Any]]:
             yield {
                 **model, "method": method, "stream": False, "samples": 24, "length": 128, **common,
             }  # fmt: skip
-        for method in some if dtype == "bfloat16" else ():
+        for method in (*some, "kfac-svd") if dtype == "bfloat16" else ():
             yield {
                 **model, "method": method, "stream": True, "samples": 24, "length": 256, **common,
             }  # fmt: skip
