@@ -10,6 +10,13 @@ from soco.keeping import Keeper, moved
 from soco.workfolder import opened
 
 
+def loaded(keeper):
+    """The state and the parts."""
+    found = keeper.load()
+    assert found is not None
+    return found
+
+
 @pytest.fixture
 def work(tmp_path):
     with opened(tmp_path / "work", {}, keep=True) as folder:
@@ -22,7 +29,7 @@ def test_the_last_state_and_all_parts(work):
     keeper.save({"step": 1, "x": torch.ones(2)}, {3: torch.zeros(1)})
     keeper.save({"step": 2, "x": torch.ones(2)}, {})
     keeper.save({"step": 3, "x": (torch.ones(2), None, 0.5)}, {4: torch.ones(1)})
-    state, parts = Keeper(work, "loop").load()
+    state, parts = loaded(Keeper(work, "loop"))
     assert state["step"] == 3
     assert state["x"][1:] == (None, 0.5)
     assert [list(part) for part in parts] == [[3], [4]]
@@ -49,10 +56,10 @@ def test_stopped_while_a_state_is_written(work, monkeypatch, files):
         with suppress(KeyboardInterrupt):
             keeper.save({"step": 2}, {1: torch.zeros(1)})
     keeper = Keeper(work, "loop")
-    state, parts = keeper.load()
+    state, parts = loaded(keeper)
     assert (state["step"], len(parts)) == (1, 1)
     keeper.save({"step": 3}, {2: torch.zeros(1)})
-    state, parts = Keeper(work, "loop").load()
+    state, parts = loaded(Keeper(work, "loop"))
     assert (state["step"], [list(part) for part in parts]) == (3, [[0], [2]])
 
 

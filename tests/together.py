@@ -61,11 +61,11 @@ def stopped(folder):
     """Stopped in the middle of a training, and again in that of a refinement; then going on."""
     keeping.EVERY, save, left = 0.0, keeping.Keeper.save, [5, 4, -1]
 
-    def stopping(keeper, state, part):
+    def stopping(self, state, part):
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        save(keeper, state, part)
+        save(self, state, part)
 
     keeping.Keeper.save = stopping
     options = {"refine": Refinement(steps=8, evaluate_every=4), "work": folder}
