@@ -24,6 +24,10 @@ from soco.steps import Step, Teacher, all_dense, endless_batches, give_back_memo
 
 _STEP_COST = 0.04  # of the loss, by a step with random signs, at the rate that is measured
 
+# Parameters of the layers from which on memory goes back to the system after passes that record:
+# those leave large holes, and passes of smaller models are too short for it.
+_LARGE = 2**23
+
 # What a layer may train besides its scores.
 BESIDES = ("left", "right", "deviation")
 
@@ -367,7 +371,7 @@ def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> Tensor
             (loss * part).backward()
         sums += torch.stack([loss.detach(), divergence.detach()]) * part
     if record:
-        if next(run.model.parameters()).element_size() < 4:  # what is freed leaves holes
+        if sum(layer.weight.numel() for layer in run.layers.values()) >= _LARGE:
             give_back_memory()
         _average(run, squares, batch.numel() * run.teacher.windows.shape[1])
     return sums

@@ -76,6 +76,11 @@ def _sums(setting: Setting, passes: Passes) -> dict[str, tuple[int, int]]:
     return {name: found.get(name, (8 * setting.shapes[name][1] ** 2, 0)) for name in setting.shapes}
 
 
+def _checked(setting: Setting) -> int:
+    """What it takes to look for NaN in the largest Gram matrix: its size, and three of bool."""
+    return (8 + 3) * max(inputs for _, inputs in setting.shapes.values()) ** 2
+
+
 def _statistics(setting: Setting, passes: Passes, sums: Mapping[str, tuple[int, int]]) -> Demand:
     """All sums, and one batch."""
     needs = setting.choices.needs
@@ -92,7 +97,7 @@ def _statistics(setting: Setting, passes: Passes, sums: Mapping[str, tuple[int, 
             work = work.then(passes.forward.times(setting.batches * (1 - share)))
     work = work.then(Work(products={torch.float32: float(of_inputs)}))
     held = setting.weights + sum(map(sum, sums.values()))
-    return Demand("statistics", held + work.peak + work.kept, work)
+    return Demand("statistics", held + max(work.peak, _checked(setting)) + work.kept, work)
 
 
 # Decomposition ------------------------------------------------------------------------------------
@@ -219,7 +224,8 @@ def _streamed(setting: Setting, passes: Passes, units: Mapping[Shape, Work]) -> 
         grams = float(tokens * sum(shared // 8 for shared, _ in sums.values()))
         work = work.then(Work(products={torch.float32: grams}))
         held = outside + width * max(inside, default=0) + largest + states
-        found.append(Demand("statistics", held + work.peak + work.kept, work))
+        peak = max(work.peak, _checked(setting))
+        found.append(Demand("statistics", held + peak + work.kept, work))
     work, peak = Work(), 0
     for shape in setting.shapes.values():
         work = work.then(units[shape])
