@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from soco.folders import SPECTRUM
 from soco.headers import read_headers
 from soco.linalg import Factors
+from soco.ops import all_finite
 from soco.ranks import allocate, check_ratio, parameter_budget
 from soco.spectral import BESIDES, Snapshot, SpectralLinear, fold
 from soco.surgery import layout_of
@@ -342,7 +343,7 @@ def _checked(
         if part == "alive":
             if value.dtype != torch.bool or not bool(value.any(1).all()):
                 raise ValueError(f"{file}: {name}.alive must say of each station what there is")
-        elif not value.is_floating_point() or not bool(value.isfinite().all()):
+        elif not value.is_floating_point() or not all_finite(value):
             raise ValueError(f"{file}: {name}.{part} holds what is not a finite number")
     if bool((parts["scores"] <= 0).any()) or bool((parts["values"] < 0).any()):
         raise ValueError(f"{file}: {name} has scores that are not positive, or negative values")

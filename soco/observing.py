@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from soco.linalg import add_gram
 from soco.objectives import by_sequence
+from soco.ops import all_finite
 from soco.processes import add_up, gathered, gathered_tensors
 
 OF_GRADIENTS = frozenset({"fisher", "grad_gram", "sampled_grad_gram"})
@@ -137,7 +138,7 @@ class InputSums:
             device = next(module.parameters()).device
             return _zeros(self.kinds, _shape(module)[1], device), 0
         sums = self.sums[leader]
-        if not bool(torch.isfinite(sums["gram"]).all()):
+        if not all_finite(sums["gram"]):
             raise ValueError(
                 f"the inputs of {name} hold NaN or Inf on the calibration text: the model "
                 f"overflows in its dtype, or its weights are broken"
@@ -282,7 +283,7 @@ class GradientSums:
         if "sampled_grad_gram" in found:  # as if all tokens had been like those
             found["sampled_grad_gram"] *= tokens / max(1, self.sampled[name])
         for kind, total in found.items():
-            if not bool(torch.isfinite(total).all()):
+            if not all_finite(total):
                 raise ValueError(
                     f"the gradients at {name} hold NaN or Inf on the calibration text: the model "
                     f"overflows in its dtype, or its weights are broken ({kind})"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from soco.linalg import add_gram
 from soco.objectives import run_model
+from soco.ops import all_finite
 from soco.surgery import replaced, transformer_blocks
 
 _CHUNK = 2048  # tokens of a product in float32, which is summed in float64
@@ -184,7 +185,7 @@ class Walk:
         gram, cross = (
             torch.stack(parts).sum(0).div_(self.tokens) for parts in zip(*found, strict=True)
         )
-        if not bool(torch.isfinite(gram).all()):
+        if not all_finite(gram):
             raise ValueError(
                 f"the inputs of {name} hold NaN or Inf behind the compressed blocks: the ratio is "
                 f"too high for this model, or it overflows in its dtype"

@@ -321,6 +321,7 @@ class _Run:
                 give_back_memory()
                 self._take_apart(name, statistics.pop(name, None))
             statistics.pop(name, None)
+        give_back_memory()
         seconds = {"statistics": between - begin, "decomposition": time.perf_counter() - between}
         return {"tokens": tokens, "seconds": seconds}
 

@@ -27,6 +27,8 @@ from soco.steps import EndlessBatches, Losses, Step, Teacher, all_dense, give_ba
 
 _STEP_COST = 0.04  # of the loss, by a step with random signs, at the rate that is measured
 
+_LARGE = 2**23  # parameters of layers whose recorded passes leave holes in memory worth returning
+
 # Told what comes next (budget, stage, step), and the optimizer; None at the end.
 Keep = Callable[[tuple[int, int, int], torch.optim.Optimizer | None], None]
 
@@ -111,9 +113,7 @@ def train_scores(
     if settings.softening != 1 and isinstance(objective, TokenDistribution):
         objective = replace(objective, temperature=settings.softening)
     teacher = Teacher(model, lambda: all_dense(layers.values()), objective, windows)
-    run = _Run(
-        model, layers, objective, settings, generator, teacher, pivoted, expected or {}
-    )  # fmt: skip
+    run = _Run(model, layers, objective, settings, generator, teacher, pivoted, expected or {})
     batches = EndlessBatches(len(windows), settings.batch_size, generator)
     losses = Losses(settings.steps_in_all(len(budgets)), on_step)
     snapshots: list[dict[str, Snapshot]] = []
@@ -399,7 +399,7 @@ def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> Tensor
     if count() > 1:
         _add_up(run, sums, squares, record, stage is not None)
     if record:
-        if next(run.model.parameters()).element_size() < 4:  # what is freed leaves holes
+        if sum(layer.weight.numel() for layer in run.layers.values()) >= _LARGE:
             give_back_memory()
         _average(run, squares, batch.numel() * run.teacher.windows.shape[1])
     return sums

@@ -17,7 +17,7 @@ from soco.folders import CHECKSUMS, checksums
 from soco.headers import read_json
 from soco.modules import CompressedLinear
 from soco.objectives import run_model
-from soco.ops import check_finite
+from soco.ops import all_finite, check_finite
 from soco.steps import frozen
 from soco.stored import StoredModel
 from soco.surgery import context_length, is_linear, low_rank_layers, shape_of
@@ -114,7 +114,7 @@ def verify(
     problems += [
         f"{name} holds NaN or Inf"
         for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+        if tensor.is_floating_point() and not all_finite(tensor)
     ]
     layers = low_rank_layers(model)
     errors = None

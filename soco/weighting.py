@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from soco.linalg import Spectrum, order_components, truncated_svd, whitened_svd
+from soco.ops import all_finite
 
 # The smallest weight of an output, as a fraction of the largest: below it an output counts no less.
 OUTPUT_FLOOR = 1e-6
@@ -145,5 +146,5 @@ def _rounded(spectrum: Spectrum, dtype: torch.dtype) -> Spectrum:
 
 
 def _check_finite(matrix: Tensor, title: str) -> None:
-    if not bool(matrix.isfinite().all()):
+    if not all_finite(matrix):
         raise ValueError(f"{title} {tuple(matrix.shape)} holds NaN or Inf")

@@ -14,6 +14,7 @@ from soco.checkpoint import CONFIG, load
 from soco.cli.messages import sentence
 from soco.contents import BROKEN, check_counts
 from soco.headers import INDEX, WEIGHTS, is_file, read_headers, read_json, weight_files
+from soco.ops import all_finite
 from soco.plugin import QUANT_METHOD
 
 DEMO = "demo"  # the name under which the shipped model and its text are known
@@ -222,7 +223,7 @@ def _check_counts(folder: Path) -> None:
 
 def _check_finite(name: str, model: nn.Module) -> None:
     for key, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(f"{name} is broken: {key} {tuple(tensor.shape)} holds NaN or Inf")
 
 

@@ -8,6 +8,7 @@ compute on what they are given.
 """
 
 from soco.core import MOST_MEMBERS as MOST_MEMBERS
+from soco.ops.checks import all_finite as all_finite
 from soco.ops.checks import check_finite as check_finite
 from soco.ops.group import PreparedGroup as PreparedGroup
 from soco.ops.group import low_rank_group

@@ -41,13 +41,20 @@ def check(
 
 def check_finite(name: str, x: Tensor) -> None:
     """Refuse NaN and Inf; a GPU is waited for."""
-    # What is not finite shows in the extremes, and those take no memory.
-    if x.numel() > 0 and not torch.stack(x.detach().aminmax()).isfinite().all():
+    if not all_finite(x):
         bad = (~x.isfinite()).nonzero()
         raise ValueError(
             f"{name} {tuple(x.shape)} holds NaN or Inf in {len(bad)} of its entries, the first at "
             f"{tuple(bad[0].tolist())}"
         )
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether there is no NaN or Inf; a GPU is waited for.
+
+    What is not finite shows in the extremes, and those take no memory.
+    """
+    return x.numel() == 0 or bool(torch.stack(x.detach().aminmax()).isfinite().all())
 
 
 def check_size(*shape: int) -> None:

@@ -191,6 +191,7 @@ def inputs_of(
     def note(name: str) -> Any:
         def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             key = id(inputs[0])
+            _multiplied(inputs[0])
             for group, (other, tensor) in zip(groups, seen, strict=True):
                 if key == other and tensor() is inputs[0]:
                     group.append(name)
@@ -208,6 +209,12 @@ def inputs_of(
         for hook in hooks:
             hook.remove()
     return groups, trace.work
+
+
+def _multiplied(x: Tensor) -> None:
+    """What ``linalg.add_gram`` makes beside a sum: rows in float32, and some columns' products."""
+    wide = x.reshape(-1, x.shape[-1])[:2048].float()
+    (wide[:, :256].mT @ wide).double()
 
 
 def curvature_pass(
