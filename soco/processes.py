@@ -9,10 +9,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import (
-    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
-    rendezvous,  # pyright: ignore[reportPrivateImportUsage]
-)
 
 T = TypeVar("T")
 
@@ -40,16 +36,18 @@ def together() -> Iterator[None]:
     here, by what the launcher put into the environment: gloo for what is on CPUs, nccl for GPUs.
 
     Raises:
-        ValueError: the environment speaks of several processes and does not say how to reach them.
+        ValueError: the environment speaks of several processes and does not say how to reach them,
+            or this torch cannot.
     """
     global _store, _together
     if _together:
         yield
         return
-    started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    begun = dist.is_available() and dist.is_initialized()
+    started = not begun and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if started:
         _start()
-    _together = dist.is_initialized()
+    _together = begun or started
     try:
         yield
     finally:
@@ -70,6 +68,13 @@ def _start() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
+    if not dist.is_available():
+        raise ValueError("this torch was built without torch.distributed: start one process alone")
+    from torch.distributed import (
+        PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+        rendezvous,  # pyright: ignore[reportPrivateImportUsage]
+    )
+
     global _store
     store, rank, size = next(iter(rendezvous("env://", timeout=_PATIENCE)))
     _store = PrefixStore("soco", store)

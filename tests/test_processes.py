@@ -187,6 +187,18 @@ def test_an_environment_without_an_address(monkeypatch):
         pass
 
 
+def test_a_torch_that_knows_no_processes(monkeypatch):
+    monkeypatch.setattr(distributed, "is_available", lambda: False)
+    monkeypatch.delattr(distributed, "is_initialized")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with soco.together():
+        assert processes.count() == 1
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match=r"built without torch\.distributed"), soco.together():
+        pass
+
+
 def test_jobs_are_shared_out_by_their_costs(monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     assert processes.owners([1.0, 4.0, 2.0, 1.0]) == [1, 0, 1, 1]
