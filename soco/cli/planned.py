@@ -82,7 +82,7 @@ def _print(model: str, found: Plan) -> None:
     out.print(found.summary(), markup=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
-    for column in ("memory", "this CPU", "one GPU"):
+    for column in ("memory", "this CPU, at least", "one GPU, at least"):
         table.add_column(column, justify="right")
     for phase in found.phases:
         times = [duration(each) if each else "-" for each in (phase.cpu_seconds, phase.gpu_seconds)]
@@ -95,12 +95,12 @@ def _print(model: str, found: Plan) -> None:
     lines = (
         f"memory: resident memory of a process on the CPU; times: of {threads}, by what this CPU "
         f"multiplied and decomposed in a second just now",
-        "the GPU's times were never measured: they are what an H100 would take at half the speed "
-        "that its maker states",
-        "several processes (torchrun) share calibration, decompositions and training; how much of "
-        "the time that saves is not planned, and each takes this memory",
-        "times are estimates: reading, writing, the overhead of small operations and other work "
-        "on the machine come on top",
+        "the GPU's times were never measured: they assume about half of what the maker of an H100 "
+        "states, and a guess at eigendecompositions",
+        "several processes (torchrun) share calibration, decompositions and training; what that "
+        "saves is not planned, and each takes this memory",
+        "times are lower bounds: reading, writing, small operations and other work on the machine "
+        "come on top; runs of small models took 2 to 24 times as long (docs/reliability.md)",
         *found.notes,
     )
     for line in lines:
