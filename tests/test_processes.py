@@ -23,13 +23,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def launch(count, *words):
-    """What torchrun says and returns; each process has one thread."""
-    paths = [str(HERE.parent), str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+def launch(folder, count, *words):
+    """What torchrun says and returns, in a folder; each process has one thread."""
+    place = Path(soco.__file__).parents[1]  # of the soco that is tested, which may be installed
+    paths = [str(place), str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
         [*command, "--nproc-per-node", str(count), *map(str, words)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        cwd=folder,  # not the sources, which hold no compiled core
         capture_output=True,
         text=True,
         check=False,
@@ -42,7 +44,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     found = {}
     for count in (1, *COUNTS):
-        ran = launch(count, HERE / "together.py", folder)
+        ran = launch(folder, count, HERE / "together.py", folder)
         assert ran.returncode == 0, ran.stderr
         found[count] = [
             torch.load(folder / f"{count}-{number}.pt", weights_only=False)
@@ -138,7 +140,7 @@ def words(dense, method="kfac-svd"):
 
 
 def test_on_the_command_line_one_process_speaks(dense):
-    ran = launch(2, *words(dense))
+    ran = launch(dense.parent, 2, *words(dense))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("compressed and written") == 1
     assert ran.stderr.count("soco: compressing by kfac-svd on cpu") == 1
@@ -149,11 +151,11 @@ def test_a_process_that_fails_says_so_once(dense):
     model = tiny_model("llama")
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(dense)
-    ran = launch(2, *words(dense, "svd"))
+    ran = launch(dense.parent, 2, *words(dense, "svd"))
     assert ran.returncode != 0
     assert ran.stderr.count("soco: error:") == 1
     assert "down_proj.weight (32, 48) holds NaN or Inf" in ran.stderr
-    assert "soco/" not in ran.stderr  # the traceback there is the launcher's
+    assert "soco/cli" not in ran.stderr  # the traceback there is the launcher's
     assert not (dense.parent / "out").exists()
 
 
