@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from protocol import write_record
-from streaming import VOCABULARY, make, peak
+from streaming import VOCABULARY, make
+
+from soco.memory import peak_memory, reset_peak
 
 
 class Phases:
@@ -32,13 +34,13 @@ class Phases:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Inside, the peak is counted anew, and is that of a phase."""
-        self.peaks["other"] = max(self.peaks.get("other", 0), peak())
-        Path("/proc/self/clear_refs").write_text("5")
+        self.peaks["other"] = max(self.peaks.get("other", 0), peak_memory())
+        reset_peak()
         try:
             yield
         finally:
-            self.peaks[phase] = max(self.peaks.get(phase, 0), peak())
-            Path("/proc/self/clear_refs").write_text("5")
+            self.peaks[phase] = max(self.peaks.get(phase, 0), peak_memory())
+            reset_peak()
 
     def watch(self, owner: Any, name: str, phase: str) -> None:
         """Count whenever a function is called."""
@@ -60,7 +62,7 @@ def once(folder: Path, output: Path, case: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(case["threads"])
     _ = soco.compress, soco.save, soco.compress_folder, soco.verify  # imports them
     phases = Phases()
-    before = peak()
+    before = peak_memory()
     ids = torch.randint(
         0, VOCABULARY, (case["samples"], case["length"]),
         generator=torch.Generator().manual_seed(1),
@@ -93,7 +95,7 @@ def once(folder: Path, output: Path, case: dict[str, Any]) -> dict[str, Any]:
         with phases("checking"):
             soco.verify(output, samples=1)
     seconds = time.perf_counter() - begin
-    phases.peaks["other"] = max(phases.peaks["other"], peak())
+    phases.peaks["other"] = max(phases.peaks["other"], peak_memory())
     return {
         "seconds": round(seconds, 1),
         "base": before,

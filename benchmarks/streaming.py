@@ -33,6 +33,8 @@ from protocol import write_record
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from soco.memory import peak_memory
+
 VOCABULARY = 32000
 BATCH = 8  # sequences at a time
 
@@ -74,12 +76,6 @@ def make(
     return total
 
 
-def peak() -> int:
-    """The most resident memory of this process so far, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def stream(
     folder: Path, output: Path, method: str, threads: int, samples: int, length: int
 ) -> dict[str, Any]:
@@ -87,7 +83,7 @@ def stream(
     from soco.streaming import compress_folder
 
     torch.set_num_threads(threads)
-    before = peak()
+    before = peak_memory()
     ids = torch.randint(
         0, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(1)
     )
@@ -99,7 +95,7 @@ def stream(
         "removed": report.removed,
         "seconds": round(time.perf_counter() - begin, 1),
         "phases": report.seconds,
-        "peak_process_bytes": peak(),
+        "peak_process_bytes": peak_memory(),
         "of_them_before": before,
     }
 

@@ -7,10 +7,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from soco.memory import give_back_memory
 from soco.objectives import Objective, draw_seeds, objective_for, run_model
 from soco.observing import OF_GRADIENTS, GradientSums, InputSums
 from soco.processes import count, gathered, own
-from soco.steps import frozen, give_back_memory
+from soco.steps import frozen
 from soco.surgery import twins_of
 
 # What can be collected. All but the last three are of the inputs; those take a backward pass.

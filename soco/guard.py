@@ -1,17 +1,13 @@
 """Around a compression: the model unharmed when it fails, and what it took."""
 
-import contextlib
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from soco.steps import give_back_memory as give_back_memory
+from soco.memory import give_back_memory, peak_memory, reset_peak
 from soco.surgery import bias_of, text_config
 
 
@@ -76,8 +72,7 @@ class Clock:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            with contextlib.suppress(OSError):  # only Linux has it, and containers may forbid it
-                Path("/proc/self/clear_refs").write_text("5")
+            reset_peak()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -97,27 +92,7 @@ class Clock:
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device), str(self.device)
-        status = Path("/proc/self/status")
-        if status.exists():
-            lines = status.read_text().splitlines()
-            peak = next((line for line in lines if line.startswith("VmHWM:")), None)
-            if peak is not None:
-                return int(peak.split()[1]) * 1024, "process"
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
-
-
-def resident_memory() -> int:
-    """Bytes of this process that are in memory now; at the most so far where that is not told."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text().splitlines()
-        now = next((line for line in lines if line.startswith("VmRSS:")), None)
-        if now is not None:
-            return int(now.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+        return peak_memory(), "process"
 
 
 def _flags(module: nn.Module) -> tuple[bool, bool]:

@@ -16,7 +16,7 @@ from soco.diagnosis import versions
 from soco.elastic import ElasticSpectrum, elastic_spectrum
 from soco.experts import experts_split, join_experts
 from soco.factorization import choose_ranks, groups_of, make_factors
-from soco.guard import Clock, give_back_memory, unchanged_on_error
+from soco.guard import Clock, unchanged_on_error
 from soco.installation import (
     Placed,
     bytes_beside,
@@ -27,6 +27,7 @@ from soco.installation import (
 )
 from soco.learning import learn_positions, learn_ranks, learn_scores
 from soco.linalg import Factors
+from soco.memory import give_back_memory
 from soco.methods import (
     Method,
     RankLearner,

@@ -1,7 +1,5 @@
 """What every loop that trains or probes a model is made of: frozen models, batches, steps."""
 
-import contextlib
-import ctypes
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -297,12 +295,3 @@ def half_cosine(step: int, steps: int, begin: float, end: float) -> float:
     """
     swing = (1 + math.cos(math.pi * step / steps)) / 2
     return end + (begin - end) * swing
-
-
-def give_back_memory() -> None:
-    """Return to the system what was freed and is kept for later (by glibc; others do nothing).
-
-    After large matrices that can be hundreds of megabytes, which count as resident.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -23,10 +23,11 @@ from soco.contents import check_contents
 from soco.diagnosis import versions
 from soco.factorization import choose_ranks
 from soco.folders import carry_over, replaced, write_checksums
-from soco.guard import Clock, give_back_memory
+from soco.guard import Clock
 from soco.headers import read_headers, weight_files
 from soco.installation import layer_reports, size_of
 from soco.linalg import Factors, Spectrum, work_of
+from soco.memory import give_back_memory
 from soco.methods import (
     Method,
 )

@@ -19,11 +19,12 @@ from soco.choosing import (
 )
 from soco.keeping import Keeper, moved
 from soco.masters import probed_rate
+from soco.memory import give_back_memory
 from soco.objectives import HiddenStates, Objective, TokenDistribution, draw_seeds
 from soco.processes import add_up, count, part_of
 from soco.spectral import Snapshot, SpectralLinear
 from soco.stages import Stage, TrainingSettings
-from soco.steps import EndlessBatches, Losses, Step, Teacher, all_dense, give_back_memory
+from soco.steps import EndlessBatches, Losses, Step, Teacher, all_dense
 
 _STEP_COST = 0.04  # of the loss, by a step with random signs, at the rate that is measured
 

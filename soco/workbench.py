@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from soco.archive import fetch, key_of, store
 from soco.calibration import Statistics, collect
-from soco.guard import give_back_memory
 from soco.linalg import Factors, Spectrum, side_by_side, work_of, workers_for
+from soco.memory import give_back_memory
 from soco.methods import Basis
 from soco.modules import LowRankLinear
 from soco.objectives import Objective, objective_for

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "soco"
 # Lowest first. A file imports from lower floors only; those on one floor do not know each other.
 # A folder is one inhabitant of its floor.
 FLOORS = [
-    {"core", "processes"},
+    {"core", "memory", "processes"},
     {"data", "folders", "headers", "ops", "taskdata", "workfolder"},
     {"diagnosis", "keeping", "linalg", "modules", "objectives", "quadratics", "ranks"},
     {

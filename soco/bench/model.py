@@ -3,7 +3,6 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from soco.bench.shapes import SHAPES, rank_for
 from soco.bench.timing import percentiles
+from soco.memory import peak_memory, reset_peak, resident_memory
 from soco.modules import LowRankLinear
 from soco.optimization import optimize
 from soco.packing import weight_bytes
@@ -193,20 +193,11 @@ def _forget_peak(device: torch.device) -> int | None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return 0
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: proc_pid_clear_refs(5)
-    except OSError:
-        return None
-    return _status("VmRSS")
+    return resident_memory() if reset_peak() else None
 
 
 def _peak(device: torch.device, before: int | None) -> int | None:
     """The most memory that was held since: on a GPU by torch, on the CPU by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return None if before is None else _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    return None if before is None else peak_memory() - before

@@ -14,8 +14,8 @@ from torch import nn
 from soco.allocators import Allocator
 from soco.choices import Choices, check_streamed, choose
 from soco.contents import CONFIG
-from soco.guard import give_back_memory, resident_memory
 from soco.installation import size_of
+from soco.memory import give_back_memory, resident_memory
 from soco.methods import Method
 from soco.planning.demands import demands
 from soco.planning.rates import ASSUMED_GPU, Rates, measured_rates

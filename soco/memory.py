@@ -1,0 +1,45 @@
+"""The memory of this process: what it holds, held at the most, and gives back."""
+
+import contextlib
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+
+def give_back_memory() -> None:
+    """Return to the system what was freed and is kept for later (by glibc; others do nothing).
+
+    After large matrices that can be hundreds of megabytes, which count as resident.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_memory() -> int:
+    """Bytes that are in memory now, mapped files among them; the most so far if none can tell."""
+    return _status("VmRSS")
+
+
+def peak_memory() -> int:
+    """The most so far, or since ``reset_peak``."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> bool:
+    """Count the peak anew from now on; whether that can be done (on Linux, if it is allowed)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5)
+    except OSError:
+        return False
+    return True
+
+
+def _status(field: str) -> int:
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")]
+    if found:
+        return found[0]
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
