@@ -10,7 +10,7 @@ from soco.ops import check_finite
 # How far from symmetric or positive a Gram matrix may be, as a fraction of its largest entry or
 # eigenvalue, and still count as one that was only accumulated in low precision.
 GRAM_TOLERANCE = 1e-4
-_ROWS = 512  # that are compared with their mirror images at a time
+_ROWS = 256  # that are compared with their mirror images at a time
 
 
 def check_rank(rank: int, most: int, name: str) -> int:
@@ -46,9 +46,7 @@ def check_gram(gram: Tensor, weight: Tensor, name: str) -> None:
     if inputs == 0:
         return
     largest = largest_of(gram)
-    skew = torch.stack(
-        [largest_of(one - other) for one, other in zip(*_row_blocks(gram), strict=True)]
-    ).amax()
+    skew = _skew(gram.detach())
     if skew > GRAM_TOLERANCE * largest:
         raise ValueError(
             f"{title} is not symmetric: entries mirrored on the diagonal differ by up to "
@@ -81,6 +79,11 @@ def times_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
     return (x * torch.exp2(half.to(x.dtype))).mul_(torch.exp2((exponent - half).to(x.dtype)))
 
 
-def _row_blocks(matrix: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """A square matrix and its mirror image, a few rows at a time."""
-    return matrix.split(_ROWS), matrix.mT.split(_ROWS)
+def _skew(matrix: Tensor) -> Tensor:
+    """How far a square matrix is from its mirror image, at the most; a few rows at a time."""
+    piece = matrix.new_empty(min(_ROWS, len(matrix)), len(matrix))
+    gaps = [
+        largest_of(torch.sub(one, other, out=piece[: len(one)]))
+        for one, other in zip(matrix.split(_ROWS), matrix.mT.split(_ROWS), strict=True)
+    ]
+    return torch.stack(gaps).amax()
