@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from soco.calibration import Statistics, collect, uncalled
+from soco.calibration import (
+    OF_GRADIENTS,
+    Run,
+    Statistics,
+    collect,
+    label_seeds,
+    sampled_batches,
+    uncalled,
+)
 from soco.objectives import objective_for, run_model
 from soco.processes import own
 from soco.sequential import EnoughError, standing_in
@@ -29,17 +37,27 @@ class Chain:
     """
 
     def __init__(
-        self, stored: StoredModel, work: WorkFolder, dtype: torch.dtype, device: torch.device
+        self,
+        stored: StoredModel,
+        work: WorkFolder,
+        windows: Tensor | None,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Nothing is read or run yet.
 
         Args:
             stored: the model.
             work: where outputs are kept.
+            windows: token ids (sequences, length), on the CPU; None: no block is going to run.
+            batch_size: sequences at a time.
             dtype: to compute in.
             device: to compute on.
         """
         self._stored, self._work, self._dtype, self._device = stored, work, dtype, device
+        self._windows = torch.empty(0, 0, dtype=torch.long) if windows is None else windows
+        self._batch_size = batch_size
         self._base: nn.Module = getattr(stored.model, "base_model", stored.model)
         self._outside = ExitStack()
         self._begun = False
@@ -61,22 +79,13 @@ class Chain:
         self._outside.close()
 
     def statistics(
-        self,
-        number: int,
-        layers: Mapping[str, nn.Module],
-        windows: Tensor,
-        batch_size: int,
-        kinds: Collection[str],
-        *,
-        last: bool,
+        self, number: int, layers: Mapping[str, nn.Module], kinds: Collection[str], *, last: bool
     ) -> dict[str, Statistics]:
         """What layers of a block see; what the block puts out is kept for the next one.
 
         Args:
             number: of the block; the one before it has run, or is told to have by its files.
             layers: name to module, of the block.
-            windows: token ids (sequences, length), on the CPU.
-            batch_size: sequences at a time.
             kinds: of statistics, as in ``calibration.collect``; none of gradients.
             last: no other block is going to run.
 
@@ -90,68 +99,49 @@ class Chain:
             if not last:
                 self._work.put_any(_hidden(number + 1, batch), output)
 
-        with self._loaded(number, windows[:batch_size], layers):
-            return collect(self.blocks[number], layers, windows, batch_size, kinds=kinds, run=step)
+        return self._collected(number, layers, kinds, step)
 
-    def pass_on(self, number: int, windows: Tensor, batch_size: int) -> None:
+    def pass_on(self, number: int) -> None:
         """Run a block on all batches and keep what it puts out, for the next one and for ``back``.
 
         Raises:
             ValueError: the model is no chain of blocks.
         """
-        batches = windows.split(batch_size)
-        with self._loaded(number, batches[0], {}), torch.no_grad():
+        batches = self._windows.split(self._batch_size)
+        with self._loaded(number, {}), torch.no_grad():
             for batch in own(len(batches)):
                 ids = batches[batch].to(self._device)
                 output = self._run(number, ids, self._given(number, batch))
                 self._work.put_any(_hidden(number + 1, batch), output)
 
-    def turn(self, windows: Tensor, batch_size: int, seeds: Tensor, batches: int) -> None:
+    def turn(self, seed: int, kinds: Collection[str]) -> None:
         """Begin the way back: gradients of labels by what the last block puts out.
 
         Args:
-            windows: token ids (sequences, length), on the CPU.
-            batch_size: sequences at a time.
-            seeds: of the labels, (sequences,).
-            batches: the first so many have gradients.
+            seed: of the labels, as in ``calibration.collect``.
+            kinds: of statistics that will be asked for on the way.
         """
         self._begin()
         model, last = self._stored.model, len(self.blocks)
         of_base = set(self._outside_names())
         head = [n for n in self._outside_names(whole=True) if n not in of_base]
-        parts = list(zip(windows.split(batch_size), seeds.split(batch_size), strict=True))
+        batches = self._windows.split(self._batch_size)
+        seeds = label_seeds(len(self._windows), seed).split(self._batch_size)
+        sampled = set(kinds) & OF_GRADIENTS == {"sampled_grad_gram"}
         with self._stored.in_memory(head, self._dtype, self._device), frozen(model):
-            first = parts[0][0].to(self._device)
             with standing_in(self.blocks, self._given(last, 0), self._device):
-                objective = objective_for(model, first)
-            for batch in own(batches):
-                ids, of_labels = parts[batch]
+                objective = objective_for(model, batches[0].to(self._device))
+            for batch in own(sampled_batches(len(batches)) if sampled else len(batches)):
                 given = _leaves(self._given(last, batch), self._device)
                 with standing_in(self.blocks, given, self._device), torch.enable_grad():
-                    outputs = objective.outputs(model, ids.to(self._device))
-                    objective.surprise(outputs.detach(), outputs, of_labels).backward()
+                    outputs = objective.outputs(model, batches[batch].to(self._device))
+                    objective.surprise(outputs.detach(), outputs, seeds[batch]).backward()
                 self._work.put_any(_pull(last, batch), _gradients(given))
 
     def back(
-        self,
-        number: int,
-        layers: Mapping[str, nn.Module],
-        windows: Tensor,
-        batch_size: int,
-        kinds: Collection[str],
+        self, number: int, layers: Mapping[str, nn.Module], kinds: Collection[str]
     ) -> dict[str, Statistics]:
-        """What layers of a block see, and the gradients at them; the block behind it has been back.
-
-        Args:
-            number: of the block.
-            layers: name to module, of the block.
-            windows: token ids (sequences, length), on the CPU.
-            batch_size: sequences at a time.
-            kinds: of statistics, as in ``calibration.collect``.
-
-        Raises:
-            ValueError: a layer is never called, or numbers are not finite.
-        """
+        """The same with gradients; the block behind this one has been back, or ``turn`` has run."""
 
         def step(batch: int, ids: Tensor) -> None:
             given = self._given(number, batch)
@@ -166,15 +156,22 @@ class Chain:
             if number:
                 self._work.put_any(_pull(number, batch), _gradients(given))
 
-        with self._loaded(number, windows[:batch_size], layers):
-            return collect(self.blocks[number], layers, windows, batch_size, kinds=kinds, run=step)
+        return self._collected(number, layers, kinds, step)
+
+    def _collected(
+        self, number: int, layers: Mapping[str, nn.Module], kinds: Collection[str], step: Run
+    ) -> dict[str, Statistics]:
+        """The statistics of a block's layers, each batch run by ``step``."""
+        with self._loaded(number, layers):
+            return collect(
+                self.blocks[number], layers, self._windows, self._batch_size, kinds=kinds, run=step
+            )
 
     @contextmanager
-    def _loaded(
-        self, number: int, first: Tensor, layers: Mapping[str, nn.Module]
-    ) -> Iterator[None]:
+    def _loaded(self, number: int, layers: Mapping[str, nn.Module]) -> Iterator[None]:
         """Inside, a block is in memory, and known to be of a chain and to call its layers."""
         self._begin()
+        first = self._windows[: self._batch_size]
         block = self.blocks[number]
         with (
             self._stored.in_memory(self._inside(number), self._dtype, self._device),

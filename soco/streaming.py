@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from soco.allocators import Allocator, Uniform
 from soco.archive import hash_of_data
-from soco.calibration import OF_GRADIENTS, Statistics, label_seeds, sampled_batches
+from soco.calibration import OF_GRADIENTS, Statistics
 from soco.chain import Chain, inside
 from soco.checkpoint import check_replaceable, mark_compressed, write_shards
 from soco.choices import Choices, check_streamed, choose
@@ -221,10 +221,16 @@ class _Run:
     def __post_init__(self) -> None:
         """What follows from that."""
         self.model = self.stored.model
-        self.chain = Chain(self.stored, self.work, self.dtype, self.device)
+        self.chain = Chain(
+            self.stored, self.work, self.windows, self.batch_size, self.dtype, self.device
+        )
         self.names = [[n for n in self.targets if inside(n, path)] for path in self.chain.paths]
-        self.last = max(i for i, names in enumerate(self.names) if names)
+        some = [i for i, names in enumerate(self.names) if names]
+        self.last = some[-1]
         self.back = bool(self.choices.needs & OF_GRADIENTS)  # whether gradients are wanted
+        self.order = range(self.last + 1)  # of the blocks
+        if self.back:
+            self.order = range(some[0], len(self.names))[::-1]
         self.shapes = {name: shape_of(module) for name, module in self.targets.items()}
         self.budget = parameter_budget(self.shapes, self.ratio)
         self.files = {name: f"layer-{i}.safetensors" for i, name in enumerate(self.targets)}
@@ -241,16 +247,11 @@ class _Run:
         From the first block on; or, where gradients are wanted, from the last one back to it, after
         the calibration has run through all of them.
         """
-        blocks = range(self.last + 1)
-        done = told([self.work.has(_marker(block)) for block in blocks])
-        there = len(self.chain.blocks) if self.back else 0
-        with self.chain, progress_bar(there + len(blocks), "blocks", self.progress) as bar:
-            if self.back:
-                self._through(bar)
-                blocks = range(there)[::-1]
-                done += [self.work.has(_marker(block)) for block in range(len(done), there)]
-                done = told(done)
-            for place, block in enumerate(blocks):
+        done = told({block: self.work.has(_marker(block)) for block in self.order})
+        there = len(self._passes())
+        with self.chain, progress_bar(there + len(done), "blocks", self.progress) as bar:
+            self._through(bar)
+            for place, block in enumerate(self.order):
                 found = None if done[block] else self._block(block)
                 wait()  # for the layers of the other processes, and what they read
                 if number() == 0:
@@ -259,9 +260,7 @@ class _Run:
                     self.chain.forget(block + 1 if self.back else block)
                 bar(there + place + 1)
         wait()
-        if number() == 0:
-            self.chain.forget(0)
-        for file in [_marker(block) for block in range(self.last + 1)] + self._passes():
+        for file in [*self._passes(), *map(_marker, self.order)]:
             for phase, seconds in self.work.get_json(file)["seconds"].items():
                 self.clock.seconds[phase] = round(self.clock.seconds.get(phase, 0) + seconds, 3)
         if self.windows is not None:
@@ -275,30 +274,25 @@ class _Run:
         return [*(f"forward-{block}.json" for block in range(len(self.chain.blocks))), "loss.json"]
 
     def _through(self, bar: Callable[[int], None]) -> None:
-        """Run the calibration through all blocks, to the loss, and keep what they put out."""
-        windows, files = cast(Tensor, self.windows), self._passes()
+        """Where gradients are wanted, run the calibration through all blocks to the loss."""
+        files = self._passes()
         done = told([self.work.has(file) for file in files])
         for block, file in enumerate(files):
             if not done[block]:
                 begin = time.perf_counter()
                 if block < len(self.chain.blocks):
-                    self.chain.pass_on(block, windows, self.batch_size)
+                    self.chain.pass_on(block)
                 else:
-                    count = len(windows.split(self.batch_size))
-                    if self.choices.needs & OF_GRADIENTS == {"sampled_grad_gram"}:
-                        count = sampled_batches(count)
-                    seeds = label_seeds(len(windows), self.seed)
-                    self.chain.turn(windows, self.batch_size, seeds, count)
+                    self.chain.turn(self.seed, self.choices.needs)
                 wait()
                 if number() == 0:
                     seconds = {"statistics": time.perf_counter() - begin}
                     self.work.put_json(file, {"seconds": seconds})
-            bar(min(block + 1, len(self.chain.blocks)))
-        wait()
+            bar(block + 1)
 
     def _seen(self) -> dict[str, tuple[int, int]]:
         """Layer to the tokens that it saw, and to how many inputs it has."""
-        every = [self.work.get_json(_marker(block))["tokens"] for block in range(self.last + 1)]
+        every = [self.work.get_json(_marker(block))["tokens"] for block in sorted(self.order)]
         return {n: (t, self.shapes[n][1]) for tokens in every for n, t in tokens.items()}
 
     def _block(self, block: int) -> dict[str, Any]:
@@ -308,11 +302,11 @@ class _Run:
         statistics: dict[str, Statistics] = {}
         if self.windows is not None:
             layers = {name: self.targets[name] for name in names}
-            what = (block, layers, self.windows, self.batch_size, self.choices.needs)
+            kinds = self.choices.needs
             if self.back:
-                statistics = self.chain.back(*what)
+                statistics = self.chain.back(block, layers, kinds)
             else:
-                statistics = self.chain.statistics(*what, last=block == self.last)
+                statistics = self.chain.statistics(block, layers, kinds, last=block == self.last)
         tokens = {name: each.tokens for name, each in statistics.items()}
         between = time.perf_counter()
         whitened = bool(self.choices.method.components.needs)

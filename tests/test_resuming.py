@@ -11,6 +11,7 @@ import soco
 from soco import keeping, learning
 from soco.methods import SoCo
 from soco.refinement import Refinement
+from soco.steps import Teacher
 from soco.workfolder import PLAN, WorkFolder, discard
 from tiny_models import tiny_model
 
@@ -111,6 +112,37 @@ def test_nothing_is_done_twice(tmp_path, monkeypatch):
         monkeypatch.setattr(f"soco.{place}", never)
     same(compress(STEPS, work), first)
     assert work.is_dir()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(method=STEPS), dict(method="svd-llm", refine=Refinement(steps=12, batch_size=4))],
+    ids=["scores", "factors"],
+)
+def test_what_the_dense_model_gave_is_kept(options, tmp_path, monkeypatch):
+    """After every window came once it does not run again, whatever was stopped."""
+    monkeypatch.setattr(keeping, "EVERY", 0.0)
+    outputs, save, calls, left = Teacher.outputs, keeping.Keeper.save, [], [9]
+
+    def counting(self, chosen):
+        calls.append([index for index in chosen.tolist() if index not in self.kept])
+        return outputs(self, chosen)
+
+    def stopping(self, state, part):
+        save(self, state, part)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Teacher, "outputs", counting)
+    monkeypatch.setattr(keeping.Keeper, "save", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        compress(**options, work=tmp_path / "work")
+    assert any(calls)
+    calls.clear()
+    compress(**options, work=tmp_path / "work")
+    assert len(calls) > 2
+    assert not any(calls)
 
 
 @pytest.mark.parametrize(
