@@ -21,7 +21,7 @@ from soco.archive import key_of
 from soco.choices import choose
 from soco.data import cut_windows, token_ids
 from soco.diagnosis import describe_machine
-from soco.evaluation import DEFAULT_LENGTH, Evaluation, evaluate
+from soco.evaluation import Evaluation, evaluate
 from soco.experts import experts_apart
 from soco.factorization import kind_of
 from soco.methods import METHODS
@@ -31,7 +31,7 @@ from soco.pipeline import compress
 from soco.preparation import noted, prepare
 from soco.record import RECORD, Comparison, Row
 from soco.reporting import report
-from soco.surgery import context_length
+from soco.surgery import sequence_length
 from soco.workbench import Workbench
 
 # What is compared where nobody says otherwise, most of it in the order of the papers.
@@ -209,7 +209,7 @@ def compare(
                 stats=stats,
                 progress=progress,
             )
-            tokens = int(length or bench.source.get("length") or _length_for(model))
+            tokens = int(length or bench.source.get("length") or sequence_length(model))
             measure = _Measure(texts, tokenizer, tokens, windows)
         setup = _setup(name, bench, measure, windows, seed)
         path = Path(output) / RECORD
@@ -258,10 +258,6 @@ def _checked_ratio(ratio: float) -> float:
             f"ratios are fractions of parameters to remove, above 0 and below 1, got {ratio!r}"
         )
     return float(ratio)
-
-
-def _length_for(model: nn.Module) -> int:
-    return min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
 
 
 def _resumed(path: Path, setup: Mapping[str, Any]) -> Comparison:

@@ -115,6 +115,24 @@ def token_ids(
     return ids
 
 
+def positive(name: str, value: Any) -> int:
+    """A count, once it is one.
+
+    Raises:
+        ValueError: it is not a whole number, or below 1.
+
+    >>> positive("length", 3)
+    3
+    """
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    return number
+
+
 def cut_windows(ids: Tensor, length: int, *, name: str = "calibration") -> Tensor:
     """Cut ids into windows that do not overlap, from the start; what is left over is dropped.
 
@@ -133,7 +151,7 @@ def cut_windows(ids: Tensor, length: int, *, name: str = "calibration") -> Tenso
     tensor([[0, 1, 2],
             [3, 4, 5]])
     """
-    length = _positive("length", length)
+    length = positive("length", length)
     per_row = ids.shape[-1] // length
     if per_row == 0:
         rows = " in each row" if ids.dim() == 2 else ""
@@ -181,7 +199,7 @@ def token_windows(
     tensor([[0, 1, 2, 3],
             [4, 5, 6, 7]])
     """
-    samples, length = _positive("samples", samples), _positive("length", length)
+    samples, length = positive("samples", samples), positive("length", length)
     needed = samples * length if seed is None else max(4 * samples * length, POOL_TOKENS)
     ids = token_ids(
         source,
@@ -361,13 +379,3 @@ def _text_of(record: Any, place: str) -> str:
     if not isinstance(record["text"], str):
         raise ValueError(f"{place} has a 'text' that is no string but {record['text']!r:.40}")
     return record["text"]
-
-
-def _positive(title: str, number: int) -> int:
-    try:
-        number = operator.index(number)
-    except TypeError:
-        raise ValueError(f"{title} must be a whole number, got {number!r}") from None
-    if number < 1:
-        raise ValueError(f"{title} must be at least 1, got {number}")
-    return number

@@ -14,11 +14,9 @@ from tqdm import tqdm
 
 from soco.data import cut_windows, token_ids
 from soco.objectives import TokenDistribution, last_hidden_state, objective_for, run_model
-from soco.surgery import context_length
+from soco.surgery import sequence_length
 
 # The longest window that is chosen without being asked for.
-DEFAULT_LENGTH = 2048
-
 # Entries of the logits (tokens x vocabulary) that are taken to float64 at a time: 128 MB.
 _CHUNK_ENTRIES = 2**24
 
@@ -95,7 +93,7 @@ def evaluate(
             of a 2-D tensor are cut by themselves.
         tokenizer: not needed for token ids.
         dense: the model to compare with, on any device; left in its mode, too.
-        length: tokens per window; None: the model's context length, at most ``DEFAULT_LENGTH``,
+        length: tokens per window; None: the model's context length, at most 2048,
             and no more than the text has.
         windows: at most so many, from the start of the text, of which no more is read; None: all.
         batch_size: windows at a time; None: as many as hold 2,048 tokens on a CPU and 16,384 on
@@ -209,10 +207,7 @@ def _windows(
     model: nn.Module, text: Any, tokenizer: Any, length: int | None, windows: int | None
 ) -> Tensor:
     """The windows (n, length) to score; see ``evaluate``."""
-    context = context_length(model)
-    if length is not None and context is not None and length > context:
-        raise ValueError(f"length {length} is above the model's context of {context} tokens")
-    wanted = length or min(context or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    wanted = sequence_length(model, length)
     ids = token_ids(
         text,
         tokenizer,

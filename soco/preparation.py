@@ -1,7 +1,6 @@
 """What happens before any compression: a model's layers, its calibration text, a workbench."""
 
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,16 +13,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from soco.calibration import uncalled
-from soco.data import token_windows
+from soco.data import positive, token_windows
 from soco.experts import experts_split
 from soco.guard import unchanged_on_error
 from soco.processes import from_first, number
 from soco.sampling import sample_from_model
 from soco.steps import Step, frozen
-from soco.surgery import context_length, find_linears
+from soco.surgery import context_length, find_linears, sequence_length
 from soco.workbench import Workbench
-
-DEFAULT_LENGTH = 2048  # of a calibration sequence, where the model allows as much
 
 
 def prepare(
@@ -72,8 +69,7 @@ def prepare(
         UserWarning: the calibration has less than was asked for, or layers cannot be replaced.
     """
     check_model(model)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive whole number, got {batch_size!r}")
+    positive("batch_size", batch_size)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number, at least 0, got {seed!r}")
     with experts_split(model):
@@ -162,15 +158,10 @@ def calibration_windows(
     Raises:
         ValueError: the text cannot be read or is too short, or a number is out of range.
     """
-    context = context_length(model) or sys.maxsize
     own = isinstance(calibration, str) and calibration == "self"
-    if length is None:
-        length = min(context - own, DEFAULT_LENGTH)
-        if isinstance(calibration, Tensor) and calibration.dim() == 2:
-            length = calibration.shape[1]
-    if isinstance(length, int) and length > context - own:
-        extra = ", one of them for the token it starts with" if own else ""
-        raise ValueError(f"length {length} is too much for the model's {context} positions{extra}")
+    if length is None and isinstance(calibration, Tensor) and calibration.dim() == 2:
+        length = calibration.shape[1]
+    length = sequence_length(model, length, with_start=own)
     if not own:
         vocabulary = getattr(model.config, "vocab_size", None)
         return token_windows(
@@ -181,9 +172,7 @@ def calibration_windows(
             seed=seed,
             vocab_size=vocabulary if isinstance(vocabulary, int) else None,
         )
-    for name, value in (("samples", samples), ("length", length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    positive("samples", samples)
     start = getattr(tokenizer, "bos_token_id", None)
     if start is None:
         start = getattr(model.config, "bos_token_id", None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from soco.data import positive
 from soco.objectives import Objective
 
 TEACHER_ROOM = 4 * 2**30  # bytes of the dense model's last states that a training keeps
@@ -136,9 +137,7 @@ def check_batches(settings: Any, *counts: str) -> None:
         ValueError: one is not.
     """
     for name in ("batch_size", *counts):
-        value = getattr(settings, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        positive(name, getattr(settings, name))
     if settings.micro_batch is not None and not 1 <= settings.micro_batch <= settings.batch_size:
         raise ValueError(
             f"micro_batch must be from 1 to batch_size ({settings.batch_size}), got "

@@ -20,6 +20,7 @@ from soco.chain import Chain, inside
 from soco.checkpoint import check_replaceable, mark_compressed, write_shards
 from soco.choices import Choices, check_streamed, choose
 from soco.contents import check_contents
+from soco.data import positive
 from soco.diagnosis import versions
 from soco.factorization import choose_ranks
 from soco.folders import carry_over, replaced, write_checksums
@@ -126,8 +127,7 @@ def compress_folder(
     choices = choose(method, allocator, seed=seed, pivoted=pivoted)
     check_ratio(ratio)
     check_streamed(choices, ratio)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive whole number, got {batch_size!r}")
+    positive("batch_size", batch_size)
     if choices.needs and calibration is None:
         raise ValueError(f"method {choices.method.name} learns from text: give calibration=")
     if isinstance(calibration, str) and calibration == "self":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soco.component_gradients import Recorder, Sums
+from soco.data import positive
 from soco.linalg import Factors, Spectrum
 from soco.objectives import Objective, draw_seeds
 from soco.steps import checkpointed, frozen
@@ -48,9 +49,7 @@ class SVDSurgeon:
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
         for name in ("labels", "rounds", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+            positive(name, getattr(self, name))
         if self.samples is not None and (not isinstance(self.samples, int) or self.samples < 2):
             raise ValueError(f"samples must be at least 2, or None, got {self.samples!r}")
         for name in ("damping", "saliency_damping"):

@@ -1,6 +1,7 @@
 """Find the linear layers in the module tree of a transformers model, and replace them."""
 
 import copy
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from soco.data import positive
 from soco.modules import CompressedLinear
 
 Patterns = str | Iterable[str] | None
+
+USUAL_LENGTH = 2048  # tokens of a sequence, where the model allows as much
 
 
 def find_linears(
@@ -298,6 +302,31 @@ def context_length(model: nn.Module) -> int | None:
             continue
         if module.num_embeddings == length != getattr(config, "vocab_size", None):
             return length - module.padding_idx - 1
+    return length
+
+
+def sequence_length(
+    model: nn.Module, length: int | None = None, *, with_start: bool = False
+) -> int:
+    """Tokens of a sequence to run the model on: as many as given, if it has positions for them.
+
+    Args:
+        model: a transformers model.
+        length: of a sequence; None: as many as there are positions, at most ``USUAL_LENGTH``.
+        with_start: whether a first token, which is not counted, takes a position as well.
+
+    Raises:
+        ValueError: the length is not a positive whole number, or above what there are.
+    """
+    positions = context_length(model)
+    most = sys.maxsize if positions is None else positions - with_start
+    if length is None:
+        return min(most, USUAL_LENGTH)
+    if positive("length", length) > most:
+        start = ", one of them for the token it starts with" if with_start else ""
+        raise ValueError(
+            f"length {length} is too much for the model's {positions} positions{start}"
+        )
     return length
 
 

@@ -1025,7 +1025,7 @@ def test_a_full_gpu_leaves_the_rows(fails, place, monkeypatch):
         (["evaluate", "small", "--text", "absent.txt"], "there is no file 'absent.txt'"),
         (["evaluate", "./absent", "--text", "text.txt"], "there is no folder './absent'"),
         (["evaluate", "small", "-t", "text.txt", "--dense", "./absent"], "no folder './absent'"),
-        (["evaluate", "small", "-t", "text.txt", "--length", "65"], "above the model's context"),
+        (["evaluate", "small", "-t", "text.txt", "--length", "65"], "too much for the model's"),
         (["evaluate", "small", "-t", "dense"], "there is no file 'dense'"),
         (["report", "absent"], "there is no folder 'absent'"),
         (["report", "dense"], "dense is not the folder of a model compressed by soco"),

@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from soco.data import cut_windows, read_text, token_ids, token_windows
+from soco.data import cut_windows, positive, read_text, token_ids, token_windows
 
 TEXTS = ["the cat sat", "on the mat", "and the dog sat on the cat"]
 WORDS = ["[UNK]", "[BOS]", *sorted({word for text in TEXTS for word in text.split()})]
@@ -285,9 +285,21 @@ def test_bad_texts_and_tokenizers(words):
         token_ids(TEXTS, "gpt2")
 
 
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "3", None])
+def test_what_is_no_count(value):
+    message = f"samples must be a positive whole number, got {value!r}"
+    with pytest.raises(ValueError, match=message):
+        positive("samples", value)
+
+
+def test_counts_of_other_libraries_are_counts():
+    found = positive("samples", torch.tensor([3]).numpy()[0])
+    assert (found, type(found)) == (3, int)
+
+
 @pytest.mark.parametrize("bad", [{"samples": 0}, {"length": -1}, {"samples": 1.5}])
 def test_bad_counts(bad):
-    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be a positive whole number"):
         token_windows(IDS, **{"samples": 1, "length": 1, **bad})
 
 

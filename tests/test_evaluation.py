@@ -20,7 +20,7 @@ from transformers import (
     T5Model,
 )
 
-from soco import evaluation
+from soco import evaluation, surgery
 from soco.evaluation import Evaluation, evaluate
 
 VOCAB = 50
@@ -170,7 +170,7 @@ def test_length_is_the_context_or_what_the_text_has(monkeypatch):
     assert evaluate(model, ids(20)).length == 20
     assert evaluate(model, ids(3, 9)).length == 9
     assert evaluate(model, ids(3, 40)).windows == 3
-    monkeypatch.setattr(evaluation, "DEFAULT_LENGTH", 16)
+    monkeypatch.setattr(surgery, "USUAL_LENGTH", 16)
     assert evaluate(model, ids(100)).length == 16
 
 
@@ -198,7 +198,7 @@ def test_batch_size_goes_by_tokens_and_vocabulary():
         ({"text": ids(1)}, "the evaluation data has 1 tokens, fewer than one window of 2"),
         ({"length": 10, "text": ids(9)}, "has 9 tokens, fewer than one window of 10"),
         ({"length": 1}, "length must be at least 2, got 1"),
-        ({"length": 33}, "length 33 is above the model's context of 32 tokens"),
+        ({"length": 33}, "length 33 is too much for the model's 32 positions"),
         ({"windows": 0}, "windows must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"text": ids(40) + 20}, "outside of the vocabulary of 50"),

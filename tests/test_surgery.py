@@ -16,6 +16,7 @@ from soco.surgery import (
     replace_module,
     replace_modules,
     replaced,
+    sequence_length,
     shape_of,
     untie_head,
     weight_of,
@@ -274,6 +275,20 @@ def test_heads_that_cannot_be_untied():
 )
 def test_context_length(name, length):
     assert context_length(tiny_model(name)) == length
+
+
+def test_sequence_length():
+    llama, mamba = tiny_model("llama"), tiny_model("mamba")
+    assert sequence_length(llama) == sequence_length(llama, 64) == 64
+    assert sequence_length(llama, with_start=True) == 63
+    assert sequence_length(mamba) == 2048
+    assert sequence_length(mamba, 10**6) == 10**6
+    with pytest.raises(ValueError, match=r"length 65 is too much for the model's 64 positions$"):
+        sequence_length(llama, 65)
+    with pytest.raises(ValueError, match="64 positions, one of them for the token it starts with"):
+        sequence_length(llama, 64, with_start=True)
+    with pytest.raises(ValueError, match="length must be a positive whole number, got 0"):
+        sequence_length(llama, 0)
 
 
 def test_every_tiny_model_is_tested():

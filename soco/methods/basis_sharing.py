@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from soco.data import positive
 from soco.fitting import refit_up
 from soco.linalg import Factors
 from soco.methods.bases import Whitened
@@ -42,8 +43,7 @@ class BasisSharing(ClosedForm):
 
     def __post_init__(self) -> None:
         """Refuse what is no size."""
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"size must be a positive whole number, got {self.size!r}")
+        positive("size", self.size)
 
     @property
     def components(self) -> Whitened:

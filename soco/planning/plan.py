@@ -14,6 +14,7 @@ from torch import nn
 from soco.allocators import Allocator
 from soco.choices import Choices, check_streamed, choose
 from soco.contents import CONFIG
+from soco.data import positive
 from soco.installation import size_of
 from soco.memory import give_back_memory, resident_memory
 from soco.methods import Method
@@ -25,9 +26,7 @@ from soco.refinement import Refinement
 from soco.reporting import format_bytes, format_percent
 from soco.stored import empty_model
 from soco.surgeon import SVDSurgeon
-from soco.surgery import context_length, find_linears, shape_of
-
-DEFAULT_LENGTH = 2048
+from soco.surgery import find_linears, sequence_length, shape_of
 
 
 @dataclass(frozen=True)
@@ -164,15 +163,9 @@ def plan(
     check_ratio(ratio)
     if stream:
         check_streamed(choices, ratio)
-    for name, value in (("samples", samples), ("batch_size", batch_size), ("length", length)):
-        optional = name == "length" and value is None
-        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    samples, batch_size = positive("samples", samples), positive("batch_size", batch_size)
     empty, stored = _empty(model)
-    context = context_length(empty)
-    if length is not None and context is not None and length > context:
-        raise ValueError(f"length {length} is too much for the model's {context} positions")
-    length = length or min(context or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    length = sequence_length(empty, length)
     computed = dtype or stored
     targets = find_linears(empty, include, exclude)
     shapes = {name: shape_of(module) for name, module in targets.items()}
