@@ -408,7 +408,7 @@ def test_a_size_in_bytes_where_the_cpu_computes_in_another_dtype(run, place, mon
     dense = AutoModelForCausalLM.from_pretrained(place / "dense", dtype=torch.bfloat16)
     dense.save_pretrained(place / "half")
     shutil.copy(place / "dense" / "tokenizer.json", place / "half")
-    monkeypatch.setattr(commands, "is_slow", lambda dtype, device: dtype == torch.bfloat16)
+    monkeypatch.setattr(sources, "is_slow", lambda dtype, device: dtype == torch.bfloat16)
     limit = int(0.8 * weights_size(place / "half"))
     words = ["-c", "text.txt", *QUICK]
     code, _, err = run("compress", "half", "--size", f"{limit}B", "-o", "out", *words)
@@ -724,8 +724,7 @@ def test_where_half_precision_is_slow(monkeypatch, machine, capability, slow):
 @pytest.mark.parametrize("slow", [False, True])
 def test_half_precision_that_is_slow_is_computed_in_float32(run, place, monkeypatch, slow):
     """CPUs without AVX-512: computed in float32, stored as before."""
-    for module in (commands, sources):
-        monkeypatch.setattr(module, "is_slow", lambda dtype, device: slow)
+    monkeypatch.setattr(sources, "is_slow", lambda dtype, device: slow)
     seen = []
     compress = commands.compress_model
 
@@ -751,6 +750,11 @@ def test_half_precision_that_is_slow_is_computed_in_float32(run, place, monkeypa
     assert done.model_bytes_after == 2 * done.model_params_after
     out = run("evaluate", "out", "-t", "text.txt", "--length", "16")[1]
     assert ("in           float32" in out) == slow
+    told = "computing in float32: this CPU is slow in bfloat16"
+    _, out, err = run("plan", "half", "--method", "svd", "--json")
+    assert (told in err) == slow
+    assert json.loads(out)["dtype"] == ("float32" if slow else "bfloat16")
+    assert (told in run("compress", "half", "--stream", *words, "-o", "streamed")[2]) == slow
 
 
 def test_info(run):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,19 +25,26 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def launch(folder, count, *words):
-    """What torchrun says and returns, in a folder; each process has one thread."""
+def begin(folder, count, *words):
+    """Start torchrun in a folder; each process has one thread."""
     place = Path(soco.__file__).parents[1]  # of the soco that is tested, which may be installed
     paths = [str(place), str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
+    return subprocess.Popen(
         [*command, "--nproc-per-node", str(count), *map(str, words)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         cwd=folder,  # not the sources, which hold no compiled core
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
+
+
+def launch(folder, count, *words):
+    """What torchrun says and returns."""
+    ran = begin(folder, count, *words)
+    out, err = ran.communicate()
+    return subprocess.CompletedProcess(words, ran.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +166,27 @@ def test_a_process_that_fails_says_so_once(dense):
     assert "down_proj.weight (32, 48) holds NaN or Inf" in ran.stderr
     assert "soco/cli" not in ran.stderr  # the traceback there is the launcher's
     assert not (dense.parent / "out").exists()
+
+
+def test_ctrl_c_is_told_once(dense):
+    """The launcher hands it on to its processes."""
+    place = dense.parent
+    more = ("--steps", "100000", "--work", place / "kept")
+    ran = begin(place, 2, *words(dense, "soco"), *more)
+    assert ran.stderr is not None
+    while "soco: compressing" not in (line := ran.stderr.readline()):
+        assert line, "it ended by itself"
+    while not (place / "kept" / "plan.json").exists():
+        assert ran.poll() is None
+        time.sleep(0.1)
+    ran.send_signal(signal.SIGINT)
+    out, err = ran.communicate()
+    assert ran.returncode != 0
+    assert out.strip() == ""
+    assert err.count("soco: interrupted") == 1
+    assert err.count("soco: stopped: the same command goes on from here") == 1
+    assert "soco/cli" not in err  # the traceback there is the launcher's
+    assert not (place / "out").exists()
 
 
 # ---- alone --------------------------------------------------------------------------------------

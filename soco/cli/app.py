@@ -50,6 +50,8 @@ from soco.cli.options import (
     TaskDataOption,
     WorkOption,
     WrittenOption,
+    training_options,
+    value_of,
 )
 from soco.cli.planning import plan
 from soco.cli.program import Commands, run_program
@@ -121,17 +123,17 @@ def compress(
     quiet: QuietOption = False,
 ) -> None:
     """Compress a model and write it to a folder that transformers loads."""
-    training = {
-        "steps": steps,
-        "written": written,
-        "spacing": spacing,
-        "basis": None if basis is None else basis.value,
-        "deviation": None if deviation is None else deviation.value,
-        "learning_rate": learning_rate,
-        "micro_batch": micro_batch,
-        "checkpointing": checkpointing or None,
-    }
-    training = {name: value for name, value in training.items() if value is not None}
+    training = training_options(
+        method,
+        steps=steps,
+        written=written,
+        spacing=spacing,
+        basis=value_of(basis),
+        deviation=value_of(deviation),
+        learning_rate=learning_rate,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing or None,
+    )
     if method is MethodName.soco and allocator is not None:
         raise ValueError("--allocator is for other methods: soco finds its ranks by training")
     sizes = {"ratio": ratio, "ratios": ratios, "size": size}
@@ -140,43 +142,40 @@ def compress(
         raise ValueError(f"--{given[0]} and --{given[1]} both say how small: give one of them")
     if spacing is not None and ratios is None:
         raise ValueError("--spacing is how far apart sizes between several are: give --ratios")
-    if method is not MethodName.soco and training:
-        option = next(iter(training)).replace("_", "-")
-        raise ValueError(f"--{option} is for method soco: method {method.value} has no training")
     from soco.cli import commands, streamed
     from soco.cli.shared import one_voice
+    from soco.cli.wanted import Compression
 
-    wanted = commands.Compression(
+    wanted = Compression(
         model=model,
         output=output,
         ratio=ratio,
         ratios=ratios,
         size=size,
         method=method.value,
-        effort=None if effort is None else effort.value,
-        preset=None if preset is None else preset.value,
+        effort=value_of(effort),
+        preset=value_of(preset),
         calibration=calibration,
         samples=samples,
         length=length,
         seed=seed,
         include=include,
         exclude=exclude,
-        allocator=None if allocator is None else allocator.value,
+        allocator=value_of(allocator),
         pivoted=pivoted,
         refine=refine or None,
         surgeon=surgeon or None,
         stats=stats,
         batch_size=batch_size,
+        stream=stream,
+        work=work,
         dtype=dtype.value,
         device=device,
         quiet=quiet,
         training=training,
     )
     with one_voice():
-        if stream:
-            streamed.compress(wanted, work)
-        else:
-            commands.compress(wanted, work)
+        (streamed if stream else commands).compress(wanted)
 
 
 @app.command()

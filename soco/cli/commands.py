@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,22 +18,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from soco.checkpoint import CONFIG, export_dense, save
-from soco.choices import choose, find_method
+from soco.choices import choose
 from soco.cli import demo
 from soco.cli.messages import console, quiet_libraries, say
 from soco.cli.sources import (
     DEMO,
     check_output,
     check_writable,
+    computes_wide,
     find_device,
     find_model,
     find_text,
     is_compressed,
-    is_slow,
     open_dense,
     open_model,
     open_tokenizer,
 )
+from soco.cli.wanted import Compression
 from soco.decomposition import decompose as decompose_model
 from soco.diagnosis import diagnose
 from soco.evaluation import Evaluation
@@ -53,41 +54,7 @@ from soco.verification import verify as verify_model
 from soco.workfolder import PLAN, discard
 
 
-@dataclass(frozen=True)
-class Compression:
-    """What ``soco compress`` was asked for; None stands for an option that was not given."""
-
-    model: str
-    output: Path
-    ratio: float | None
-    ratios: tuple[float, ...] | None  # ascending
-    size: str | None
-    method: str
-    effort: str | None
-    preset: str | None
-    calibration: str | None
-    samples: int | None
-    length: int | None
-    seed: int
-    include: list[str] | None
-    exclude: list[str] | None
-    allocator: str | None
-    pivoted: bool | None
-    refine: bool | None
-    surgeon: bool | None
-    stats: Path | None
-    batch_size: int
-    dtype: str
-    device: str | None
-    quiet: bool
-    training: dict[str, Any] = field(default_factory=dict)  # fields of SoCo that were given
-
-    def folders(self) -> dict[float, Path]:
-        """Ratio to its folder, where several were asked for, ascending."""
-        return {ratio: self.output / f"ratio-{ratio:g}" for ratio in self.ratios or ()}
-
-
-def compress(wanted: Compression, work: Path | None = None) -> None:
+def compress(wanted: Compression) -> None:
     """``soco compress``: from a dense model to a folder with the compressed one.
 
     With a work folder the same command goes on after it was stopped.
@@ -101,8 +68,7 @@ def compress(wanted: Compression, work: Path | None = None) -> None:
         check_writable(wanted.stats)
     if wanted.size is not None:
         parse_bytes(wanted.size)
-    method = find_method(wanted.method, wanted.seed, effort=wanted.effort, preset=wanted.preset)
-    method = replace(cast(Any, method), **wanted.training)
+    method, work = wanted.chosen_method(wanted.seed), wanted.work
     options = _compress_options(wanted, method)
     device = find_device(wanted.device)
     tell = _say_nothing if wanted.quiet else say
@@ -110,9 +76,7 @@ def compress(wanted: Compression, work: Path | None = None) -> None:
         tell(f"loading {wanted.model}")
         model = open_dense(wanted.model, wanted.dtype, device)
         stored, bytes_before = model.dtype, size_of(model)[1]
-        if wide := wanted.dtype == "auto" and is_slow(stored, device):
-            name = str(stored).removeprefix("torch.")
-            tell(f"computing in float32: this CPU is slow in {name}, which the model is stored in")
+        if wide := wanted.dtype == "auto" and computes_wide(stored, device, tell):
             nn.Module.float(model)
         needs_tokenizer = options.get("calibration", "self") != "self"
         tokenizer = _tokenizer(wanted.model, needed=needs_tokenizer)
@@ -207,7 +171,7 @@ def _compress_options(wanted: Compression, method: Method) -> dict[str, Any]:
         "calibration", "samples", "length", "include", "exclude", "stats", "ratio", "size",
         "allocator", "pivoted", "surgeon", "refine",
     )  # fmt: skip
-    options = {name: value for name in names if (value := getattr(wanted, name)) is not None}
+    options = wanted.given(*names)
     if wanted.ratios is not None:
         options["ratio"] = wanted.ratios
     if wanted.model == DEMO:
@@ -328,8 +292,7 @@ def evaluate(
 def _opened(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
     """A model to measure: in float32 where its own dtype is slow, and no other was asked for."""
     model = open_model(name, dtype, device)
-    wide = dtype == "auto" and is_slow(model.dtype, device)
-    if wide:
+    if dtype == "auto" and computes_wide(model.dtype, device, _say_nothing):
         nn.Module.float(model)
     return model
 

@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -410,3 +410,21 @@ NumFewshotOption = Annotated[
         rich_help_panel=TASKS,
     ),
 ]
+
+
+def value_of(choice: Enum | None) -> Any:
+    """The name that was chosen, None if none was."""
+    return None if choice is None else choice.value
+
+
+def training_options(method: MethodName, **given: Any) -> dict[str, Any]:
+    """Those of SoCo's options that were given.
+
+    Raises:
+        ValueError: there are some, and the method is another one.
+    """
+    found = {name: value for name, value in given.items() if value is not None}
+    if method is not MethodName.soco and found:
+        option = next(iter(found)).replace("_", "-")
+        raise ValueError(f"--{option} is for method soco: method {method.value} has no training")
+    return found

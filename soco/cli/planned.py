@@ -1,43 +1,18 @@
 """``soco plan``: what a compression takes, before it begins."""
 
 import json
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from rich.table import Table
 
-from soco.choices import find_method
 from soco.cli import demo
 from soco.cli.messages import console, quiet_libraries, say
-from soco.cli.sources import DEMO, find_model, is_slow
+from soco.cli.sources import DEMO, computes_wide, find_model
+from soco.cli.wanted import Wanted
 from soco.planning import Plan, duration, plan
 from soco.reporting import format_bytes
 from soco.stored import empty_model
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What was asked for; None stands for an option that was not given."""
-
-    model: str
-    ratio: float | None
-    method: str
-    effort: str | None
-    preset: str | None
-    samples: int | None
-    length: int | None
-    include: list[str] | None
-    exclude: list[str] | None
-    allocator: str | None
-    pivoted: bool | None
-    refine: bool | None
-    surgeon: bool | None
-    batch_size: int
-    stream: bool
-    dtype: str
-    training: dict[str, Any]  # fields of SoCo that were given
 
 
 def show(wanted: Wanted, *, as_json: bool) -> None:
@@ -45,13 +20,12 @@ def show(wanted: Wanted, *, as_json: bool) -> None:
     place = find_model(wanted.model)
     if not Path(place).is_dir():
         raise ValueError(f"a plan is made from a folder with config.json: {place} is none")
-    method = find_method(wanted.method, 0, effort=wanted.effort, preset=wanted.preset)
-    method = replace(cast(Any, method), **wanted.training)
+    method = wanted.chosen_method()
     names = (
         "ratio", "samples", "length", "include", "exclude", "allocator", "pivoted", "refine",
         "surgeon",
     )  # fmt: skip
-    options = {name: value for name in names if (value := getattr(wanted, name)) is not None}
+    options = wanted.given(*names)
     if wanted.model == DEMO:
         sizes = {name: demo.OPTIONS[name] for name in ("samples", "length")}
         options = {**sizes, **options}
@@ -60,9 +34,7 @@ def show(wanted: Wanted, *, as_json: bool) -> None:
         dtype = None if wanted.dtype == "auto" else getattr(torch, wanted.dtype)
         if dtype is None:
             _, stored = empty_model(Path(place), {}, lambda: torch.float32)
-            if is_slow(stored, torch.device("cpu")):
-                name = str(stored).removeprefix("torch.")
-                say(f"planned in float32: this CPU is slow in {name}, which the model is stored in")
+            if computes_wide(stored, torch.device("cpu"), say):
                 dtype = torch.float32
         found = plan(
             place, method=method, stream=wanted.stream, batch_size=wanted.batch_size, dtype=dtype,

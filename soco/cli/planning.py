@@ -26,6 +26,8 @@ from soco.cli.options import (
     StepsOption,
     StreamOption,
     SurgeonOption,
+    training_options,
+    value_of,
 )
 
 
@@ -52,25 +54,24 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what soco compress will take in memory, on disk and in time, from config.json alone."""
-    training = {"steps": steps, "micro_batch": micro_batch, "checkpointing": checkpointing or None}
-    training = {name: value for name, value in training.items() if value is not None}
-    if method is not MethodName.soco and training:
-        option = next(iter(training)).replace("_", "-")
-        raise ValueError(f"--{option} is for method soco: method {method.value} has no training")
-    from soco.cli import planned
+    training = training_options(
+        method, steps=steps, micro_batch=micro_batch, checkpointing=checkpointing or None
+    )
+    from soco.cli.planned import show
+    from soco.cli.wanted import Wanted
 
-    planned.show(
-        planned.Wanted(
+    show(
+        Wanted(
             model=model,
             ratio=ratio,
             method=method.value,
-            effort=None if effort is None else effort.value,
-            preset=None if preset is None else preset.value,
+            effort=value_of(effort),
+            preset=value_of(preset),
             samples=samples,
             length=length,
             include=include,
             exclude=exclude,
-            allocator=None if allocator is None else allocator.value,
+            allocator=value_of(allocator),
             pivoted=pivoted,
             refine=refine or None,
             surgeon=surgeon or None,

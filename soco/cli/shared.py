@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 
 import typer
 
-from soco.cli.messages import FAILED
+from soco.cli.messages import FAILED, INTERRUPTED
 from soco.processes import first_to, number, together
 
 
@@ -14,7 +14,8 @@ from soco.processes import first_to, number, together
 def one_voice() -> Iterator[None]:
     """Inside, the processes of a launcher work together (``soco.together``), and the first speaks.
 
-    Where one fails, that one speaks: the others end without a word, because they lost it.
+    Where one fails, that one speaks: the others end without a word, because they lost it. Ctrl-C,
+    which reaches all of them, is told once as well.
     """
     with together():
         try:
@@ -24,7 +25,8 @@ def one_voice() -> Iterator[None]:
                     silent.enter_context(redirect_stdout(nowhere))
                     silent.enter_context(redirect_stderr(nowhere))
                 yield
-        except Exception:
+        except (Exception, KeyboardInterrupt) as error:
             if first_to("fail"):
                 raise
-            raise typer.Exit(FAILED) from None
+            stopped = isinstance(error, KeyboardInterrupt)
+            raise typer.Exit(INTERRUPTED if stopped else FAILED) from None

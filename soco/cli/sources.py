@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float16 or (
         dtype == torch.bfloat16 and not capability.startswith("AVX512")
     )
+
+
+def computes_wide(stored: torch.dtype, device: torch.device, tell: Callable[[str], None]) -> bool:
+    """Whether a model is better computed in float32 here than as it is stored, which is told."""
+    if not is_slow(stored, device):
+        return False
+    name = str(stored).removeprefix("torch.")
+    tell(f"computing in float32: this CPU is slow in {name}, which the model is stored in")
+    return True
 
 
 def check_output(path: Path, *, replace: bool) -> None:

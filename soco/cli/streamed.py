@@ -6,16 +6,17 @@ from pathlib import Path
 import torch
 
 from soco.choices import choose
-from soco.cli.commands import Compression, tell_files
+from soco.cli.commands import tell_files
 from soco.cli.messages import console, quiet_libraries, say
 from soco.cli.sources import (
     check_output,
+    computes_wide,
     find_device,
     find_model,
     find_text,
-    is_slow,
     open_tokenizer,
 )
+from soco.cli.wanted import Compression
 from soco.processes import number
 from soco.stored import StoredModel
 from soco.streaming import compress_folder, work_folder
@@ -25,7 +26,7 @@ from soco.workfolder import PLAN
 _WHOLE = ("ratios", "size", "effort", "preset", "refine", "surgeon", "stats", "training")
 
 
-def compress(wanted: Compression, work: Path | None) -> None:
+def compress(wanted: Compression) -> None:
     """Compress block by block; the same command goes on after it was stopped."""
     begin = time.perf_counter()
     for name in _WHOLE:
@@ -41,13 +42,12 @@ def compress(wanted: Compression, work: Path | None) -> None:
     device = find_device(wanted.device)
     tell = (lambda text: None) if wanted.quiet else say
     names = ("ratio", "samples", "length", "include", "exclude", "allocator", "pivoted")
-    options = {name: value for name in names if (value := getattr(wanted, name)) is not None}
+    options = wanted.given(*names)
     with quiet_libraries(bars=False):
-        stored = StoredModel(place).dtype
-        dtype = stored if wanted.dtype == "auto" else getattr(torch, wanted.dtype)
-        if wanted.dtype == "auto" and is_slow(stored, device):
-            name = str(stored).removeprefix("torch.")
-            tell(f"computing in float32: this CPU is slow in {name}, which the model is stored in")
+        dtype = StoredModel(place).dtype
+        if wanted.dtype != "auto":
+            dtype = getattr(torch, wanted.dtype)
+        elif computes_wide(dtype, device, tell):
             dtype = torch.float32
         tokenizer, text = None, wanted.calibration
         if text is not None and text != "self":
@@ -56,13 +56,13 @@ def compress(wanted: Compression, work: Path | None) -> None:
             raise ValueError(f"method {wanted.method} learns from text: give --calibration FILE")
         options["calibration"] = text
         tell(f"compressing block by block by {wanted.method} on {device}")
-        kept = work_folder(wanted.output, work)
+        kept = work_folder(wanted.output, wanted.work)
         if (kept / PLAN).is_file():
             tell(f"an earlier run was stopped: going on with what is in {kept}")
         try:
             report = compress_folder(
                 place, wanted.output, method=wanted.method, tokenizer=tokenizer, seed=wanted.seed,
-                batch_size=wanted.batch_size, dtype=dtype, device=device, work=work,
+                batch_size=wanted.batch_size, dtype=dtype, device=device, work=wanted.work,
                 progress=False if wanted.quiet else None, **options,
             )  # fmt: skip
         except KeyboardInterrupt:
