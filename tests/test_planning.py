@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from soco.calibration import OF_GRADIENTS
 from soco.choices import choose
 from soco.methods import SoCo
-from soco.planning import Plan, duration, plan
+from soco.planning import Plan, demands, duration, learning, plan
 from soco.planning.rates import Rates, measured_rates
-from soco.planning.setting import Setting
-from soco.planning.tracing import Trace, Work, without_values
+from soco.planning.setting import Passes, Setting
+from soco.planning.tracing import KEPT, Trace, Work, without_values
+from soco.refinement import Refinement
 
 TINY: dict[str, Any] = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -210,6 +212,107 @@ def test_setting_counts_the_layers_that_are_factored():
     )  # fmt: skip
     assert setting.factored == ["b"]
     assert (setting.factors(2), setting.batches, setting.largest) == (64, 2, 4)
+
+
+# ---- phases by hand: the passes, and what it takes to take a weight apart, are given -------------
+
+BLOCK = 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)  # its layers; it has two norms as well
+WEIGHTS = 2 * (BLOCK + 4 * 2 * 32) + 4 * (2 * 96 * 32 + 32)
+GRAMS = 8 * (3 * 32 * 32 + 48 * 48)  # of a block: before q, k, v; o; gate, up; and down
+GRADIENTS = 8 * (2 * 32 * 32 + 2 * 16 * 16 + 2 * 48 * 48 + 32 * 32)
+SPECTRA = 4 * (2 * (32 * 64 + 32) + 2 * (16 * 48 + 16) + 3 * (32 * 80 + 32))  # of a block
+DOWN = 4 * (32 * 80 + 32)
+HIDDEN = 4 * 16 * 32  # of a sequence
+GROUPS = [
+    [f"model.layers.{block}.{name}" for name in names]
+    for block in (0, 1)
+    for names in (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
+    )
+]  # fmt: skip
+
+
+@pytest.fixture
+def by_hand(tmp_path, monkeypatch):
+    """``by_hand(**options)``: phases to bytes, and the bytes of the factors."""
+
+    def passes(setting, notes):
+        works = [Work(2000, 20), Work(3000, 30)]
+        if not setting.choices.needs & OF_GRADIENTS:
+            works = [Work(), Work()]
+        return Passes(GROUPS, Work(1000, 10), works[0], works[1], object())
+
+    monkeypatch.setattr(demands, "passes_of", passes)
+    monkeypatch.setattr(demands, "_taken_apart", lambda *_: Work(5000))
+    monkeypatch.setattr(demands, "workers_for", lambda *_: 1)
+    monkeypatch.setattr(learning, "_training_passes", lambda *_: 3 * (Work(7000),))
+    monkeypatch.setattr(learning, "_refined", lambda *_: Work(9000))
+
+    def of(**options):
+        found = plan(folder(tmp_path), 0.5, **{**FEW, **options})
+        sizes = {p.name: p.peak_bytes - found.base_bytes for p in found.phases}
+        return sizes, 4 * (found.params_after - found.params + found.target_params)
+
+    return of
+
+
+def test_phases_in_memory_by_hand(by_hand):
+    found, factors = by_hand(method="svd-llm")
+    most = max(2 * SPECTRA + factors, 2 * factors)
+    assert found == {
+        "loading": WEIGHTS + 96 * 32 * (4 + 3),  # and what checks the largest
+        "statistics": WEIGHTS + 2 * GRAMS + 1000 + 10,
+        # At the last layer of all, whose sums are the largest; the other spectra are there.
+        "decomposition": WEIGHTS + 2 * SPECTRA - DOWN + 8 * 48 * 48 + 5000,
+        "factors": WEIGHTS + most + factors,
+        "writing": WEIGHTS + factors + KEPT,
+        "checking": 2 * (WEIGHTS + factors) - 2 * BLOCK + KEPT + 96 * 32 * (4 + 3),
+    }
+
+
+def test_statistics_of_gradients_by_hand(by_hand):
+    found, _ = by_hand(method="kfac-svd", allocator="uniform")
+    assert found["statistics"] == WEIGHTS + 2 * GRAMS + 2 * GRADIENTS + 2000 + 20
+
+
+def test_training_by_hand(by_hand):
+    """Spectra and the hidden states of the dense model: of all four sequences, then of one step."""
+    few = {"method": SoCo(steps=2, written=0.0, fisher_warmup=1, batch_size=1, micro_batch=1)}
+    found, _ = by_hand(**few)
+    assert found["training"] == WEIGHTS + 2 * SPECTRA + 3 * HIDDEN + 7000
+
+
+def test_refinement_by_hand(by_hand):
+    """The factors, the best ones and Adam's two moments: four numbers for each."""
+    wanted = Refinement(steps=1, batch_size=2)  # and one of four sequences held out
+    found, factors = by_hand(method="svd", refine=wanted)
+    assert found["refinement"] == WEIGHTS + 4 * factors + 3 * HIDDEN + 9000
+
+
+def test_phases_block_by_block_by_hand(by_hand):
+    block, outside, head = BLOCK + 4 * 2 * 32, 4 * (96 * 32 + 32), 4 * 96 * 32
+    found, _ = by_hand(method="svd-llm", stream=True)
+    assert found == {
+        "statistics": outside + block + GRAMS + 4 * 2 * HIDDEN + 1000 + 10,
+        "decomposition": outside + GRAMS + 2 * DOWN,
+        # What is outside of the blocks goes into one file, and the largest of it is there twice.
+        "writing": 2 * head + 4 * 32 + head + KEPT,
+    }
+    found, _ = by_hand(method="kfac-svd", allocator="uniform", stream=True)
+    sums = GRAMS + GRADIENTS
+    assert found["statistics"] == (
+        outside + head + block + sums + 4 * 2 * HIDDEN + max(1000, 3000) + max(10, 20)
+    )
+
+
+def test_the_work_folder_with_gradients_by_hand(tmp_path):
+    """The hidden states in front of every block, behind the last, and what comes back of one."""
+    place = folder(tmp_path)
+    more = {"allocator": "uniform", "stream": True, **FEW}
+    with_them = plan(place, 0.5, method="kfac-svd", **more).work_bytes
+    without = plan(place, 0.5, method="svd-llm", **more).work_bytes
+    assert with_them - without == (4 - 2) * 4 * HIDDEN
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

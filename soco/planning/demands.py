@@ -14,10 +14,10 @@ from soco.planning.learning import refinement, training
 from soco.planning.setting import Demand, Passes, Setting, passes_of, spectrum_bytes
 from soco.planning.tracing import KEPT, Trace, Work
 from soco.ranks import Shape, layer_params
+from soco.streaming import SHARD_BYTES
 from soco.surgery import transformer_blocks
 
 _SMALL = 160  # columns of the matrices that stand for larger ones of the same proportions
-_SHARD = 2**29  # of tensors outside of the blocks, as ``streaming.SHARD_BYTES``
 
 
 def demands(setting: Setting, *, stream: bool) -> tuple[list[Demand], list[str]]:
@@ -248,7 +248,7 @@ def _largest_file(
     others = [p.numel() * width for p in setting.model.parameters() if id(p) not in blocks]
     files, held = [0], 0
     for size in others:
-        if held + size > _SHARD and held:
+        if held + size > SHARD_BYTES and held:
             files.append(0)
             held = 0
         held += size

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from soco.observing import InputSums
+
 # glibc has chunks up to this size in its heaps, and keeps up to twice as much at the end of one
 # when they are freed (mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD).
 CHUNK, KEPT = 2**25, 2**26
@@ -185,30 +187,25 @@ def inputs_of(
     model: nn.Module, body: nn.Module, layers: Mapping[str, nn.Module], ids: Tensor, run: Any
 ) -> tuple[list[list[str]], Work]:
     """Which layers are given the same tensor, in groups, and what a pass takes that keeps none."""
-    groups: list[list[str]] = []
-    seen: list[tuple[int, Any]] = []
-
-    def note(name: str) -> Any:
-        def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            key = id(inputs[0])
-            _multiplied(inputs[0])
-            for group, (other, tensor) in zip(groups, seen, strict=True):
-                if key == other and tensor() is inputs[0]:
-                    group.append(name)
-                    return
-            groups.append([name])
-            seen.append((key, weakref.ref(inputs[0])))
-
-        return observe
-
-    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    inputs = _Inputs(set(), ())
+    hooks = [m.register_forward_pre_hook(inputs.hook(name)) for name, m in layers.items()]
     try:
         with torch.no_grad(), Trace() as trace:
             run(body, ids)
     finally:
         for hook in hooks:
             hook.remove()
-    return groups, trace.work
+    groups: dict[str, list[str]] = {}
+    for name, leader in inputs.leader.items():
+        groups.setdefault(leader, []).append(name)
+    return list(groups.values()), trace.work
+
+
+class _Inputs(InputSums):
+    """Who follows whom as in a calibration; nothing is summed."""
+
+    def _add(self, name: str, x: Tensor) -> None:
+        _multiplied(x)
 
 
 def _multiplied(x: Tensor) -> None:
