@@ -768,3 +768,27 @@ def test_compile_under_autocast(device):
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*args), run(*args))
+
+
+# ---- what is not finite --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_seen(dtype, bad):
+    x = torch.randn(9, 33, dtype=dtype)
+    for each in (x, x.mT, x[:, ::2], x[:0], x[0, 0]):
+        assert ops.all_finite(each)
+    for place in ((0, 0), (4, 17), (8, 32)):
+        broken = x.clone()
+        broken[place] = bad
+        for each in (broken, broken.mT, broken[place]):
+            assert not ops.all_finite(each)
+    other = torch.tensor([bad, 1.0, -bad], dtype=dtype)  # one of each
+    assert not ops.all_finite(other)
+    with pytest.raises(ValueError, match=r"q_proj \(9, 33\) holds NaN or Inf"):
+        ops.check_finite("q_proj", broken)
+
+
+def test_a_gradient_is_not_asked_for():
+    assert ops.all_finite(torch.ones(3, requires_grad=True))

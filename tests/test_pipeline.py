@@ -220,6 +220,15 @@ def test_same_seed_same_model():
     assert not torch.equal(logits(models[0]), logits(models[2]))
 
 
+def test_ranks_are_compared_among_processes(monkeypatch):
+    compared = []
+    monkeypatch.setattr(pipeline, "check_same", lambda *given: compared.append(given))
+    model = compress(tiny_model("llama"), 0.4, method="svd", progress=False)
+    ranks = {layer.name: layer.rank for layer in report(model).layers if layer.rank}
+    assert len(ranks) == 14
+    assert compared == [(ranks, "the ranks of the layers")]
+
+
 def test_calibration_of_every_kind(tmp_path, model_dir):
     folder = model_dir("stories260K")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

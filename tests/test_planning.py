@@ -277,7 +277,7 @@ def test_statistics_of_gradients_by_hand(by_hand):
 
 
 def test_training_by_hand(by_hand):
-    """Spectra and the hidden states of the dense model: of all four sequences, then of one step."""
+    """Spectra, and the dense model's hidden states of two steps and one batch before them."""
     few = {"method": SoCo(steps=2, written=0.0, fisher_warmup=1, batch_size=1, micro_batch=1)}
     found, _ = by_hand(**few)
     assert found["training"] == WEIGHTS + 2 * SPECTRA + 3 * HIDDEN + 7000

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from soco import preparation
 from soco.pipeline import compress
 from soco.preparation import prepare
 from soco.reporting import report
@@ -37,6 +38,12 @@ def test_a_shared_workbench_gives_what_each_alone_gives(method):
     assert torch.allclose(logits(shared), logits(alone), atol=1e-5)
     assert torch.equal(logits(dense), before)
     assert not low_rank_layers(dense)
+
+
+def test_bars_are_shown_by_one_process(monkeypatch):
+    assert [preparation.hidden(asked) for asked in (True, False, None)] == [False, True, None]
+    monkeypatch.setattr(preparation, "number", lambda: 1)
+    assert [preparation.hidden(asked) for asked in (True, False, None)] == [True, True, True]
 
 
 def test_reports_name_the_calibration_of_the_workbench():

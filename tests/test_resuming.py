@@ -100,17 +100,25 @@ def test_stopped_at_every_file(case, tmp_path, monkeypatch):
         discard(work)
 
 
-def test_nothing_is_done_twice(tmp_path, monkeypatch):
-    """A run that goes on collects no statistics, takes nothing apart and trains no step."""
+@pytest.mark.parametrize(
+    "options",
+    [dict(method=STEPS), dict(method=TRAINED), dict(method=STEPS, calibration="self", length=12)],
+    ids=["plain", "more text", "own text"],
+)
+def test_nothing_is_done_twice(options, tmp_path, monkeypatch):
+    """A run that goes on writes no text, collects, takes apart and trains nothing."""
     work = tmp_path / "work"
-    first = compress(STEPS, work)
+    first = compress(**options, work=work)
 
     def never(*_, **__):
         raise AssertionError("again")
 
-    for place in ("workbench.collect", "methods.bases.two_sided_svd", "training._pass"):
+    for place in (
+        "preparation.sample_from_model", "workbench.sample_from_model", "workbench.collect",
+        "methods.bases.two_sided_svd", "training._pass",
+    ):  # fmt: skip
         monkeypatch.setattr(f"soco.{place}", never)
-    same(compress(STEPS, work), first)
+    same(compress(**options, work=work), first)
     assert work.is_dir()
 
 
