@@ -30,7 +30,9 @@ def commit() -> str | None:
     return commit_of(Path(__file__).parents[1])
 
 
-def write_record(output: Path, data: Path, rows: list[dict[str, Any]]) -> None:
+def write_record(
+    output: Path, data: Path, rows: list[dict[str, Any]], kind: str | None = None
+) -> None:
     """Write rows with machine, date, commit, and the command without the places of this machine."""
     script = Path(sys.argv[0]).name
     command = " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]])
@@ -41,6 +43,7 @@ def write_record(output: Path, data: Path, rows: list[dict[str, Any]]) -> None:
         "command": command.replace(str(data), "DIR").replace(
             str(output), f"benchmarks/results/{output.name}"
         ),
+        **({} if kind is None else {"kind": kind}),
         "rows": rows,
     }
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

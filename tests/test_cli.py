@@ -940,6 +940,8 @@ def test_what_compress_refuses(fails, place, words, expected):
         ("compress", ["--method", "basis-sharing", "--pivoted"], "bases, which cannot be pivoted"),
         ("compress", ["--calibration", "empty.txt"], "the file 'empty.txt' is empty"),
         ("compress", ["--stats", "text.txt"], "text.txt is a file, and should be a folder"),
+        ("compress", ["--work", "text.txt"], "text.txt is a file, and should be a folder"),
+        ("compress", ["--work", "text.txt", *STREAM], "text.txt is a file, and should be a folder"),
         ("compare", ["--methods", "svd,basis-sharing+pivoted"], "which cannot be pivoted"),
         ("compare", ["--methods", "basis-sharing@learned"], "a method without shared bases"),
         ("compare", ["--text", "empty.txt"], "the file 'empty.txt' is empty"),

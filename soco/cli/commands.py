@@ -64,8 +64,9 @@ def compress(wanted: Compression) -> None:
     folders = wanted.folders()
     for folder in folders.values() or [wanted.output]:
         check_output(folder, replace=True)
-    if wanted.stats is not None:
-        check_writable(wanted.stats)
+    for folder in (wanted.stats, wanted.work):
+        if folder is not None:
+            check_writable(folder)
     if wanted.size is not None:
         parse_bytes(wanted.size)
     method, work = wanted.chosen_method(wanted.seed), wanted.work

@@ -10,6 +10,7 @@ from soco.cli.commands import tell_files
 from soco.cli.messages import console, quiet_libraries, say
 from soco.cli.sources import (
     check_output,
+    check_writable,
     computes_wide,
     find_device,
     find_model,
@@ -39,6 +40,8 @@ def compress(wanted: Compression) -> None:
     if not Path(place).is_dir():
         raise ValueError(f"--stream reads a folder, and {wanted.model} is none: download it first")
     check_output(wanted.output, replace=True)
+    kept = work_folder(wanted.output, wanted.work)
+    check_writable(kept)
     device = find_device(wanted.device)
     tell = (lambda text: None) if wanted.quiet else say
     names = ("ratio", "samples", "length", "include", "exclude", "allocator", "pivoted")
@@ -56,7 +59,6 @@ def compress(wanted: Compression) -> None:
             raise ValueError(f"method {wanted.method} learns from text: give --calibration FILE")
         options["calibration"] = text
         tell(f"compressing block by block by {wanted.method} on {device}")
-        kept = work_folder(wanted.output, wanted.work)
         if (kept / PLAN).is_file():
             tell(f"an earlier run was stopped: going on with what is in {kept}")
         try:
