@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 
 from soco.modules import CompressedLinear, LowRankLinear
 from soco.objectives import run_model
-from soco.ops import MOST_MEMBERS
+from soco.ops import MOST_MEMBERS, all_finite
 from soco.packing import EIGHT_BIT, LayerGroup, check_whole, fuse_gated, take_apart
 from soco.surgery import low_rank_layers
 
@@ -87,7 +87,7 @@ def _check_for_eight_bits(name: str, layer: CompressedLinear) -> None:
     for factor in (layer.down, layer.up):
         if factor.weight.dtype == torch.float64:
             raise ValueError(f"{name} is float64, which 8-bit weights are not computed with")
-        if not factor.weight.isfinite().all():
+        if not all_finite(factor.weight):
             raise ValueError(f"{name} has weights that are not finite: 8 bits have no such numbers")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from soco.linalg import Factors
+from soco.ops import all_finite
 
 # No row that is combined takes more than this much of any pivot row. Errors of the pivot rows are
 # passed on at most that much; 1 is the best there is, and costs more exchanges of rows.
@@ -88,7 +89,7 @@ def pivot_factors(factors: Factors, *, name: str) -> Pivoted:
             f"{name} of shape {[out_features, in_features]} has rank {rank}: "
             f"pivot rows need a rank below {min(out_features, in_features + 1)}, keep it dense"
         )
-    if not (up.isfinite().all() and down.isfinite().all()):
+    if not (all_finite(up) and all_finite(down)):
         raise ValueError(f"a factor of {name} holds a value that is not finite")
     basis = torch.linalg.qr(up).Q
     pivots = _exchange(basis, _first_pivots(basis)).sort().values

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from soco.linalg import Factors, truncated_svd
+from soco.ops import all_finite
 
 
 class PrincipalDirections:
@@ -39,7 +40,7 @@ class PrincipalDirections:
         Raises:
             ValueError: NaN or Inf in the batch.
         """
-        if not bool(rows.isfinite().all()):
+        if not all_finite(rows):
             raise ValueError(f"the batch {tuple(rows.shape)} holds NaN or Inf")
         stack = rows.double()
         if self._sketch is not None:

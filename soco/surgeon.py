@@ -13,6 +13,7 @@ from soco.component_gradients import Recorder, Sums
 from soco.data import positive
 from soco.linalg import Factors, Spectrum
 from soco.objectives import Objective, draw_seeds
+from soco.ops import all_finite
 from soco.steps import checkpointed, frozen
 from soco.surgery import bias_of, transformer_blocks, twins_of, weight_of
 
@@ -411,7 +412,7 @@ def _collect(
         for hook in hooks:
             hook.remove()
     for name, each in sums.items():
-        if not all(bool(part.isfinite().all()) for part in (*each.curvature, *each.pull)):
+        if not all(all_finite(part) for part in (*each.curvature, *each.pull)):
             raise ValueError(
                 f"the gradients of {name} hold NaN or Inf on the calibration text: the model "
                 f"overflows in its dtype, or its weights are broken"

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from soco.linalg import Factors
 from soco.objectives import HiddenStates, Objective, run_model
+from soco.ops import all_finite
 from soco.principal import PrincipalDirections, project
 from soco.ranks import Shape, allocate, is_dense
 from soco.steps import EndlessBatches, Step, Teacher, all_dense, check_batches, half_cosine
@@ -340,7 +341,7 @@ def _pass(
         part = len(chosen) / len(batch)
         ids = teacher.windows[chosen].to(next(model.parameters()).device)
         dense = teacher.outputs(chosen)
-        if not bool(dense.isfinite().all()):
+        if not all_finite(dense):
             raise ValueError(
                 "the outputs of the dense model are not finite (float16 overflows; try bfloat16 "
                 "or float32)"

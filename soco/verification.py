@@ -127,7 +127,7 @@ def verify(
         output = run_model(model, ids)
     held = getattr(output, "logits", None)
     held = output[0] if held is None else held
-    if not bool(held.isfinite().all()) and not any("NaN" in problem for problem in problems):
+    if not all_finite(held) and not any("NaN" in problem for problem in problems):
         problems.append("the outputs of the model hold NaN or Inf: it overflows in its dtype")
     checks = () if errors is None else errors.checks()
     problems += [

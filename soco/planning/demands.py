@@ -49,10 +49,10 @@ def demands(setting: Setting, *, stream: bool) -> tuple[list[Demand], list[str]]
 
 
 def _loading(setting: Setting) -> Demand:
-    """The weights, as they are and in the dtype that is computed in, and a check of the largest."""
+    """The weights, as they are and in the dtype that is computed in."""
     converted = setting.weights * setting.stored.itemsize // setting.dtype.itemsize
     held = setting.weights + (converted if setting.dtype != setting.stored else 0)
-    return Demand("loading", held + setting.largest * (setting.dtype.itemsize + 3), Work())
+    return Demand("loading", held, Work())
 
 
 def _sums(setting: Setting, passes: Passes) -> dict[str, tuple[int, int]]:
@@ -186,10 +186,9 @@ def _written(setting: Setting) -> list[Demand]:
     dense = targets - sum(math.prod(setting.shapes[n]) for n in setting.factored)
     outside = setting.weights // setting.dtype.itemsize - targets + dense
     again = outside * setting.dtype.itemsize + layers
-    check = setting.largest * (setting.dtype.itemsize + 3)
     return [
         Demand("writing", held, Work()),
-        Demand("checking", held + again + check, Work()),
+        Demand("checking", held + again, Work()),
     ]
 
 

@@ -49,11 +49,6 @@ class Setting:
         return sum(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
 
     @property
-    def largest(self) -> int:
-        """Entries of the largest parameter."""
-        return max(p.numel() for p in self.model.parameters())
-
-    @property
     def batches(self) -> int:
         """Of the calibration."""
         return math.ceil(self.samples / self.batch_size)
