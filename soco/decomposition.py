@@ -2,30 +2,36 @@
 
 import json
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from soco.folders import replaced
+from soco.archive import hash_of_config, hash_of_model
+from soco.diagnosis import versions
 from soco.headers import is_file, read_headers, read_json
-from soco.linalg import SVD, truncated_svd
+from soco.keeping import clear, result
+from soco.linalg import SVD, truncated_svd, work_of
 from soco.ops import check_finite
+from soco.processes import count, number, owners, wait
 from soco.stored import StoredModel
 from soco.surgery import Patterns, find_linears, shape_of, weight_of
+from soco.workfolder import WorkFolder, opened, work_folder
 
 CONTENTS = "decomposition.json"  # beside the files of tensors
 SHARD_BYTES = 2**28
+FORMAT = 1  # of the work folder
 
+Method = Literal["exact", "randomized", "auto"]
 Read = Callable[[], Tensor]  # a layer's weight (out, in), when it is wanted
 
 
@@ -99,13 +105,14 @@ def decompose(
     output: str | PathLike[str],
     *,
     kept: float = 1.0,
-    method: Literal["exact", "randomized", "auto"] = "exact",
+    method: Method = "exact",
     include: Patterns = None,
     exclude: Patterns = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool = True,
+    work: str | PathLike[str] | None = None,
 ) -> Decomposition:
     """Take all linear layers of a model apart and write their singular triplets.
 
@@ -113,6 +120,10 @@ def decompose(
     are worked on, the next ones are read and those before them are written; so memory holds the
     weights of two such groups, the results of one, and 0.5 GB on its way to files, however
     large the model is. From a folder of safetensors the model is never loaded.
+
+    Every file of 0.25 GB is kept in the work folder once it is written, so that the same call goes
+    on after a crash, a kill, Ctrl-C or a full disk. Several processes (``soco.together``) share the
+    files out; the triplets are the same bit for bit.
 
     Args:
         source: a transformers model, or the folder of one.
@@ -126,100 +137,177 @@ def decompose(
         device: that is computed on; None: where a model in memory is, the CPU for a folder.
         seed: of the sketch of randomized decompositions.
         progress: whether layers done, their rate and the time left are shown on stderr.
+        work: folder for what is done, deleted at the end; None: beside the output, its name with
+            ``.work`` at the end.
 
     Returns:
         The folder, opened: ``decomposition["model.layers.0.mlp.up_proj"]`` is an SVD.
 
     Raises:
-        ValueError: an argument is out of range, a weight holds NaN or Inf (the layer is named), or
-            the folder is broken or does not hold a layer under the name that its model gives it.
+        ValueError: an argument is out of range, a weight holds NaN or Inf (the layer is named),
+            the folder is broken or does not hold a layer under the name that its model gives it,
+            or the work folder is in use or of another run.
+        OSError: a file cannot be written, the disk being full, say.
     """
     if not 0 < kept <= 1:
         raise ValueError(f"kept must be above 0 and at most 1, got {kept}")
+    if method not in get_args(Method):
+        raise ValueError(f"method must be exact, randomized or auto, got {method!r}")
     target = Path(output)
     if target.exists() and not (target / CONTENTS).is_file():
         raise ValueError(f"{target} exists and is no decomposition: choose another output")
-    weights, shapes = _open(source, include, exclude)
+    place = work_folder(target, work)
+    weights, shapes, model = _open(source, include, exclude)
     where = torch.device(device) if device is not None else _device_of(source)
-    groups = list(_groups(shapes, min(8, torch.get_num_threads())))
-
-    def read(names: list[str]) -> Tensor:
-        return torch.stack([weights[name]().to(where) for name in names])
-
+    most = min(8, torch.get_num_threads())
+    ranks = {name: max(1, math.floor(kept * min(shape))) for name, shape in shapes.items()}
+    sizes = {n: dtype.itemsize * ranks[n] * sum(shape) for n, shape in shapes.items()}
+    shards = _shards(list(_groups(shapes, most)), sizes)
+    plan = {
+        "format": FORMAT, "model": model, "layers": list(shapes), "kept": kept, "method": method,
+        "dtype": str(dtype), "device": where.type, "seed": seed, "threads": most,
+        "processes": count(), "versions": versions(),
+    }  # fmt: skip
     begin = time.perf_counter()
-    with (
-        replaced(target) as folder,
-        ThreadPoolExecutor(1) as reader,
-        ThreadPoolExecutor(1) as writer,
-        tqdm(total=len(shapes), unit="layer", disable=not progress, desc="decomposition") as bar,
-    ):
-        shards = _Shards(folder, writer)
-        following = reader.submit(read, groups[0])
-        for number, names in enumerate(groups):
-            stacked = following.result()
-            if number + 1 < len(groups):
-                following = reader.submit(read, groups[number + 1])
-            rank = max(1, math.floor(kept * min(stacked.shape[1:])))
-            for name, weight in zip(names, stacked, strict=True):
-                check_finite(f"{name}.weight", weight)
-            found = truncated_svd(stacked, rank, method, seed=seed, name=names[0])
-            energy = stacked.double().square().sum((1, 2))
-            held = found.S.double().square().sum(1) / energy.clamp_min(1e-300)
-            for i, name in enumerate(names):
-                svd = SVD(*(part[i] for part in found))
-                shards.add(name, shapes[name], svd, min(1.0, float(held[i])), dtype)
-            bar.update(len(names))
-        layers = shards.close()
-        described = {
-            "layers": {name: asdict(layers[name]) for name in shapes},
-            "method": method,
-            "kept": kept,
-            "seconds": round(time.perf_counter() - begin, 3),
-        }
-        (folder / CONTENTS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    with opened(place, plan) as kept_there:
+        if number() == 0:
+            clear(kept_there, target)
+        run = _Run(kept_there, weights, shapes, ranks, method, dtype, where, seed)
+        run.all_of(shards, progress)
+        wait()
+        if number() == 0:
+            run.finish(target, shards, {
+                "method": method, "kept": kept, "seconds": round(time.perf_counter() - begin, 3),
+            })  # fmt: skip
+        wait()  # before the work folder goes
     return Decomposition(target)
 
 
-class _Shards:
-    """Files of tensors that are written behind the caller's back, one at a time."""
+@dataclass
+class _Run:
+    """One decomposition, file by file."""
 
-    def __init__(self, folder: Path, writer: ThreadPoolExecutor) -> None:
-        self._folder, self._writer = folder, writer
-        self._held: dict[str, Tensor] = {}
-        self._bytes = self._count = 0
-        self._layers: dict[str, Layer] = {}
-        self._running: Future[None] | None = None
+    work: WorkFolder
+    weights: Mapping[str, Read]
+    shapes: Mapping[str, tuple[int, int]]
+    ranks: Mapping[str, int]
+    method: Method
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
 
-    def add(
-        self, name: str, shape: tuple[int, int], svd: SVD, energy: float, dtype: torch.dtype
+    def all_of(self, shards: Sequence[Sequence[list[str]]], progress: bool) -> None:
+        """Take apart what is this process's and not there yet."""
+        costs = [
+            sum(work_of(*self.shapes[name], False) for group in shard for name in group)
+            for shard in shards
+        ]
+        who = owners([float(cost) for cost in costs])
+        own = [place for place in range(len(shards)) if who[place] == number()]
+        left = [place for place in own if not self.work.has(_file(place))]
+        groups = [group for place in left for group in shards[place]]
+        layers = sum(len(group) for place in own for group in shards[place])
+        done = layers - sum(map(len, groups))
+        quiet = not progress or number() > 0
+        with (
+            ThreadPoolExecutor(1) as reader,
+            ThreadPoolExecutor(1) as writer,
+            tqdm(
+                total=layers, initial=done, unit="layer", disable=quiet, desc="decomposition"
+            ) as bar,
+        ):
+            stacks = _ahead(reader, self._read, groups)
+            writing: Future[None] | None = None
+            for place in left:
+                held: dict[str, Tensor] = {}
+                energies: dict[str, float] = {}
+                for group in shards[place]:
+                    self._take_apart(group, next(stacks), held, energies)
+                    bar.update(len(group))
+                if writing is not None:
+                    writing.result()  # only one at a time, and its error is not lost
+                writing = writer.submit(self._write, place, held, energies)
+            if writing is not None:
+                writing.result()
+
+    def _read(self, names: list[str]) -> Tensor:
+        return torch.stack([self.weights[name]().to(self.device) for name in names])
+
+    def _take_apart(
+        self, names: list[str], stacked: Tensor, held: dict[str, Tensor], energies: dict[str, float]
     ) -> None:
-        """Takes the triplets of a layer; writes what is held when it is enough for a file."""
-        wide = torch.promote_types(dtype, torch.float32)
-        for part, tensor in zip(SVD._fields, svd, strict=True):
-            tensor = tensor.to("cpu", wide if part == "S" else dtype).contiguous()
-            self._held[f"{name}.{part}"] = tensor
-            self._bytes += tensor.nbytes
-        self._layers[name] = Layer(self._file(), shape, len(svd.S), energy)
-        if self._bytes >= SHARD_BYTES:
-            self._write()
+        """Put the triplets of a group, and the part of the energy that they hold, with others."""
+        for name, weight in zip(names, stacked, strict=True):
+            check_finite(f"{name}.weight", weight)
+        found = truncated_svd(
+            stacked, self.ranks[names[0]], self.method, seed=self.seed, name=names[0]
+        )
+        energy = stacked.double().square().sum((1, 2))
+        share = found.S.double().square().sum(1) / energy.clamp_min(1e-300)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        for i, name in enumerate(names):
+            energies[name] = min(1.0, float(share[i]))
+            for part, tensor in zip(SVD._fields, found, strict=True):
+                dtype = wide if part == "S" else self.dtype
+                held[f"{name}.{part}"] = tensor[i].to("cpu", dtype).contiguous()
 
-    def close(self) -> dict[str, Layer]:
-        """Writes the rest, and waits until all is there."""
-        if self._held:
-            self._write()
-        if self._running is not None:
-            self._running.result()
-        return self._layers
+    def _write(self, place: int, held: dict[str, Tensor], energies: dict[str, float]) -> None:
+        self.work.put_json(f"{_file(place)}.json", energies)
+        self.work.put_tensors(_file(place), held)  # the last: it says that both are there
 
-    def _file(self) -> str:
-        return f"decomposition-{self._count + 1:05}.safetensors"
+    def finish(
+        self, target: Path, shards: Sequence[Sequence[list[str]]], described: dict[str, Any]
+    ) -> None:
+        """Make the result of all files."""
+        layers: dict[str, Layer] = {}
+        with result(self.work, target) as folder:
+            for place in range(len(shards)):
+                file = _file(place)
+                for name, energy in self.work.get_json(f"{file}.json").items():
+                    layers[name] = Layer(file, self.shapes[name], self.ranks[name], energy)
+                _take(self.work.path / file, folder / file)
+            described = {"layers": {n: asdict(layers[n]) for n in self.shapes}, **described}
+            (folder / CONTENTS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
-    def _write(self) -> None:
-        if self._running is not None:
-            self._running.result()  # only one at a time, and its error is not lost
-        held, path = self._held, self._folder / self._file()
-        self._running = self._writer.submit(save_file, held, path)
-        self._held, self._bytes, self._count = {}, 0, self._count + 1
+
+def _ahead(
+    reader: ThreadPoolExecutor, read: Callable[[list[str]], Tensor], groups: Sequence[list[str]]
+) -> Iterator[Tensor]:
+    """What is read of each group; the next one is read meanwhile."""
+    following = [reader.submit(read, group) for group in groups[:1]]
+    for place in range(len(groups)):
+        stacked = following.pop().result()
+        if place + 1 < len(groups):
+            following.append(reader.submit(read, groups[place + 1]))
+        yield stacked
+
+
+def _shards(groups: Sequence[list[str]], sizes: Mapping[str, int]) -> list[list[list[str]]]:
+    """The groups of each file: as many as make one, or few enough for all processes."""
+    most = float(SHARD_BYTES)
+    if count() > 1:
+        most = min(most, sum(sizes.values()) / (4 * count()))
+    found: list[list[list[str]]] = []
+    held = math.inf
+    for group in groups:
+        if held >= most:
+            found.append([])
+            held = 0
+        found[-1].append(group)
+        held += sum(sizes[name] for name in group)
+    return found
+
+
+def _file(place: int) -> str:
+    return f"decomposition-{place + 1:05}.safetensors"
+
+
+def _take(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the file system has no such links."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _groups(shapes: Mapping[str, tuple[int, int]], most: int) -> Iterator[list[str]]:
@@ -240,15 +328,17 @@ def _device_of(source: object) -> torch.device:
 
 def _open(
     source: nn.Module | str | PathLike[str], include: Patterns, exclude: Patterns
-) -> tuple[dict[str, Read], dict[str, tuple[int, int]]]:
-    """How to read each layer's weight, and its shape (out, in), in the model's order."""
+) -> tuple[dict[str, Read], dict[str, tuple[int, int]], dict[str, str]]:
+    """How to read each layer's weight, its shape (out, in), in the model's order; and its hash."""
     if isinstance(source, nn.Module):
         layers = find_linears(source, include, exclude)
         reads = {n: (lambda module=m: weight_of(module).detach()) for n, m in layers.items()}
-        return reads, {name: shape_of(module) for name, module in layers.items()}
+        told = {"weights": hash_of_model(source)[:16], "config": hash_of_config(source)[:16]}
+        return reads, {name: shape_of(module) for name, module in layers.items()}, told
     stored = StoredModel(source)
     layers = find_linears(stored.model, include, exclude)
     for name in layers:
         stored.require_weight(name)  # before anything is computed
     reads = {name: (lambda name=name: stored.weight(name)) for name in layers}
-    return reads, {name: shape_of(module) for name, module in layers.items()}
+    shapes = {name: shape_of(module) for name, module in layers.items()}
+    return reads, shapes, stored.fingerprint()

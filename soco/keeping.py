@@ -1,15 +1,42 @@
-"""The state of a training in a work folder: written every so often, whole, for going on from."""
+"""What a long run keeps in its work folder: the state of a loop, and the name of its result."""
 
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from soco.folders import replaced
 from soco.processes import count, gathered, number, told, wait
 from soco.workfolder import WorkFolder
 
 EVERY = 60.0  # seconds between two states
+UNFINISHED = "unfinished.json"
+
+
+@contextmanager
+def result(work: WorkFolder, target: Path) -> Iterator[Path]:
+    """``folders.replaced``, known to the work folder: ``clear`` deletes it if this is killed."""
+    with replaced(target) as folder:
+        work.put_json(UNFINISHED, folder.name)
+        yield folder
+    work.drop(UNFINISHED)
+
+
+def clear(work: WorkFolder, target: Path) -> None:
+    """Delete the half-written result of an earlier run."""
+    if not work.has(UNFINISHED):
+        return
+    name = work.get_json(UNFINISHED)
+    beside = target.resolve()
+    ours = isinstance(name, str) and name.startswith(f".{beside.name}.")
+    if ours and Path(name).name == name:
+        shutil.rmtree(beside.parent / name, ignore_errors=True)
+    work.drop(UNFINISHED)
 
 
 class Keeper:

@@ -1,7 +1,6 @@
 """Models larger than memory: a folder compressed into another, block by block."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,10 +22,11 @@ from soco.contents import check_contents
 from soco.data import positive
 from soco.diagnosis import versions
 from soco.factorization import choose_ranks
-from soco.folders import carry_over, replaced, write_checksums
+from soco.folders import carry_over, write_checksums
 from soco.guard import Clock
 from soco.headers import read_headers, weight_files
 from soco.installation import layer_reports, size_of
+from soco.keeping import clear, result
 from soco.linalg import Factors, Spectrum, work_of
 from soco.memory import give_back_memory
 from soco.methods import (
@@ -49,10 +49,9 @@ from soco.sequential import stages
 from soco.stored import StoredModel
 from soco.surgery import bias_of, find_linears, fused_experts, replace_modules, shape_of
 from soco.workbench import Workbench
-from soco.workfolder import WorkFolder, opened
+from soco.workfolder import WorkFolder, opened, work_folder
 
 FORMAT = 2  # of the work folder
-UNFINISHED = "unfinished.json"
 SHARD_BYTES = 2**29  # of tensors outside of the blocks
 
 
@@ -137,8 +136,6 @@ def compress_folder(
     target = Path(output)
     check_replaceable(target)
     place = work_folder(target, work)
-    if place.resolve() == target.resolve():
-        raise ValueError(f"{place} is the output: choose another work folder")
     stored = StoredModel(folder)
     targets = _check_model(stored, include, exclude)
     notes: list[str] = []
@@ -165,7 +162,7 @@ def compress_folder(
     }
     with opened(place, plan) as kept:
         if number() == 0:
-            _clear(kept, target)
+            clear(kept, target)
         run = _Run(
             stored, targets, windows, choices, ratio, batch_size, seed, dtype or stored.dtype,
             torch.device(device), kept, clock, notes, progress,
@@ -174,12 +171,6 @@ def compress_folder(
         source = calibration_source(calibration, windows, seed)
         report = run.write(target, source)
     return report
-
-
-def work_folder(output: Path, work: str | PathLike[str] | None) -> Path:
-    """Where a run keeps what is done, if that was asked for or not."""
-    beside = output.resolve()
-    return Path(work) if work is not None else beside.with_name(f"{beside.name}.work")
 
 
 def _check_model(
@@ -402,15 +393,13 @@ class _Run:
 
     def _write_folder(self, target: Path, names: list[str], ranks: Mapping[str, int]) -> None:
         """Write all of it, or nothing; ``names`` are of the dense model's tensors."""
-        with replaced(target) as folder:
-            self.work.put_json(UNFINISHED, folder.name)
+        with result(self.work, target) as folder:
             self.model.config.save_pretrained(str(folder))
             self._write_weights(folder, names, ranks)
             described = self.model.config.quantization_config.layers
             check_contents(self.model, read_headers(weight_files(folder)), described)
             write_checksums(folder)
             carry_over(self.stored.folder, folder)
-        self.work.drop(UNFINISHED)
 
     def _write_weights(self, folder: Path, names: list[str], ranks: Mapping[str, int]) -> None:
         """One file for every block, and as many as it takes for what is outside."""
@@ -459,13 +448,3 @@ class _Run:
 
 def _marker(number: int) -> str:
     return f"block-{number}.json"
-
-
-def _clear(work: WorkFolder, target: Path) -> None:
-    """Delete the half-written result of an earlier run."""
-    if work.has(UNFINISHED):
-        name = work.get_json(UNFINISHED)
-        ours = isinstance(name, str) and name.startswith(f".{target.resolve().name}.")
-        if ours and Path(name).name == name:
-            shutil.rmtree(target.resolve().parent / name, ignore_errors=True)
-        work.drop(UNFINISHED)

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -194,6 +195,19 @@ def opened(path: Path, plan: Mapping[str, Any], *, keep: bool = False) -> Iterat
         if ended:
             _remove(path)
     wait()
+
+
+def work_folder(output: Path, work: str | PathLike[str] | None) -> Path:
+    """Where a run keeps what is done: where it was told to, else beside its output.
+
+    Raises:
+        ValueError: that is the output.
+    """
+    beside = output.resolve()
+    place = Path(work) if work is not None else beside.with_name(f"{beside.name}.work")
+    if place.resolve() == beside:
+        raise ValueError(f"{place} is the output: choose another work folder")
+    return place
 
 
 def discard(path: Path) -> None:

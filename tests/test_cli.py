@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import soco
-from soco import keeping, streaming
+from soco import decomposition, keeping, streaming
 from soco.allocators import ALLOCATORS
 from soco.cli import commands, comparing, demo, main, sources
 from soco.cli.messages import sentence
@@ -858,7 +858,29 @@ def test_decompose(run, fails, place):
     assert "there is no folder 'no/where/here'" in fails("decompose", "no/where/here", "-o", "x")
     for option, value, message in (("kept", 2, "kept must be"), ("method", "fast", "method must")):
         assert message in fails("decompose", "dense", "-o", "x", f"--{option}", value)
+    message = "text.txt is a file, and should be a folder"
+    assert message in fails("decompose", "dense", "-o", "x", "--work", "text.txt")
     assert not (place / "x").exists()
+
+
+def test_a_decomposition_that_is_stopped_goes_on(run, place, monkeypatch):
+    words = ["decompose", "dense", "-o", "parts"]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            decomposition._Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        code, out, err = run(*words)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-2:] == [
+        "soco: stopped: the same command goes on from here", "soco: interrupted",
+    ]  # fmt: skip
+    monkeypatch.setattr(decomposition, "truncated_svd", lambda *_, **__: pytest.fail("again"))
+    code, out, err = run(*words)
+    assert code == 0
+    assert err.startswith("soco: an earlier run was stopped: going on with what is in ")
+    assert err.endswith("parts.work\n")
+    assert "parts holds 14 layers" in out
+    assert not (place / "parts.work").exists()
 
 
 OUT = ["--output", "out"]

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections import Counter
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import soco
-from soco import decomposition
+from soco import decomposition, keeping, workfolder
 from soco.decomposition import CONTENTS, Decomposition, decompose
 from soco.linalg import SVD
 from soco.surgery import find_linears, weight_of
+from soco.workfolder import WorkFolder
 from tiny_models import tiny_model
 
 
@@ -123,14 +126,130 @@ def test_a_decomposition_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert Decomposition(tmp_path / "out").layers["model.layers.0.mlp.up_proj"].rank >= 1
 
 
-def test_a_write_that_fails_is_told(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError("no space left")
+def held(folder):
+    """Layer to its triplets, and how much energy they hold."""
+    found = Decomposition(folder)
+    return {name: (found.layers[name].energy, *(t.tolist() for t in found[name])) for name in found}
 
-    monkeypatch.setattr(decomposition, "save_file", full)
-    with pytest.raises(OSError, match="no space left"):
-        decompose(tiny_model("llama"), tmp_path / "out", progress=False)
-    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_stopped_at_every_file(in_memory, tmp_path, monkeypatch):
+    """Every time another file is not written to its end; nothing that is there is made again."""
+    monkeypatch.setattr(decomposition, "SHARD_BYTES", 10_000)
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    source = model if in_memory else tmp_path / "model"
+    decompose(source, tmp_path / "once", kept=0.5, progress=False)
+    put, apart, taken, left = WorkFolder._put, decomposition.truncated_svd, [], [0]
+
+    def counted(stacked, *args, **options):
+        taken.append(options["name"])
+        return apart(stacked, *args, **options)
+
+    def stopping(work, name, write):
+        def partly(path):
+            left[0] -= 1
+            if left[0] < 0 and not name.startswith("plan"):
+                path.write_bytes(b"half")
+                raise KeyboardInterrupt
+            write(path)
+
+        put(work, name, partly)
+
+    monkeypatch.setattr(WorkFolder, "_put", stopping)
+    monkeypatch.setattr(decomposition, "truncated_svd", counted)
+    stops = 0
+    for _ in range(20):
+        left[0] = 3  # the energies of a file and the file, and half of a third
+        try:
+            decompose(source, tmp_path / "out", kept=0.5, progress=False)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+            assert (tmp_path / "out.work" / "plan.json").is_file()
+            assert not (tmp_path / "out").exists()
+    else:
+        pytest.fail("it never ends")
+    layers = Counter(layer.file for layer in Decomposition(tmp_path / "out").layers.values())
+    assert len(layers) > 3
+    # The file that is written when it stops is made again, and the one behind it; no more.
+    assert 0 < len(taken) - len(set(taken)) <= 2 * stops * max(layers.values())
+    assert held(tmp_path / "out") == held(tmp_path / "once")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "once", "out"]
+
+
+def begun(tmp_path, monkeypatch, **options):
+    """Arguments of a decomposition that was stopped before it wrote anything."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decomposition, "truncated_svd", stop)
+        with pytest.raises(KeyboardInterrupt):
+            decompose(tmp_path / "model", tmp_path / "out", progress=False, **options)
+    return tmp_path / "model", tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kept": 0.5}, "kept is 1.0 there and 0.5 here"),
+        ({"method": "randomized"}, 'method is "exact" there and "randomized" here'),
+        ({"dtype": torch.float64}, 'dtype is "torch.float32" there and "torch.float64" here'),
+        ({"seed": 3}, "seed is 0 there and 3 here"),
+        ({"exclude": "*mlp*"}, r"layers is .* there and .* here"),
+    ],
+)
+def test_another_run_does_not_go_on_there(tmp_path, monkeypatch, options, message):
+    model, out = begun(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        decompose(model, out, progress=False, **options)
+    assert (tmp_path / "out.work").is_dir()
+    with pytest.raises(ValueError, match=r"model\.config\.json is .* there and not given here"):
+        decompose(tiny_model("llama"), out, progress=False)  # the same, in memory
+    decompose(model, out, progress=False)
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_where_the_work_folder_is(tmp_path, monkeypatch):
+    model, out = begun(tmp_path, monkeypatch, work=tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "plan.json").is_file()
+    with pytest.raises(ValueError, match="out is the output: choose another work folder"):
+        decompose(model, out, progress=False, work=out)
+    monkeypatch.setattr(Path, "hardlink_to", refused)  # as between two disks
+    decompose(model, out, progress=False, work=tmp_path / "elsewhere")
+    check(Decomposition(out), tiny_model("llama"))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "out"]
+
+
+def refused(*_):
+    raise OSError("no links here")
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path, monkeypatch):
+    model, out = begun(tmp_path, monkeypatch)
+    left = tmp_path / ".out.12345678"
+    left.mkdir()
+    (tmp_path / "out.work" / keeping.UNFINISHED).write_text(json.dumps(left.name))
+    decompose(model, out, progress=False)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workfolder, "save_file", full)
+        message = r"out\.work/decomposition-00001\.safetensors cannot be written \(No space left"
+        with pytest.raises(OSError, match=message):
+            decompose(tiny_model("llama"), tmp_path / "out", progress=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.work"]
+    found = decompose(tiny_model("llama"), tmp_path / "out", progress=False)
+    check(found, tiny_model("llama"))
 
 
 def test_bad_arguments(tmp_path):

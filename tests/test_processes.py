@@ -132,6 +132,17 @@ def test_from_folder_to_folder(results, count, key, method):
     assert not [name for name in left if "work" in name]
 
 
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_whole_model_taken_apart(results, count):
+    parts, files, _ = results[1][0]["apart"]
+    assert files == 2
+    others, files, left = results[count][0]["apart"]
+    assert files > count + 1
+    assert distance(parts, others) == 0
+    assert f"parts-{count}" in left
+    assert not [name for name in left if "work" in name]
+
+
 @pytest.fixture
 def dense(tmp_path):
     """The folder of a tiny model; calibration text is token ids."""

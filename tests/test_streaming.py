@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import soco
-from soco import chain, checkpoint, streaming
+from soco import chain, checkpoint, keeping, streaming
 from soco.methods import KFACSVD, SVDLLM
 from soco.streaming import compress_folder
 from soco.surgery import find_linears
@@ -470,7 +470,7 @@ def test_killed(tmp_path):
     else:
         left = tmp_path / ".often.12345678"
         left.mkdir()
-        (markers / streaming.UNFINISHED).write_text(json.dumps(left.name))
+        (markers / keeping.UNFINISHED).write_text(json.dumps(left.name))
         stream(tmp_path / "dense", tmp_path / "often", batch_size=1)
     assert weights(tmp_path / "often") == weights(tmp_path / "once")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "often", "once"]
@@ -585,7 +585,7 @@ def test_what_is_no_result_of_ours_is_not_cleared_away(tmp_path, monkeypatch):
     precious = tmp_path / "precious"
     precious.mkdir()
     for name in ("precious", "../precious", str(precious), ".out.work/../precious"):
-        (tmp_path / "out.work" / streaming.UNFINISHED).write_text(json.dumps(name))
+        (tmp_path / "out.work" / keeping.UNFINISHED).write_text(json.dumps(name))
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             patch.setattr(
                 streaming._Run, "_block", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)

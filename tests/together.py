@@ -57,6 +57,14 @@ def streamed(folder, method):
     return soco.load(small).state_dict(), left
 
 
+def apart(folder):
+    """From a folder, in files that are small enough to be shared out."""
+    out = folder / f"parts-{processes.count()}"
+    found = soco.decompose(folder / "dense", out, kept=0.5, progress=False)
+    left = sorted(entry.name for entry in folder.iterdir() if entry.name.startswith("parts"))
+    return {name: svd._asdict() for name, svd in found.items()}, len(list(out.iterdir())), left
+
+
 def stopped(folder):
     """Stopped in the middle of a training, and again in that of a refinement; then going on."""
     keeping.EVERY, save, left = 0.0, keeping.Keeper.save, [5, 4, -1]
@@ -101,6 +109,7 @@ def main():
             "refine": compressed("svd-llm", refine=Refinement(steps=8, evaluate_every=4)),
             "streamed": streamed(output, "svd-llm"),
             "streamed back": streamed(output, "kfac-svd"),
+            "apart": apart(output),
             "stopped": stopped(output / f"work-{processes.count()}"),
         }
     assert processes.count() == 1

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from soco.cli.decomposing import decompose
 from soco.cli.options import (
     ENTRY_OPTIONS,
     RUNNING,
@@ -65,6 +66,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(decompose)
 app.command()(plan)
 
 
@@ -455,27 +457,6 @@ def verify(
     from soco.cli import commands
 
     commands.verify(folder, against, text, as_json=as_json)
-
-
-@app.command()
-def decompose(
-    model: ModelArgument,
-    output: NewFolderOption,
-    kept: Annotated[
-        float, typer.Option(metavar="X", help="Fraction of the components of each layer to write.")
-    ] = 1.0,
-    method: Annotated[
-        str, typer.Option(metavar="NAME", help="exact, randomized, or auto: the quicker of them.")
-    ] = "exact",
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    device: DeviceOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Write the singular triplets of a model's layers; from a folder it is never loaded whole."""
-    from soco.cli import commands
-
-    commands.decompose(model, output, kept, method, include, exclude, device, quiet=quiet)
 
 
 @app.command()

@@ -4,13 +4,12 @@ import copy
 import json
 import math
 import shlex
-import sys
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 from soco.checkpoint import CONFIG, export_dense, save
 from soco.choices import choose
 from soco.cli import demo
-from soco.cli.messages import console, quiet_libraries, say
+from soco.cli.messages import console, quiet_libraries, say, shows_bars
 from soco.cli.sources import (
     DEMO,
     check_output,
@@ -35,7 +34,6 @@ from soco.cli.sources import (
     open_tokenizer,
 )
 from soco.cli.wanted import Compression
-from soco.decomposition import decompose as decompose_model
 from soco.diagnosis import diagnose
 from soco.evaluation import Evaluation
 from soco.evaluation import evaluate as evaluate_model
@@ -73,7 +71,7 @@ def compress(wanted: Compression) -> None:
     options = _compress_options(wanted, method)
     device = find_device(wanted.device)
     tell = _say_nothing if wanted.quiet else say
-    with quiet_libraries(bars=_shows_bars(wanted.quiet)):
+    with quiet_libraries(bars=shows_bars(wanted.quiet)):
         tell(f"loading {wanted.model}")
         model = open_dense(wanted.model, wanted.dtype, device)
         stored, bytes_before = model.dtype, size_of(model)[1]
@@ -258,7 +256,7 @@ def evaluate(
     running = {"batch_size": batch_size, "progress": not quiet}
     values: dict[str, Any] = {"model": model, "text": text, "dense": dense}
     told = []
-    with quiet_libraries(bars=_shows_bars(quiet)):
+    with quiet_libraries(bars=shows_bars(quiet)):
         if tasks is not None:
             check_tasks(tasks, data=task_options["data"], num_fewshot=task_options["num_fewshot"])
         small = _opened(model, dtype, place)
@@ -340,37 +338,6 @@ def export(folder: Path, output: Path) -> None:
     print(f"{output} holds the compressed model in dense form ({format_bytes(weights)} of weights)")
 
 
-def decompose(
-    model: str,
-    output: Path,
-    kept: float,
-    method: str,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    device: str | None,
-    *,
-    quiet: bool,
-) -> None:
-    """``soco decompose``: the triplets of all layers, a few at a time."""
-    place, where = find_model(model), find_device(device)
-    check_writable(output)
-    with quiet_libraries(bars=False):
-        # An id on the hub: the model has to be fetched, and is loaded as it is stored.
-        source = place if Path(place).is_dir() else open_dense(model, "auto", where)
-        begin = time.perf_counter()
-        found = decompose_model(
-            source, output, kept=kept, method=cast(Any, method), include=include, exclude=exclude,
-            device=where, progress=_shows_bars(quiet),
-        )  # fmt: skip
-        seconds = time.perf_counter() - begin
-    held = [layer.energy for layer in found.layers.values()]
-    written = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    print(
-        f"{output} holds {len(found)} layers ({format_bytes(written)}), with {min(held):.1%} to "
-        f"{max(held):.1%} of their energy; it took {seconds:.1f} s"
-    )
-
-
 def verify(folder: Path, against: str | None, text: str | None, *, as_json: bool) -> None:
     """``soco verify``: what was found, and exit code 2 if there is a problem."""
     _check_compressed(folder)
@@ -394,10 +361,6 @@ def _check_compressed(folder: Path) -> None:
         raise ValueError(f"there is no folder {str(folder)!r}")
     if not is_compressed(folder):
         raise ValueError(f"{folder} is not the folder of a model compressed by soco")
-
-
-def _shows_bars(quiet: bool) -> bool:
-    return not quiet and sys.stderr.isatty()
 
 
 def _say_nothing(text: str) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from soco.choices import choose
 from soco.cli import demo
-from soco.cli.messages import console, quiet_libraries, say
+from soco.cli.messages import console, quiet_libraries, say, shows_bars
 from soco.cli.sources import (
     DEMO,
     check_output,
@@ -69,7 +68,7 @@ def compare(wanted: Wanted) -> None:
     if wanted.stats is not None:
         check_writable(wanted.stats)
     device = find_device(wanted.device)
-    shows = not wanted.quiet and sys.stderr.isatty()
+    shows = shows_bars(wanted.quiet)
     total = len(entries) * len(ratios)
     usual = {k: demo.OPTIONS[k] for k in ("samples", "length")} if wanted.model == DEMO else {}
     given = {name: getattr(wanted, name) for name in ("samples", "length", "windows", "stats")}

@@ -31,6 +31,11 @@ def say(text: str) -> None:
     print(f"soco: {text}", file=sys.stderr, flush=True)
 
 
+def shows_bars(quiet: bool) -> bool:
+    """Whether someone looks who wants to see progress."""
+    return not quiet and sys.stderr.isatty()
+
+
 def console() -> Console:
     """Where results go: as they are, without guesses at what to highlight or where to break."""
     return Console(highlight=False, soft_wrap=True, emoji=False)

@@ -20,8 +20,8 @@ from soco.cli.sources import (
 from soco.cli.wanted import Compression
 from soco.processes import number
 from soco.stored import StoredModel
-from soco.streaming import compress_folder, work_folder
-from soco.workfolder import PLAN
+from soco.streaming import compress_folder
+from soco.workfolder import PLAN, work_folder
 
 # Options of `soco compress` that need what streaming has not.
 _WHOLE = ("ratios", "size", "effort", "preset", "refine", "surgeon", "stats", "training")
