@@ -166,6 +166,7 @@ def collect(
                                     outputs.detach(), outputs, seeds[number]
                                 )
                                 surprise.backward()
+                                del outputs, surprise  # as large as all logits of a batch
                             else:
                                 run(number, ids)
                     collector.end_forward()

@@ -585,3 +585,20 @@ def test_what_a_rare_expert_saw_counts_by_how_often_it_was_asked():
     torch.testing.assert_close(means["root"].T @ means["root"], (2 * one).T @ (2 * one) / 20)
     assert torch.equal(means["fisher"], 3 * one)
     assert torch.equal(means["grad_gram"], 3 * one)
+
+
+def test_the_outputs_of_a_batch_go_before_the_next_one():
+    """They are as large as all logits."""
+    before: list[weakref.ref[torch.Tensor]] = []
+
+    class Watched(TokenDistribution):
+        def outputs(self, model, ids):
+            assert not any(each() is not None for each in before)
+            found = super().outputs(model, ids)
+            before.append(weakref.ref(found))
+            return found
+
+    model = tiny_model("llama")
+    layers = find_linears(model)
+    collect(model, layers, WINDOWS, 2, kinds={"grad_gram"}, objective=Watched())
+    assert len(before) == 3
