@@ -236,12 +236,13 @@ GROUPS = [
 @pytest.fixture
 def by_hand(tmp_path, monkeypatch):
     """``by_hand(**options)``: phases to bytes, and the bytes of the factors."""
+    loss = [3000]  # what a block and the loss take
 
     def passes(setting, notes):
-        works = [Work(2000, 20), Work(3000, 30)]
+        works = [Work(2000, 20), Work(loss[0], 30), Work(4000, 40)]
         if not setting.choices.needs & OF_GRADIENTS:
-            works = [Work(), Work()]
-        return Passes(GROUPS, Work(1000, 10), works[0], works[1], object())
+            works = 3 * [Work()]
+        return Passes(GROUPS, Work(1000, 10), works[0], works[1], works[2], object())
 
     monkeypatch.setattr(demands, "passes_of", passes)
     monkeypatch.setattr(demands, "_taken_apart", lambda *_: Work(5000))
@@ -249,7 +250,8 @@ def by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "_training_passes", lambda *_: 3 * (Work(7000),))
     monkeypatch.setattr(learning, "_refined", lambda *_: Work(9000))
 
-    def of(**options):
+    def of(*, to_the_loss=3000, **options):
+        loss[0] = to_the_loss
         found = plan(folder(tmp_path), 0.5, **{**FEW, **options})
         sizes = {p.name: p.peak_bytes - found.base_bytes for p in found.phases}
         return sizes, 4 * (found.params_after - found.params + found.target_params)
@@ -299,11 +301,12 @@ def test_phases_block_by_block_by_hand(by_hand):
         # What is outside of the blocks goes into one file, and the largest of it is there twice.
         "writing": 2 * head + 4 * 32 + head + KEPT,
     }
-    found, _ = by_hand(method="kfac-svd", allocator="uniform", stream=True)
-    sums = GRAMS + GRADIENTS
-    assert found["statistics"] == (
-        outside + head + block + sums + 4 * 2 * HIDDEN + max(1000, 3000) + max(10, 20)
-    )
+    way_back = {"method": "kfac-svd", "allocator": "uniform", "stream": True}
+    found, _ = by_hand(**way_back)
+    states = 4 * 2 * HIDDEN
+    assert found["statistics"] == outside + block + GRAMS + GRADIENTS + states + 4000 + 20
+    found, _ = by_hand(**way_back, to_the_loss=10**9)  # where there are no statistics yet
+    assert found["statistics"] == outside + head + states + 10**9 + 20
 
 
 def test_the_work_folder_with_gradients_by_hand(tmp_path):

@@ -54,7 +54,7 @@ def _print(model: str, found: Plan) -> None:
     out.print(found.summary(), markup=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
-    for column in ("memory", "this CPU, at least", "one GPU, at least"):
+    for column in ("memory", "this CPU", "one GPU"):
         table.add_column(column, justify="right")
     for phase in found.phases:
         times = [duration(each) if each else "-" for each in (phase.cpu_seconds, phase.gpu_seconds)]
@@ -71,8 +71,9 @@ def _print(model: str, found: Plan) -> None:
         "states, and a guess at eigendecompositions",
         "several processes (torchrun) share calibration, decompositions and training; what that "
         "saves is not planned, and each takes this memory",
-        "times are lower bounds: reading, writing, small operations and other work on the machine "
-        "come on top; runs of small models took 2 to 24 times as long (docs/reliability.md)",
+        "times leave out reading, writing and small operations, and other work on the machine "
+        "slowed down what was measured just now; runs of small models took 0.6 to 10 times as long "
+        "(docs/reliability.md)",
         *found.notes,
     )
     for line in lines:

@@ -218,14 +218,13 @@ def _streamed(setting: Setting, passes: Passes, units: Mapping[Shape, Work]) -> 
         grams = float(tokens * sum(shared // 8 for shared, _ in sums.values()))
         work = work.then(Work(products={torch.float32: grams}))
         held = outside + width * max(inside, default=0) + largest + states
-        if passes.single.peak:  # autograd of one block, and the way from the last one to the loss
-            work = replace(passes.curvature.times(setting.batches), peak=passes.single.peak).then(
-                replace(work, peak=0)
-            )
-            held += width * sum(p.numel() for p in setting.model.parameters()) - (
-                outside + width * sum(inside)
-            )
-        found.append(Demand("statistics", held + work.peak + work.kept, work))
+        peak = held + work.peak
+        if passes.single.peak:
+            work = passes.curvature.times(setting.batches).then(work)
+            head = setting.weights - outside - width * sum(inside)
+            to_the_loss = outside + head + states + passes.single.peak  # from the last block on
+            peak = max(peak, held + passes.inner.peak, to_the_loss)
+        found.append(Demand("statistics", peak + work.kept, work))
     work, peak = Work(), 0
     for shape in setting.shapes.values():
         work = work.then(units[shape])

@@ -35,8 +35,8 @@ class Phase:
 
     name: str
     peak_bytes: int  # resident memory of the process at its highest
-    cpu_seconds: float  # on this CPU, at least, by rates that were measured
-    gpu_seconds: float  # on one GPU, at least, by rates that are assumed and were never measured
+    cpu_seconds: float  # on this CPU, by rates that were measured
+    gpu_seconds: float  # on one GPU, by rates that are assumed and were never measured
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from soco.calibration import OF_GRADIENTS
 from soco.choices import Choices
-from soco.objectives import objective_for, run_model
+from soco.objectives import HiddenStates, Objective, objective_for, run_model
 from soco.planning.tracing import Work, curvature_pass, inputs_of, without_values
 from soco.ranks import Shape, is_dense, largest_rank, layer_params
 from soco.surgery import text_config, transformer_blocks
@@ -95,13 +95,14 @@ class Passes:
     forward: Work
     curvature: Work  # with gradients
     single: Work  # the same of a model of one block
+    inner: Work  # and of that without its head and the loss
     objective: Any
 
 
 def passes_of(setting: Setting, notes: list[str]) -> Passes:
     """Run the model on one batch without values."""
     model, targets = setting.model, setting.targets
-    alone = Passes([[name] for name in targets], Work(), Work(), Work(), None)
+    alone = Passes([[name] for name in targets], Work(), Work(), Work(), Work(), None)
     choices, size = setting.choices, setting.batch_size
     if not choices.reads_text:
         return alone
@@ -113,18 +114,19 @@ def passes_of(setting: Setting, notes: list[str]) -> Passes:
             body = base if all(t in within for t in targets.values()) else model
             groups, forward = inputs_of(model, body, targets, ids, run_model)
             objective = objective_for(model, ids[:1])
-        curvature = single = Work()
+        curvature = single = inner = Work()
         if choices.needs & OF_GRADIENTS:
 
-            def run() -> Work:
-                return curvature_pass(model, targets, objective, ids_of(setting, size))
+            def run(of: Objective = objective) -> Work:
+                return curvature_pass(model, targets, of, ids_of(setting, size))
 
             curvature, single = of_all_blocks(model, run), of_one_block(model, run)
+            inner = of_one_block(model, lambda: run(HiddenStates()))
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         notes.append(f"what passes of {type(model).__name__} take is not counted: {reason}")
         return alone
-    return Passes(groups, forward, curvature, single, objective)
+    return Passes(groups, forward, curvature, single, inner, objective)
 
 
 def ids_of(setting: Setting, sequences: int) -> Tensor:
