@@ -126,7 +126,7 @@ def _planned(parts: list[dict]) -> str:
     text = (
         f"At most {max(off):.1%} off at the peak; of {len(phases)} single phases {far} are off by "
         f"more than 15%, the farthest by {max(phases):.1%}. The runs took {times[0]:.1f} to "
-        f"{times[-1]:.1f} times as long as planned (beside other work, median "
+        f"{times[-1]:.1f} times as long as planned (median "
         f"{times[len(times) // 2]:.1f}). Made on {made} by `{parts[0]['command']}`."
     )
     return "\n".join([*lines, "", text])
