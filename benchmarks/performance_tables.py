@@ -24,7 +24,7 @@ def performance(parts: list[dict]) -> dict[str, str]:
 
 def layers_timed(records: list[dict]) -> str:
     """What ``soco-bench lowrank`` measured: a part of docs/performance.md."""
-    names = list(dict.fromkeys(name for r in records for row in r["rows"] for name in row["ways"]))
+    _, names = _rows_and_ways(records)
     lines = [
         f"| threads, dtype, tokens | layers, kept | {' | '.join(names)} | over pairs | roofline |",
         "|---|---" + "|--:" * (len(names) + 2) + "|",
@@ -96,8 +96,7 @@ def models_timed(records: list[dict]) -> str:
 
 def decompositions_timed(records: list[dict]) -> str:
     """What ``soco-bench svd`` measured: a part of docs/performance.md."""
-    rows = [row for record in records for row in record["rows"]]
-    names = list(dict.fromkeys(name for row in rows for name in row["ways"]))
+    rows, names = _rows_and_ways(records)
     lines = [
         f"| matrix, spectrum | rank | {' | '.join(names)} |",
         "|---|--:" + "|--:" * len(names) + "|",
@@ -160,8 +159,7 @@ def batches_timed(records: list[dict]) -> str:
 
 def scalings_timed(records: list[dict]) -> str:
     """What ``soco-bench spectral`` measured: a part of docs/performance.md."""
-    rows = [row for record in records for row in record["rows"]]
-    names = list(dict.fromkeys(name for row in rows for name in row["ways"]))
+    rows, names = _rows_and_ways(records)
     lines = [
         f"| rank, tokens, dtype | {' | '.join(names)} |", "|---" + "|--:" * len(names) + "|",
     ]  # fmt: skip
@@ -190,6 +188,12 @@ def sums_timed(records: list[dict]) -> str:
         lines.append(f"| {row['what']} | {times} | {plain / ours:.2f}x |")
     threads = records[0]["machine"]["threads"]
     return "\n".join([*lines, "", f"Medians, both in turn, {threads} threads. {_made(records)}"])
+
+
+def _rows_and_ways(records: list[dict]) -> tuple[list[dict], list[str]]:
+    """All rows, and the names of the ways that were timed, in their order."""
+    rows = [row for record in records for row in record["rows"]]
+    return rows, list(dict.fromkeys(name for row in rows for name in row["ways"]))
 
 
 def _made(records: list[dict]) -> str:

@@ -59,6 +59,11 @@ def hash_of_model(model: nn.Module) -> str:
     return of_model.hexdigest()
 
 
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """What shows that a model in memory is another one, short; as ``StoredModel.fingerprint``."""
+    return {"weights": hash_of_model(model)[:16], "config": hash_of_config(model)[:16]}
+
+
 def hash_of_data(windows: Tensor, batch_size: int) -> str:
     """The hash of token ids (sequences, length), and of how they are cut into batches."""
     told = hashlib.sha256(f"{tuple(windows.shape)} {batch_size};".encode())

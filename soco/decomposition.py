@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from soco.archive import hash_of_config, hash_of_model
+from soco.archive import fingerprint
 from soco.diagnosis import versions
 from soco.headers import is_file, read_headers, read_json
 from soco.keeping import clear, result
@@ -202,7 +202,7 @@ class _Run:
             sum(work_of(*self.shapes[name], False) for group in shard for name in group)
             for shard in shards
         ]
-        who = owners([float(cost) for cost in costs])
+        who = owners(costs)
         own = [place for place in range(len(shards)) if who[place] == number()]
         left = [place for place in own if not self.work.has(_file(place))]
         groups = [group for place in left for group in shards[place]]
@@ -329,12 +329,12 @@ def _device_of(source: object) -> torch.device:
 def _open(
     source: nn.Module | str | PathLike[str], include: Patterns, exclude: Patterns
 ) -> tuple[dict[str, Read], dict[str, tuple[int, int]], dict[str, str]]:
-    """How to read each layer's weight, its shape (out, in), in the model's order; and its hash."""
+    """How to read each layer's weight, its shape (out, in), and what shows that it was changed."""
     if isinstance(source, nn.Module):
         layers = find_linears(source, include, exclude)
         reads = {n: (lambda module=m: weight_of(module).detach()) for n, m in layers.items()}
-        told = {"weights": hash_of_model(source)[:16], "config": hash_of_config(source)[:16]}
-        return reads, {name: shape_of(module) for name, module in layers.items()}, told
+        shapes = {name: shape_of(module) for name, module in layers.items()}
+        return reads, shapes, fingerprint(source)
     stored = StoredModel(source)
     layers = find_linears(stored.model, include, exclude)
     for name in layers:

@@ -16,7 +16,6 @@ from soco.data import cut_windows, token_ids
 from soco.objectives import TokenDistribution, last_hidden_state, objective_for, run_model
 from soco.surgery import sequence_length
 
-# The longest window that is chosen without being asked for.
 # Entries of the logits (tokens x vocabulary) that are taken to float64 at a time: 128 MB.
 _CHUNK_ENTRIES = 2**24
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from soco.archive import hash_of_config, hash_of_data, hash_of_model
+from soco.archive import fingerprint, hash_of_data
 from soco.diagnosis import versions
 from soco.keeping import Keeper
 from soco.preparation import calibration_source
@@ -40,7 +40,7 @@ def resumable(
     parameter = next(model.parameters())
     whole = {
         "format": FORMAT,
-        "model": {"weights": hash_of_model(model)[:16], "config": hash_of_config(model)[:16]},
+        "model": fingerprint(model),
         **plan,
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
