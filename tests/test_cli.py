@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedT
 import soco
 from soco import decomposition, keeping, streaming
 from soco.allocators import ALLOCATORS
-from soco.cli import commands, comparing, demo, main, sources
+from soco.cli import commands, comparing, demo, main, sources, streamed
 from soco.cli.messages import sentence
 from soco.cli.options import (
     ENTRY_OPTIONS,
@@ -754,7 +754,14 @@ def test_half_precision_that_is_slow_is_computed_in_float32(run, place, monkeypa
     _, out, err = run("plan", "half", "--method", "svd", "--json")
     assert (told in err) == slow
     assert json.loads(out)["dtype"] == ("float32" if slow else "bfloat16")
+    stream = streamed.compress_folder
+    monkeypatch.setattr(
+        streamed,
+        "compress_folder",
+        lambda *given, **options: (seen.append(options["dtype"]), stream(*given, **options))[1],
+    )
     assert (told in run("compress", "half", "--stream", *words, "-o", "streamed")[2]) == slow
+    assert seen == 2 * [torch.float32 if slow else torch.bfloat16]
 
 
 def test_info(run):

@@ -371,6 +371,10 @@ def test_broken_activations_are_named():
         ({"calibration": None}, "method soco learns from text"),
         ({"calibration": ["three words only"]}, "tokenizer"),
         ({"length": 100}, "length 100 is too much for the model's 64 positions"),
+        (
+            {"calibration": "self", "length": 64},
+            "length 64 is too much for the model's 64 positions, one of them for the token it",
+        ),
         ({"samples": 0}, "samples must be"),
         ({"calibration": torch.zeros(4, 12)}, "calibration"),
         ({"calibration": torch.full((4, 12), 96)}, "96"),
