@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from soco.choosing import (
+    FisherAverages,
     choose_components,
     component_values,
     kept_params,
-    polarization,
-    soft_ratio,
+    press,
 )
 from soco.keeping import Keeper, moved
 from soco.masters import probed_rate
@@ -45,12 +45,18 @@ class _Run:
     pivoted: bool = False
     expected: Mapping[str, Tensor] = field(default_factory=dict)  # Fisher information, (rank,)
     rate: float = 0.0  # learning rate of the logits
-    squares: dict[str, Tensor] = field(default_factory=dict)  # decayed sums, (rank,)
-    weights: dict[str, Tensor] = field(default_factory=dict)  # of what they sum, (rank,)
+    averages: FisherAverages = field(init=False)
     alive: dict[str, int] = field(default_factory=dict)  # living components
     watched: dict[str, int] = field(default_factory=dict)  # and those that may come back
     kept: float = 1.0  # living parameters, as a fraction of the targets'
     place: tuple[int, int, int] = (0, 0, 0)  # budget, stage and step that come next
+
+    def __post_init__(self) -> None:
+        self.averages = FisherAverages(self.settings.fisher_decay)
+
+    def fisher(self) -> dict[str, Tensor]:
+        """What is known of the Fisher information; empty where nothing is recorded."""
+        return self.averages.found(self.settings.fisher_prior, self.expected)
 
 
 def train_scores(
@@ -140,7 +146,7 @@ def train_scores(
                 optimizer = _optimizer(run)
                 optimizer.load_state_dict(held[0]["optimizer"])
             _meet(run, position, begin, budget, batches, optimizer, losses, keep)
-            values = component_values(layers, _fisher(run))
+            values = component_values(layers, run.fisher())
             snapshots.append({n: layer.snapshot(values[n]) for n, layer in layers.items()})
         begin = budget
     losses.wait()
@@ -193,7 +199,7 @@ def _state(
         "rate": run.rate,
         "kept": run.kept,
         "components": [run.alive, run.watched],
-        "fisher": [run.squares, run.weights],
+        "fisher": run.averages.state(),
         "layers": {name: layer.state() for name, layer in run.layers.items()},
         "batches": batches.state(),
         "losses": losses.state(),
@@ -213,11 +219,9 @@ def _go_back(
     """To where ``_state`` was asked for."""
     run.place, run.rate, run.kept = state["place"], state["rate"], state["kept"]
     run.alive, run.watched = state["components"]
+    run.averages.go_back(state["fisher"], next(iter(run.layers.values())).gain.device)
     for name, layer in run.layers.items():
         layer.go_back(state["layers"][name])
-        for into, found in zip((run.squares, run.weights), state["fisher"], strict=True):
-            if name in found:
-                into[name] = found[name].to(layer.gain.device)
     batches.go_back(state["batches"])
     losses.go_back(state["losses"])
     snapshots += [
@@ -259,7 +263,7 @@ def _measured_rate(run: _Run, budget: int) -> float:
         return float(sum(losses)) / len(ids)
 
     size = run.settings.micro_batch or len(ids)
-    choose_components(run.layers, _fisher(run), budget, run.pivoted)
+    choose_components(run.layers, run.fisher(), budget, run.pivoted)
     for layer in run.layers.values():
         layer.computed = len(layer.mask)
     try:
@@ -311,7 +315,10 @@ def _is_over(
     optimizer.zero_grad(set_to_none=True)
     record = settings.criterion == "fisher" and choosing and step % settings.fisher_every == 0
     found = _pass(run, next(batches), stage, record)
-    pressed = _press(run, stage.ratio_weight(step), stage.sparsity, budget / total)
+    pressed = press(
+        run.layers, settings.threshold, settings.temperature, kept=budget / total,
+        ratio_weight=stage.ratio_weight(step), sparsity_weight=stage.sparsity,
+    )  # fmt: skip
     if pressed is not None:
         found = found + torch.stack([pressed, torch.zeros_like(pressed)]).to(found)
     optimizer.step()
@@ -326,7 +333,7 @@ def _choose(run: _Run, budget: int) -> float:
         How many components changed sides, as a fraction of the living ones.
     """
     before = {name: layer.mask.clone() for name, layer in run.layers.items()}
-    orders = choose_components(run.layers, _fisher(run), budget, run.pivoted)
+    orders = choose_components(run.layers, run.fisher(), budget, run.pivoted)
     changed = 0
     for name, layer in run.layers.items():
         alive = run.alive[name] = int(layer.mask.sum())
@@ -365,7 +372,7 @@ def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> Tensor
     Returns:
         (2,), the loss of the stage and the divergence in it, means over the batch.
     """
-    settings, objective = run.settings, run.objective
+    settings = run.settings
     device = next(run.model.parameters()).device
     squares: dict[str, Tensor] = {}
     sums = torch.zeros(2, device=device)
@@ -373,37 +380,56 @@ def _pass(run: _Run, batch: Tensor, stage: Stage | None, record: bool) -> Tensor
         layer.computed = (run.watched if record else run.alive)[name]
     seeds = draw_seeds(len(batch), run.generator) if record else torch.zeros_like(batch)
     size = settings.micro_batch or settings.batch_size
-    parts = zip(part_of(batch).split(size), part_of(seeds).split(size), strict=True)
-    for chosen, of_labels in parts:
-        part = len(chosen) / len(batch)
-        ids = run.teacher.windows[chosen].to(device)
-        dense = run.teacher.outputs(chosen)
-        with _recording(run.layers, record):
-            states = None
-            if stage is not None and stage.states:
-                student, states = objective.outputs_and_states(run.model, ids)
-            else:
-                student = objective.outputs(run.model, ids)
-            if record:
-                _record(run, dense, student, of_labels, squares, again=stage is not None)
-            if stage is None:
-                continue
-            divergence = objective.divergence(dense, student)
-            loss = stage.divergence * divergence
-            if stage.states and states is not None:
-                wanted = run.teacher.states(chosen)
-                loss = loss + stage.states * HiddenStates().divergence(wanted, states)
-            if stage.cross_entropy:
-                loss = loss + stage.cross_entropy * objective.cross_entropy(student, ids)
-            (loss * part).backward()
-        sums += torch.stack([loss.detach(), divergence.detach()]) * part
+    for chosen, of_labels in zip(
+        part_of(batch).split(size), part_of(seeds).split(size), strict=True
+    ):
+        found = _part(run, chosen, of_labels, stage, record, squares, len(chosen) / len(batch))
+        sums += 0 if found is None else found
     if count() > 1:
         _add_up(run, sums, squares, record, stage is not None)
     if record:
         if sum(layer.weight.numel() for layer in run.layers.values()) >= _LARGE:
             give_back_memory()
-        _average(run, squares, batch.numel() * run.teacher.windows.shape[1])
+        run.averages.add(run.layers, squares, batch.numel() * run.teacher.windows.shape[1])
     return sums
+
+
+def _part(
+    run: _Run,
+    chosen: Tensor,
+    seeds: Tensor,
+    stage: Stage | None,
+    record: bool,
+    squares: dict[str, Tensor],
+    share: float,
+) -> Tensor | None:
+    """``_pass`` over a part of the batch, of which nothing is left when the next one begins.
+
+    Returns:
+        (2,), its losses times its ``share`` in the batch; None without a stage.
+    """
+    objective = run.objective
+    ids = run.teacher.windows[chosen].to(next(run.model.parameters()).device)
+    dense = run.teacher.outputs(chosen)
+    with _recording(run.layers, record):
+        states = None
+        if stage is not None and stage.states:
+            student, states = objective.outputs_and_states(run.model, ids)
+        else:
+            student = objective.outputs(run.model, ids)
+        if record:
+            _record(run, dense, student, seeds, squares, again=stage is not None)
+        if stage is None:
+            return None
+        divergence = objective.divergence(dense, student)
+        loss = stage.divergence * divergence
+        if stage.states and states is not None:
+            wanted = run.teacher.states(chosen)
+            loss = loss + stage.states * HiddenStates().divergence(wanted, states)
+        if stage.cross_entropy:
+            loss = loss + stage.cross_entropy * objective.cross_entropy(student, ids)
+        (loss * share).backward()
+    return torch.stack([loss.detach(), divergence.detach()]) * share
 
 
 def _add_up(
@@ -462,39 +488,3 @@ def _record(
         recorded = layer.take_recorded()
         if recorded is not None:
             squares[name] = squares.get(name, 0) + recorded.square().sum(0)
-
-
-def _average(run: _Run, squares: Mapping[str, Tensor], tokens: int) -> None:
-    """Take the squares of one batch into the running averages of the components it computed."""
-    decay = run.settings.fisher_decay
-    for name, layer in run.layers.items():
-        old = run.squares.setdefault(name, torch.zeros_like(layer.gain))
-        weight = run.weights.setdefault(name, torch.zeros_like(layer.gain))
-        seen = layer.order[: layer.computed]
-        fresh = squares.get(name, torch.zeros_like(old)) / tokens
-        old[seen] = decay * old[seen] + (1 - decay) * fresh[seen]
-        weight[seen] = decay * weight[seen] + (1 - decay)
-
-
-def _press(run: _Run, ratio_weight: float, sparsity_weight: float, kept: float) -> Tensor | None:
-    """Add the gradients of the losses that press on the scores alone; what they come to."""
-    if not ratio_weight and not sparsity_weight:
-        return None
-    threshold, temperature = run.settings.threshold, run.settings.temperature
-    over = (soft_ratio(run.layers, threshold, temperature) - kept).clamp_min(0)
-    loss = ratio_weight * over.square()
-    loss = loss + sparsity_weight * polarization(run.layers, threshold, temperature)
-    loss.backward()
-    return loss.detach()
-
-
-def _fisher(run: _Run) -> dict[str, Tensor]:
-    """The running averages, free of their start at zero; empty where nothing is recorded."""
-    prior = run.settings.fisher_prior * (1 - run.settings.fisher_decay)
-    found = {}
-    for name, square in run.squares.items():
-        weight = run.weights[name]
-        if prior and name in run.expected:
-            square, weight = square + prior * run.expected[name], weight + prior
-        found[name] = square / weight.clamp_min(1e-30)
-    return found

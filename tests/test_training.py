@@ -181,7 +181,7 @@ def test_checkpointed_leaves_the_blocks_as_they_were():
 
 def test_fisher_is_the_mean_squared_score_gradient():
     """Against autograd, one sequence at a time, with the labels that were drawn."""
-    from soco.training import _fisher, _pass, _Run
+    from soco.training import _pass, _Run
 
     model, layers, windows = toy()
     layers["blocks.0.0"].mask[3:] = False
@@ -226,14 +226,14 @@ def test_fisher_is_the_mean_squared_score_gradient():
         grads = torch.autograd.grad(surprise, list(scores.values()))
         for name, grad in zip(scores, grads, strict=True):
             expected[name] += grad.square() / batch.numel()
-    found = _fisher(run)
+    found = run.fisher()
     for name in layers:
         torch.testing.assert_close(found[name], expected[name], rtol=2e-4, atol=1e-9)
     assert float(found["blocks.0.0"][3:].max()) > 0  # masked components are seen, too
     # What is expected counts like so many batches beside the one that was seen.
     run.settings = TrainingSettings(batch_size=5, fisher_prior=3.0)
     run.expected = {"blocks.0.0": torch.arange(1.0, 13)}
-    mixed = _fisher(run)
+    mixed = run.fisher()
     torch.testing.assert_close(
         mixed["blocks.0.0"], (found["blocks.0.0"] + 3 * torch.arange(1.0, 13)) / 4
     )
