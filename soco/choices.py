@@ -201,11 +201,14 @@ def check_streamed(choices: Choices, ratio: float) -> None:
     """
     method, rule = choices.method, choices.rule
     name = method.name
-    trained = isinstance(method, TrainedMethod | RankLearner)
     sequential = isinstance(method, SequentialMethod) and method.is_sequential(ratio)
-    if trained or isinstance(method, FittedMethod | SharingMethod) or sequential:
-        raise ValueError(f"method {name} needs the whole model in memory: stream svd-llm, say")
-    if rule.name not in _BY_SIGMA:
+    if isinstance(method, RankLearner | FittedMethod | SharingMethod) or sequential:
+        raise ValueError(f"method {name} needs the whole model in memory: stream soco, say")
+    if getattr(method, "deviation", None) == "mean":
+        raise ValueError(
+            "the deviation 'mean' needs the statistics of all layers in memory: give another one"
+        )
+    if rule.name not in _BY_SIGMA and not isinstance(method, TrainedMethod):
         raise ValueError(
             f"the allocator {rule.name!r} runs the whole model, which is not in memory: give "
             f"allocator= one of {', '.join(_BY_SIGMA)}"

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,59 @@ def clear(work: WorkFolder, target: Path) -> None:
     if ours and Path(name).name == name:
         shutil.rmtree(beside.parent / name, ignore_errors=True)
     work.drop(UNFINISHED)
+
+
+class Filed(MutableMapping[int, Tensor]):
+    """Tensors by number, each in a file of the work folder, and none in memory.
+
+    What an earlier run left is not known until it is named: a run that goes on from a moment has to
+    know what was known at that moment, and no more. Several processes have files of their own.
+
+    Args:
+        work: the folder.
+        name: of the files in it.
+    """
+
+    def __init__(self, work: WorkFolder, name: str) -> None:
+        """Nothing is known yet."""
+        self._work, self._name = work, name
+        self._known: set[int] = set()
+
+    def __getitem__(self, key: int) -> Tensor:
+        """Read one.
+
+        Raises:
+            KeyError: it is not known.
+            ValueError: its file is damaged.
+        """
+        if key not in self._known:
+            raise KeyError(key)
+        return self._work.get_any(self._file(key))
+
+    def __setitem__(self, key: int, value: Tensor) -> None:
+        """Write one."""
+        self._work.put_any(self._file(key), value)
+        self._known.add(key)
+
+    def __delitem__(self, key: int) -> None:
+        """Delete one."""
+        self._known.remove(key)
+        self._work.drop(self._file(key))
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers that are known."""
+        return iter(sorted(self._known))
+
+    def __len__(self) -> int:
+        """How many are known."""
+        return len(self._known)
+
+    def know(self, key: int) -> None:
+        """Name one that an earlier run wrote."""
+        self._known.add(key)
+
+    def _file(self, key: int) -> str:
+        return f"{self._name}-{key}-{number()}.pt"
 
 
 class Keeper:

@@ -4,21 +4,29 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from soco.factorization import Result
-from soco.keeping import Keeper
+from soco.keeping import Filed, Keeper
 from soco.linalg import Factors, Spectrum
 from soco.methods import RankLearner, SoCo, TrainedMethod
 from soco.preparation import steps_bar
-from soco.spectral import BESIDES, Snapshot, SpectralLinear
+from soco.spectral import BESIDES, Components, Snapshot, SpectralLinear
 from soco.steps import Step, checkpointed
 from soco.surgery import bias_of, replaced, transformer_blocks, weight_of
 from soco.training import train_scores
 from soco.workbench import Workbench
+
+
+class Spectra(Protocol):
+    """What gives the spectra of layers away."""
+
+    def pop(self, name: str, /) -> Spectrum | Components:
+        """That of a layer, once."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def learn_scores(
     model: nn.Module,
     method: TrainedMethod,
     targets: Mapping[str, nn.Module],
-    spectra: dict[str, Spectrum],
+    spectra: Spectra,
     shared: Workbench,
     budgets: Sequence[int],
     *,
@@ -64,6 +72,8 @@ def learn_scores(
     written: Tensor | None = None,
     held_out: int = 0,
     keeper: Keeper | None = None,
+    states: Filed | None = None,
+    by_blocks: bool = False,
 ) -> Learned:
     """Train the scores of all layers.
 
@@ -71,7 +81,7 @@ def learn_scores(
         model: with its dense layers, which are back in their places afterwards.
         method: what is trained, and how.
         targets: name to dense layer.
-        spectra: name to full decomposition; emptied on the way, to save memory.
+        spectra: full decompositions; a dictionary is emptied on the way, to save memory.
         shared: has the calibration and the objective.
         budgets: parameters that may be kept, one or several, descending.
         pivoted: whether factors will be pivoted, which hold less.
@@ -80,6 +90,9 @@ def learn_scores(
         held_out: so many of the calibration's last sequences are not trained on: a refinement that
             follows measures itself by them.
         keeper: where the state of the training is kept; None: nowhere.
+        states: where the dense model's last states are kept; None: in memory.
+        by_blocks: whether each block is computed again on the way back, whatever the settings say:
+            the numbers are the same.
     """
     windows = cast(Tensor, shared.windows)
     windows = windows[: len(windows) - held_out]
@@ -105,18 +118,20 @@ def learn_scores(
     objective = shared.objective
     layers, expected = {}, {}
     for name, module in targets.items():
+        spectrum = spectra.pop(name)
         if method.components.in_loss and not shared.saw_nothing((name,)):
-            expected[name] = spectra[name].sigma.float().square()
+            expected[name] = spectrum.sigma.float().square()
         layers[name] = SpectralLinear(
             weight_of(module),
             bias_of(module),
-            spectra.pop(name),
+            spectrum,
             largest_score=method.largest_score,
             channels=method.channels,
             deviation=method.deviation == "vector",
             mean=shared.means(name)["mean"] if method.deviation == "mean" else None,
         )
-    blocks = transformer_blocks(model) if settings.checkpointing else []
+        del spectrum  # it is large, and this may be the last one
+    blocks = transformer_blocks(model) if settings.checkpointing or by_blocks else []
     with (
         replaced(model, layers),
         steps_bar(steps, progress) as show,
@@ -124,7 +139,7 @@ def learn_scores(
     ):
         history, snapshots = train_scores(
             model, layers, windows, budgets, objective, settings, show, pivoted=pivoted,
-            expected=expected, keeper=keeper,
+            expected=expected, keeper=keeper, states=states,
         )  # fmt: skip
     return Learned(layers, snapshots, history)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,29 @@ class Snapshot:
     deviation: Tensor | None = None  # (out,), a trained one
 
 
+class Components(NamedTuple):
+    """A weight's components as they are trained: of unit norm, what they weigh beside them."""
+
+    up: Tensor  # (out, rank), the dtype that is computed in, columns of unit norm
+    down: Tensor  # (rank, in), of the same, rows of unit norm
+    gain: Tensor  # (rank,), float32: what a component is multiplied with, its score apart
+    sigma: Tensor  # (rank,), of the spectrum: what it says that dropping a component costs
+
+    @classmethod
+    def of(cls, spectrum: Spectrum, dtype: torch.dtype) -> "Components":
+        """The components of a spectrum, in a dtype."""
+        # Rows of down that the inputs hardly see are huge; columns of up that the loss hardly sees.
+        up, down = spectrum.up.double(), spectrum.down.double()
+        tiny = torch.finfo(down.dtype).tiny
+        left, right = up.norm(dim=0).clamp_min(tiny), down.norm(dim=1).clamp_min(tiny)
+        return cls(
+            (up / left).to(dtype),
+            (down / right[:, None]).to(dtype),
+            (spectrum.sigma * left * right).float(),
+            spectrum.sigma,
+        )
+
+
 class SpectralLinear(nn.Module):
     """A linear layer with one trainable score per spectral component.
 
@@ -52,7 +75,8 @@ class SpectralLinear(nn.Module):
     Args:
         weight: (out, in), the dense weight; kept by reference, for the dense outputs.
         bias: (out,) or None; kept by reference.
-        spectrum: a full decomposition of ``weight`` (``linalg.whitened_svd`` without a rank).
+        spectrum: a full decomposition of ``weight`` (``linalg.whitened_svd`` without a rank), or
+            its components, whose device is where the layer is trained.
         largest_score: bound of the scores, above 1.
         channels: whether every output and every input has a trainable scale.
         deviation: whether a trainable vector (out,), zero at the start, is added to the outputs.
@@ -77,7 +101,7 @@ class SpectralLinear(nn.Module):
         self,
         weight: Tensor,
         bias: Tensor | None,
-        spectrum: Spectrum,
+        spectrum: Spectrum | Components,
         *,
         largest_score: float = 2.0,
         channels: bool = False,
@@ -105,20 +129,19 @@ class SpectralLinear(nn.Module):
         self._recorded: Tensor | None = None  # (sequences, rank), float32
         self._shift = -math.log(largest_score - 1) if math.isfinite(largest_score) else 0.0
         self.weight, self.bias = weight, bias
-        # Rows of down that the inputs hardly see are huge; columns of up that the loss hardly sees.
-        up, down = spectrum.up.double(), spectrum.down.double()
-        tiny = torch.finfo(down.dtype).tiny
-        left, right = up.norm(dim=0).clamp_min(tiny), down.norm(dim=1).clamp_min(tiny)
-        self.register_buffer("up", (up / left).to(weight.dtype), persistent=False)
-        self.register_buffer("down", (down / right[:, None]).to(weight.dtype), persistent=False)
-        order = torch.arange(rank, device=weight.device)
+        if isinstance(spectrum, Spectrum):
+            spectrum = Components.of(spectrum, weight.dtype)
+        device = spectrum.gain.device
+        self.register_buffer("up", spectrum.up, persistent=False)
+        self.register_buffer("down", spectrum.down, persistent=False)
+        order = torch.arange(rank, device=device)
         self.register_buffer("order", order, persistent=False)
-        self.register_buffer("gain", (spectrum.sigma * left * right).float(), persistent=False)
-        mask = torch.ones(rank, dtype=torch.bool, device=weight.device)
+        self.register_buffer("gain", spectrum.gain, persistent=False)
+        mask = torch.ones(rank, dtype=torch.bool, device=device)
         self.register_buffer("mask", mask, persistent=False)
-        self.logit = nn.Parameter(torch.zeros(rank, device=weight.device))
+        self.logit = nn.Parameter(torch.zeros(rank, device=device))
         self.left, self.right, self.deviation = (
-            nn.Parameter(torch.zeros(size, device=weight.device)) if wanted else None
+            nn.Parameter(torch.zeros(size, device=device)) if wanted else None
             for size, wanted in (
                 (out_features, channels), (in_features, channels), (out_features, deviation),
             )
@@ -126,7 +149,7 @@ class SpectralLinear(nn.Module):
         self.register_buffer("mean", None, persistent=False)
         self.register_buffer("mean_output", None, persistent=False)
         if mean is not None:
-            self.mean = mean.to(weight.device, torch.float32)
+            self.mean = mean.to(device, torch.float32)
             self.mean_output = weight.detach().float() @ self.mean
 
     def scores(self) -> Tensor:

@@ -1,7 +1,7 @@
 """What every loop that trains or probes a model is made of: frozen models, batches, steps."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from soco.data import positive
+from soco.keeping import Filed
 from soco.objectives import Objective
 
 TEACHER_ROOM = 4 * 2**30  # bytes of the dense model's last states that a training keeps
@@ -213,6 +214,7 @@ class Teacher:
         objective: whose outputs these are.
         windows: token ids (sequences, length), on the CPU.
         room: bytes that may be kept.
+        files: where they are kept instead of in memory.
     """
 
     def __init__(
@@ -222,11 +224,13 @@ class Teacher:
         objective: Objective,
         windows: Tensor,
         room: int = TEACHER_ROOM,
+        files: Filed | None = None,
     ) -> None:
         """Nothing runs yet."""
         self.model, self.dense, self.objective, self.windows = model, dense, objective, windows
         self.room = room
-        self.kept: dict[int, Tensor] = {}  # window to its states (length, hidden)
+        # Window to its states (length, hidden).
+        self.kept: MutableMapping[int, Tensor] = {} if files is None else files
         self._fresh: list[int] = []  # of them, since ``fresh`` was called
 
     @torch.no_grad()
@@ -268,17 +272,21 @@ class Teacher:
                 "follow from them by the head alone, or there are too many to keep"
             ) from None
 
-    def fresh(self) -> dict[int, Tensor]:
-        """What was kept since this was last called."""
-        found = {index: self.kept[index] for index in self._fresh}
+    def fresh(self) -> dict[int, Tensor | None]:
+        """What was kept since this was last called; None for what is in a file."""
+        filed = isinstance(self.kept, Filed)
+        found = {index: None if filed else self.kept[index] for index in self._fresh}
         self._fresh.clear()
         return found
 
-    def take(self, kept: Mapping[int, Tensor]) -> None:
+    def take(self, kept: Mapping[int, Tensor | None]) -> None:
         """Keep what ``fresh`` gave in an earlier run."""
         for index, state in kept.items():
-            self.kept[index] = state
-            self.room -= state.numel() * state.element_size()
+            if state is not None:
+                self.kept[index] = state
+            elif isinstance(self.kept, Filed):
+                self.kept.know(index)
+            self.room -= self.kept[index].nbytes
 
     def _follow(self, outputs: Tensor, states: Tensor) -> bool:
         """Whether the outputs are what the head makes of the states."""

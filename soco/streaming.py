@@ -1,6 +1,5 @@
 """Models larger than memory: a folder compressed into another, block by block."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,27 +13,23 @@ from torch import Tensor, nn
 
 from soco.allocators import Allocator, Uniform
 from soco.archive import hash_of_data
+from soco.assembling import Assembly, Outcome, Piece
 from soco.calibration import OF_GRADIENTS, Statistics
 from soco.chain import Chain, inside
-from soco.checkpoint import check_replaceable, mark_compressed, write_shards
+from soco.checkpoint import check_replaceable, mark_compressed
 from soco.choices import Choices, check_streamed, choose
-from soco.contents import check_contents
 from soco.data import positive
 from soco.diagnosis import versions
 from soco.factorization import choose_ranks
-from soco.folders import carry_over, write_checksums
 from soco.guard import Clock
-from soco.headers import read_headers, weight_files
 from soco.installation import layer_reports, size_of
-from soco.keeping import clear, result
+from soco.keeping import Filed, Keeper, clear, result
+from soco.learning import learn_scores
+from soco.lending import Lender
 from soco.linalg import Factors, Spectrum, work_of
 from soco.memory import give_back_memory
-from soco.methods import (
-    Method,
-)
-from soco.modules import CompressedLinear, LowRankLinear, PivotedLinear
+from soco.methods import Method, TrainedMethod
 from soco.ops import check_finite
-from soco.pivots import pivot_factors
 from soco.preparation import (
     calibration_source,
     calibration_windows,
@@ -42,17 +37,18 @@ from soco.preparation import (
     progress_bar,
     warn_of_rare,
 )
-from soco.processes import number, owners, told, wait
+from soco.processes import check_same, count, number, owners, told, wait
 from soco.ranks import check_ratio, is_dense, largest_rank, parameter_budget, uniform_ranks
-from soco.reporting import Report
+from soco.reporting import Report, history_columns
 from soco.sequential import stages
+from soco.spectral import Components
 from soco.stored import StoredModel
 from soco.surgery import bias_of, find_linears, fused_experts, replace_modules, shape_of
 from soco.workbench import Workbench
 from soco.workfolder import WorkFolder, opened, work_folder
 
-FORMAT = 2  # of the work folder
-SHARD_BYTES = 2**29  # of tensors outside of the blocks
+FORMAT = 3  # of the work folder
+OWN_TEXT = "own-text.safetensors"
 
 
 def compress_folder(
@@ -76,31 +72,41 @@ def compress_folder(
     work: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Report:
-    """Compress a model that need not fit into memory, by a closed form, from folder to folder.
+    """Compress a model that need not fit into memory, from folder to folder.
 
     One transformer block is in memory at a time: the calibration text runs through it, its layers
     are taken apart, and what it puts out goes to disk for the next one. So memory holds one block,
     the statistics of its layers (float64: the squares of their inputs), the decomposition of one
     layer, one batch, and the embeddings; not more for a deeper model. Methods that read gradients
-    ("kfac-svd") go through all blocks to the loss, and back from the last one to the first: then
-    memory holds what autograd keeps of one block, and the logits of one batch. The result is that
-    of ``soco.compress`` with the same batch size.
+    ("kfac-svd", "soco") go through all blocks to the loss, and back from the last one to the first:
+    then memory holds what autograd keeps of one block, and the logits of one batch. The result is
+    that of ``soco.compress`` with the same batch size.
+
+    Where scores are learned ("soco") the components of all layers go to disk, and each block's are
+    read when it runs, forward and on the way back, where it is computed again; a step reads those
+    that are alive twice or three times. Memory then holds one block with its components, the scores
+    and their optimizer, the logits of one micro-batch, and what each block was given of it: that
+    alone grows with the depth. Text that the model writes itself costs a reading of all weights for
+    every token.
 
     What is done is kept in a work folder. After a crash, a kill or Ctrl-C the same call goes on
     where it was, repeats the calibration of one block and the decomposition of one layer at most,
-    and ends with the same weights, bit for bit. On disk the work folder takes the factors in
-    float32 and twice the hidden states of the calibration, or those of all blocks on the way back.
+    or a minute of the training, and ends with the same weights, bit for bit. On disk the work
+    folder takes the factors in float32 and twice the hidden states of the calibration, or those of
+    all blocks on the way back; with learned scores all components, in the dtype that is computed
+    in, and the last hidden states of what is trained on.
 
     Args:
         folder: of a dense transformers model in safetensors.
         output: folder to write, new or empty, or of a model compressed by soco, which is replaced.
         ratio: fraction of the layers' parameters to remove, above 0 and below 1.
-        method: a closed form, such as "svd", "svd-llm" or "kfac-svd".
+        method: "soco" without refinement, or a closed form, such as "svd-llm" or "kfac-svd"; a name
+            or an instance.
         tokenizer: needed where the calibration is text.
-        calibration: as in ``soco.compress``, but not "self". Not needed by "svd".
+        calibration: as in ``soco.compress``. Not needed by "svd".
         samples: calibration sequences.
         length: tokens of each; None: what the model allows, at most 2048.
-        seed: of the choice of sequences, and of drawn labels.
+        seed: of the choice of sequences, of drawn labels, and of the training.
         allocator: "uniform", "energy", "v2" or "effective-rank"; None: the method's own.
         pivoted: store a layer as pivot rows and what combines them, as in ``soco.compress``.
         include: glob patterns of the layers to compress, in the transformer blocks.
@@ -127,12 +133,9 @@ def compress_folder(
     check_ratio(ratio)
     check_streamed(choices, ratio)
     positive("batch_size", batch_size)
-    if choices.needs and calibration is None:
+    if choices.reads_text and calibration is None:
         raise ValueError(f"method {choices.method.name} learns from text: give calibration=")
-    if isinstance(calibration, str) and calibration == "self":
-        raise ValueError(
-            "a model that is not in memory cannot write its calibration text: give one"
-        )
+    own = isinstance(calibration, str) and calibration == "self"
     target = Path(output)
     check_replaceable(target)
     place = work_folder(target, work)
@@ -141,11 +144,15 @@ def compress_folder(
     notes: list[str] = []
     clock = Clock(torch.device(device))
     windows = None
-    if choices.needs:
+
+    def read() -> Tensor:
         with clock("calibration text"), noted(notes):
-            windows = calibration_windows(
+            return calibration_windows(
                 stored.model, calibration, tokenizer, samples, length, seed, progress
             )
+
+    if choices.reads_text and not own:
+        windows = read()
     plan = {
         "format": FORMAT,
         "model": stored.fingerprint(),
@@ -156,21 +163,37 @@ def compress_folder(
         "batch_size": batch_size,
         "seed": seed,
         "calibration": None if windows is None else hash_of_data(windows, batch_size),
+        "own text": {"samples": samples, "length": length} if own and choices.reads_text else None,
         "dtype": str(dtype or stored.dtype),
         "device": torch.device(device).type,
         "versions": versions(),
     }
+    if isinstance(choices.method, TrainedMethod):
+        plan["processes"] = count()  # each has a state of its own
     with opened(place, plan) as kept:
         if number() == 0:
             clear(kept, target)
+        where = dtype or stored.dtype, torch.device(device)
+        if choices.reads_text and windows is None:
+            windows = _own_text(kept, Lender(stored, kept, {}, *where), read)
+        source = calibration_source(calibration, windows, seed)
         run = _Run(
-            stored, targets, windows, choices, ratio, batch_size, seed, dtype or stored.dtype,
-            torch.device(device), kept, clock, notes, progress,
+            stored, targets, windows, source, choices, ratio, batch_size, seed, *where, kept, clock,
+            notes, progress,
         )  # fmt: skip
         run.all_blocks()
-        source = calibration_source(calibration, windows, seed)
-        report = run.write(target, source)
-    return report
+        return run.write(target, run.train() if run.trained else run.truncated())
+
+
+def _own_text(work: WorkFolder, lender: Lender, write: Callable[[], Tensor]) -> Tensor:
+    """Token ids that the model writes, with a block in memory at a time; once."""
+    if not told(work.has(OWN_TEXT)):
+        with lender.lent():
+            windows = write()
+        if number() == 0:
+            work.put_tensors(OWN_TEXT, {"ids": windows})
+        wait()
+    return work.get_tensors(OWN_TEXT)["ids"]
 
 
 def _check_model(
@@ -198,6 +221,7 @@ class _Run:
     stored: StoredModel
     targets: dict[str, nn.Module]
     windows: Tensor | None  # None: the method reads no text
+    source: Mapping[str, Any]  # of these, for the report
     choices: Choices
     ratio: float
     batch_size: int
@@ -226,6 +250,9 @@ class _Run:
         self.budget = parameter_budget(self.shapes, self.ratio)
         self.files = {name: f"layer-{i}.safetensors" for i, name in enumerate(self.targets)}
         self.pivoted = self.choices.pivoted
+        self.reads = bool(self.choices.needs)  # whether there are statistics
+        self.trained = isinstance(self.choices.method, TrainedMethod)
+        self.lender = Lender(self.stored, self.work, self.files, self.dtype, self.device)
         self.known = None  # ranks that can be told before any layer is taken apart
         if isinstance(self.choices.rule, Uniform):
             self.known = uniform_ranks(self.shapes, self.budget, pivoted=self.pivoted)
@@ -254,7 +281,7 @@ class _Run:
         for file in [*self._passes(), *map(_marker, self.order)]:
             for phase, seconds in self.work.get_json(file)["seconds"].items():
                 self.clock.seconds[phase] = round(self.clock.seconds.get(phase, 0) + seconds, 3)
-        if self.windows is not None:
+        if self.reads:
             with noted(self.notes):
                 warn_of_rare(self._seen())
 
@@ -291,7 +318,7 @@ class _Run:
         begin = time.perf_counter()
         names = self.names[block]
         statistics: dict[str, Statistics] = {}
-        if self.windows is not None:
+        if self.reads:
             layers = {name: self.targets[name] for name in names}
             kinds = self.choices.needs
             if self.back:
@@ -327,50 +354,107 @@ class _Run:
         del statistics  # the sums that these are of: as large as they
         basis = self.choices.method.components
         spectrum = basis.spectrum(weight, means, name=f"{name}.weight")
+        if self.trained:
+            self.lender.keep(name, Components.of(spectrum, self.dtype))
+            return
         most = known or largest_rank(shape, self.pivoted)
         factors = spectrum.truncate(min(most, len(spectrum.sigma)))
         wide = torch.promote_types(self.dtype, torch.float32)
         tensors = {"up": factors.up.to(wide), "down": factors.down.to(wide)}
         self.work.put_tensors(self.files[name], {**tensors, "sigma": spectrum.sigma})
 
-    # The result -----------------------------------------------------------------------------------
+    # What becomes of the layers -------------------------------------------------------------------
+
+    def truncated(self) -> Outcome:
+        """By a closed form: the ranks that the rule finds."""
+        ranks = self._ranks()
+        ranks = {n: r for n, r in ranks.items() if not is_dense(self.shapes[n], r, self.pivoted)}
+
+        def piece(name: str) -> Piece:
+            if name not in ranks:
+                return Piece()
+            held = self.work.get_tensors(self.files[name])
+            return Piece(Factors(held["up"][:, : ranks[name]], held["down"][: ranks[name]]))
+
+        return Outcome(ranks, piece)
 
     def _ranks(self) -> dict[str, int]:
         if self.known is not None:
             return self.known
-        bench = Workbench(self.model, self.targets, self.windows)
-        if self.windows is not None:
-            bench.note_unseen(name for name, (tokens, _) in self._seen().items() if not tokens)
         empty = torch.empty(0)
         spectra = {
             name: Spectrum(empty, self.work.get_tensors(file)["sigma"], empty)
             for name, file in self.files.items()
         }
-        method, rule = self.choices.method, self.choices.rule
+        method, rule, bench = self.choices.method, self.choices.rule, self._bench()
         groups = [(name,) for name in self.targets]
         return choose_ranks(bench, method, rule, groups, spectra, self.budget, self.pivoted, dict)
 
-    def write(self, target: Path, source: Mapping[str, Any]) -> Report:
-        """Put the result into a folder: factors, and all other tensors as they are."""
-        ranks = self._ranks()
-        before = size_of(self.model)
-        names = list(self.model.state_dict())
-        kind = PivotedLinear if self.pivoted else LowRankLinear
-        made: dict[str, CompressedLinear] = {}
-        for name, module in self.targets.items():
-            rows, columns = self.shapes[name]
-            if not is_dense((rows, columns), ranks[name], self.pivoted):
-                biased = bias_of(module) is not None
-                made[name] = kind(
-                    columns, rows, ranks[name], biased, device="meta", dtype=self.stored.dtype
-                )
+    def _bench(self) -> Workbench:
+        """What learning and rules ask; it knows which layers saw nothing."""
+        bench = Workbench(
+            self.model, self.targets, self.windows, batch_size=self.batch_size, seed=self.seed,
+            progress=lambda total, title: progress_bar(total, title, self.progress),
+            source=dict(self.source), work=self.work,
+        )  # fmt: skip
+        if self.reads:
+            bench.note_unseen(name for name, (tokens, _) in self._seen().items() if not tokens)
+        return bench
+
+    def train(self) -> Outcome:
+        """By learned scores: a block is in memory at a time, and so is a folded layer."""
+        method, bench = cast(TrainedMethod, self.choices.method), self._bench()
+        settings = method.settings()
+        with self.lender.lent():
+            written = None
+            if settings.written and bench.writes:
+                with self.clock("written text"):
+                    written = bench.written(settings.written, settings.seed)
+            with self.clock("training"), noted(self.notes):
+                learned = learn_scores(
+                    self.model, method, self.targets, self.lender, bench, [self.budget],
+                    pivoted=self.pivoted, progress=self.progress, written=written,
+                    keeper=Keeper(self.work, "training"), states=Filed(self.work, "state"),
+                    by_blocks=True,
+                )  # fmt: skip
+            ranks, biased = {}, set()
+            for name, layer in learned.layers.items():
+                with self.lender.whole(name, layer):
+                    weight, bias = layer.fold()
+                if isinstance(weight, Factors):
+                    ranks[name] = weight.down.shape[0]
+                    if bias is not None and bias_of(self.targets[name]) is None:
+                        biased.add(name)
+                if number() == 0:
+                    dense = isinstance(weight, Tensor)
+                    tensors = {"weight": weight} if dense else weight._asdict()
+                    tensors |= {} if bias is None else {"bias": bias}
+                    self.work.put_tensors(
+                        _folded(self.files[name]),
+                        tensors | ({} if bias is None else {"bias": bias}),
+                    )
+        check_same(ranks, "the ranks of the layers")
+
+        def piece(name: str) -> Piece:
+            held = self.work.get_tensors(_folded(self.files[name]))
+            bias = held.pop("bias", None)
+            return Piece(Factors(**held) if name in ranks else held["weight"], bias)
+
+        return Outcome(ranks, piece, frozenset(biased), learned.ranges(), learned.history)
+
+    # The result -----------------------------------------------------------------------------------
+
+    def write(self, target: Path, outcome: Outcome) -> Report:
+        """Put the result into a folder: what became of the layers, and all else as it is."""
+        assembly = Assembly(self.stored, self.targets, outcome, self.pivoted, self.dtype)
+        before, made = size_of(self.model), assembly.modules()
         replace_modules(self.model, made)
         groups = [(name,) for name in self.targets]
         after, peak = size_of(self.model), self.clock.peak()
         report = Report(
             method=self.choices.method.name,
             ratio=self.ratio,
-            layers=layer_reports(self.targets, made, groups, {}),
+            layers=layer_reports(self.targets, made, groups, outcome.scores),
             model_params_before=before[0],
             model_params_after=after[0],
             model_bytes_before=before[1],
@@ -378,72 +462,24 @@ class _Run:
             seconds=self.clock.seconds,
             peak_bytes=peak[0],
             peak_of=peak[1],
-            calibration=dict(source),
+            calibration=dict(self.source),
             settings=self.choices.settings(),
             warnings=tuple(self.notes),
+            history=history_columns(list(outcome.history)),
             versions=versions(),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
-        factored = {name: layer.rank for name, layer in made.items()}
-        mark_compressed(self.model, factored, report.to_dict())
+        mark_compressed(self.model, outcome.ranks, report.to_dict(), outcome.biased)
         if number() == 0:
-            self._write_folder(target, names, factored)
+            with result(self.work, target) as folder:
+                assembly.write(folder, self.progress)
         wait()
         return report
 
-    def _write_folder(self, target: Path, names: list[str], ranks: Mapping[str, int]) -> None:
-        """Write all of it, or nothing; ``names`` are of the dense model's tensors."""
-        with result(self.work, target) as folder:
-            self.model.config.save_pretrained(str(folder))
-            self._write_weights(folder, names, ranks)
-            described = self.model.config.quantization_config.layers
-            check_contents(self.model, read_headers(weight_files(folder)), described)
-            write_checksums(folder)
-            carry_over(self.stored.folder, folder)
 
-    def _write_weights(self, folder: Path, names: list[str], ranks: Mapping[str, int]) -> None:
-        """One file for every block, and as many as it takes for what is outside."""
-        parts = [[n for n in names if inside(n, path)] for path in self.chain.paths]
-        held = SHARD_BYTES
-        for name in names:
-            key = self.stored.key(name)
-            if key is None or any(inside(name, path) for path in self.chain.paths):
-                continue
-            size = math.prod(self.stored.entries[key].shape) * self.stored.dtype.itemsize
-            if held + size > SHARD_BYTES:
-                parts.append([])
-                held = 0
-            parts[-1].append(name)
-            held += size
-        with progress_bar(len(parts), "writing", self.progress) as bar:
-            write_shards(folder, parts, lambda name: self._tensors(name, ranks), bar)
-
-    def _tensors(self, name: str, ranks: Mapping[str, int]) -> dict[str, Tensor]:
-        """What is written of a tensor of the dense model, by its names in the files."""
-        key = self.stored.key(name)
-        if key is None:  # tied to another one
-            return {}
-        layer = name.removesuffix(".weight")
-        if name.endswith(".weight") and layer in ranks:
-            rank, stem = ranks[layer], key.removesuffix("weight")
-            held = self.work.get_tensors(self.files[layer])
-            factors = Factors(held["up"][:, :rank], held["down"][:rank])
-            parts: dict[str, Tensor] = factors._asdict()
-            pivots = {}
-            if self.pivoted:
-                rest, rows, places = pivot_factors(factors, name=layer)
-                parts, pivots = {"up": rest, "down": rows}, {f"{stem}pivots": places}
-            return {
-                key: torch.zeros(1, dtype=self.stored.dtype),
-                **pivots,
-                **{
-                    f"{stem}{part}.weight": each.to(self.dtype).to(self.stored.dtype).contiguous()
-                    for part, each in parts.items()
-                },
-            }
-        value = self.stored.read(key, floating=False)
-        dtype = self.stored.dtype if value.is_floating_point() else value.dtype
-        return {key: value.to(dtype, copy=True)}
+def _folded(file: str) -> str:
+    """Where a layer's trained factors are, or its weight, of whose components these are."""
+    return f"folded-{file}"
 
 
 def _marker(number: int) -> str:

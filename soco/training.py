@@ -17,7 +17,7 @@ from soco.choosing import (
     kept_params,
     press,
 )
-from soco.keeping import Keeper, moved
+from soco.keeping import Filed, Keeper, moved
 from soco.masters import probed_rate
 from soco.memory import give_back_memory
 from soco.objectives import HiddenStates, Objective, TokenDistribution, draw_seeds
@@ -71,6 +71,7 @@ def train_scores(
     pivoted: bool = False,
     expected: Mapping[str, Tensor] | None = None,
     keeper: Keeper | None = None,
+    states: Filed | None = None,
 ) -> tuple[list[Step], list[dict[str, Snapshot]]]:
     """Learn the scores of all layers together, and who of the components stays.
 
@@ -99,6 +100,7 @@ def train_scores(
         expected: name to the Fisher information (rank,) that the scores should have by what made
             the components: counts like ``settings.fisher_prior`` batches.
         keeper: where the state is kept from which the same call goes on; None: nowhere.
+        states: where the dense model's last states are kept; None: in memory.
 
     Returns:
         All steps, in order; and for each budget the snapshots of all layers.
@@ -119,7 +121,9 @@ def train_scores(
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.softening != 1 and isinstance(objective, TokenDistribution):
         objective = replace(objective, temperature=settings.softening)
-    teacher = Teacher(model, lambda: all_dense(layers.values()), objective, windows)
+    teacher = Teacher(
+        model, lambda: all_dense(layers.values()), objective, windows, files=states
+    )  # fmt: skip
     run = _Run(model, layers, objective, settings, generator, teacher, pivoted, expected or {})
     batches = EndlessBatches(len(windows), settings.batch_size, generator)
     losses = Losses(settings.steps_in_all(len(budgets)), on_step)

@@ -250,8 +250,8 @@ StreamOption = Annotated[
     bool,
     typer.Option(
         "--stream",
-        help="Read the model block by block, never whole, and go on after a crash. For closed "
-        "forms: --method svd-llm, say.",
+        help="Read the model block by block, never whole, and go on after a crash. For soco "
+        "without refinement, and for closed forms such as --method svd-llm.",
         rich_help_panel=RUNNING,
     ),
 ]

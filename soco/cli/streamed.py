@@ -24,7 +24,7 @@ from soco.streaming import compress_folder
 from soco.workfolder import PLAN, work_folder
 
 # Options of `soco compress` that need what streaming has not.
-_WHOLE = ("ratios", "size", "effort", "preset", "refine", "surgeon", "stats", "training")
+_WHOLE = ("ratios", "size", "refine", "surgeon", "stats")
 
 
 def compress(wanted: Compression) -> None:
@@ -32,10 +32,8 @@ def compress(wanted: Compression) -> None:
     begin = time.perf_counter()
     for name in _WHOLE:
         if getattr(wanted, name):
-            option = next(iter(wanted.training)) if name == "training" else name
-            raise ValueError(
-                f"--{option.replace('_', '-')} needs the whole model in memory: leave out --stream"
-            )
+            raise ValueError(f"--{name} needs the whole model in memory: leave out --stream")
+    method = wanted.chosen_method(wanted.seed)
     place = find_model(wanted.model)
     if not Path(place).is_dir():
         raise ValueError(f"--stream reads a folder, and {wanted.model} is none: download it first")
@@ -55,15 +53,15 @@ def compress(wanted: Compression) -> None:
         tokenizer, text = None, wanted.calibration
         if text is not None and text != "self":
             text, tokenizer = find_text(text), open_tokenizer(wanted.model)
-        elif text is None and choose(wanted.method, **options).reads_text:
-            raise ValueError(f"method {wanted.method} learns from text: give --calibration FILE")
+        elif text is None and choose(method, **options).reads_text:
+            raise ValueError(f"method {method.name} learns from text: give --calibration FILE")
         options["calibration"] = text
-        tell(f"compressing block by block by {wanted.method} on {device}")
+        tell(f"compressing block by block by {method.name} on {device}")
         if (kept / PLAN).is_file():
             tell(f"an earlier run was stopped: going on with what is in {kept}")
         try:
             report = compress_folder(
-                place, wanted.output, method=wanted.method, tokenizer=tokenizer, seed=wanted.seed,
+                place, wanted.output, method=method, tokenizer=tokenizer, seed=wanted.seed,
                 batch_size=wanted.batch_size, dtype=dtype, device=device, work=wanted.work,
                 progress=False if wanted.quiet else None, **options,
             )  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from soco.assembling import SHARD_BYTES
 from soco.calibration import SAMPLED, Statistics
 from soco.linalg import workers_for
 from soco.methods import RankLearner, SequentialMethod, SharingMethod, TrainedMethod
@@ -14,7 +15,6 @@ from soco.planning.learning import refinement, training
 from soco.planning.setting import Demand, Passes, Setting, passes_of, spectrum_bytes
 from soco.planning.tracing import KEPT, Trace, Work
 from soco.ranks import Shape, layer_params
-from soco.streaming import SHARD_BYTES
 from soco.surgery import transformer_blocks
 
 _SMALL = 160  # columns of the matrices that stand for larger ones of the same proportions

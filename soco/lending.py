@@ -1,0 +1,256 @@
+"""Matrices of transformer blocks on loan from files: in memory while their block runs."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from soco.spectral import Components, SpectralLinear
+from soco.steps import frozen
+from soco.stored import StoredModel
+from soco.surgery import layout_of, shape_of, transformer_blocks
+from soco.workfolder import WorkFolder
+
+Slot = tuple[dict[str, Any], str, Any]  # a dictionary of a module, a key, and what belongs there
+
+
+class Lender:
+    """Runs a stored model, dense or with the spectra of its layers, of which a block is in memory.
+
+    When a block begins, what the one before it had is given up, and the block's own is read: of a
+    dense layer its weight, of a spectral one the components that it computes. Autograd keeps what
+    it needs; so gradients go through blocks that are computed again on the way back
+    (``steps.checkpointed``), or nothing is gained. What is small (vectors) or outside of all blocks
+    (embeddings) stays in memory.
+
+    On a GPU the next block is read while one computes; on the CPU the system is told to.
+
+    Args:
+        stored: the model; nothing of it is in memory.
+        work: where components are.
+        files: layer to its file there (``keep``).
+        dtype: to compute in.
+        device: to compute on.
+    """
+
+    def __init__(
+        self,
+        stored: StoredModel,
+        work: WorkFolder,
+        files: Mapping[str, str],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Nothing is read yet."""
+        self._stored, self._work, self._files = stored, work, files
+        self._dtype, self._device = dtype, device
+        self._blocks = transformer_blocks(stored.model)
+        paths = {id(module): path for path, module in stored.model.named_modules()}
+        self._paths = [paths[id(block)] for block in self._blocks]
+        self._layouts = {name: layout_of(stored.model.get_submodule(name)) for name in files}
+        self._shapes = {name: shape_of(stored.model.get_submodule(name)) for name in files}
+        self._of_block = [[n for n in files if n.startswith(f"{p}.")] for p in self._paths]
+        self._held: list[Slot] = []  # what was in the slots that are filled now
+        self._inside: tuple[Any, ...] = ()  # of which block, and of which of its components
+        self._orders: dict[str, tuple[Any, Tensor]] = {}  # as the layers have them, on the CPU
+        self._last = -1  # block that began last
+        self._next: tuple[Any, Future[list[Slot]]] | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._worker: ThreadPoolExecutor | None = None
+
+    # Components in files --------------------------------------------------------------------------
+
+    def keep(self, name: str, components: Components) -> None:
+        """Write what ``pop`` and the layers read: a component is a row of either side."""
+        held = components._asdict()
+        self._work.put_tensors(self._files[name], {**held, "up": components.up.mT})
+
+    def pop(self, name: str) -> Components:
+        """The components of a layer, of which those that are lent have no values."""
+        held = self._work.get_tensors(self._files[name])
+        rows, columns = self._shapes[name]
+        rank = min(rows, columns)
+        empty = partial(torch.empty, dtype=self._dtype, device="meta")
+        gain, sigma = (held[part].to(self._device, copy=True) for part in ("gain", "sigma"))
+        return Components(empty(rows, rank), empty(rank, columns), gain, sigma)
+
+    # Running --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, the model runs, frozen and in evaluation mode.
+
+        Raises:
+            ValueError: a file lacks a tensor, or has it with NaN or Inf.
+        """
+        model = self._stored.model
+        inside = {parameter for block in self._blocks for parameter in block.parameters()}
+        stay = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter not in inside or parameter.dim() < 2
+        ]
+        forwards = [block.__dict__.get("forward") for block in self._blocks]
+        with self._stored.in_memory(stay, self._dtype, self._device), frozen(model):
+            for buffer in model.buffers():
+                buffer.data = buffer.to(self._device)
+            try:
+                for number, block in enumerate(self._blocks):
+                    block.forward = self._run(number, block.forward)  # type: ignore[method-assign]
+                yield
+            finally:
+                self._give_up()
+                for block, forward in zip(self._blocks, forwards, strict=True):
+                    if forward is None:
+                        block.__dict__.pop("forward", None)  # the class's shows again
+                    else:
+                        block.forward = forward  # type: ignore[method-assign]
+
+    @contextmanager
+    def whole(self, name: str, layer: SpectralLinear) -> Iterator[None]:
+        """Inside, a layer has all of its components in memory, in its order."""
+        self._give_up()
+        try:
+            self._fill(self._components(name, layer, len(layer.order)))
+            yield
+        finally:
+            self._give_up()
+
+    def _run(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._enter(number)
+            return forward(*args, **kwargs)
+
+        return run
+
+    def _enter(self, number: int) -> None:
+        """Give up what is held, and bring in what a block needs now."""
+        wanted = self._state(number)
+        back = number < self._last or (number == self._last and number == len(self._blocks) - 1)
+        self._last = number
+        if wanted != self._inside:
+            self._give_up()
+            self._fill(self._fetched(number, wanted))
+            self._inside = wanted
+        following = number - 1 if back else number + 1
+        if 0 <= following < len(self._blocks):
+            self._read_ahead(following)
+
+    def _state(self, number: int) -> tuple[Any, ...]:
+        """What tells whether a block needs the same as when it began last."""
+        found: list[Any] = [number]
+        for module in self._blocks[number].modules():
+            found.append(id(module))
+            if isinstance(module, SpectralLinear):
+                found += [module.dense, module.computed, module.order._version]
+        return tuple(found)
+
+    def _give_up(self) -> None:
+        for dictionary, key, value in self._held:
+            dictionary[key] = value
+        self._held.clear()
+        self._inside = ()
+
+    def _fill(self, slots: Sequence[Slot]) -> None:
+        for dictionary, key, value in slots:
+            self._held.append((dictionary, key, dictionary[key]))
+            dictionary[key] = value
+
+    def _slots(self, number: int) -> list[Slot]:
+        """What a block needs now, read."""
+        found: list[Slot] = []
+        for path, module in self._blocks[number].named_modules(prefix=self._paths[number]):
+            if not isinstance(module, SpectralLinear):
+                for leaf, parameter in module._parameters.items():
+                    if parameter is not None and parameter.dim() > 1:
+                        value = self._parameter(f"{path}.{leaf}", tuple(parameter.shape))
+                        filled = nn.Parameter(value, requires_grad=False)
+                        found.append((module._parameters, leaf, filled))
+            elif module.dense:
+                found.append(self._weight(path, module))
+            else:
+                found += self._components(path, module, module.computed)
+        return found
+
+    def _parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._brought(self._stored.read(self._stored.require(name, shape)))
+
+    def _weight(self, name: str, layer: SpectralLinear) -> Slot:
+        """The weight of a layer that computes what the dense one does."""
+        conv = self._layouts[name] == "conv1d"
+        rows, columns = self._shapes[name]
+        value = self._parameter(f"{name}.weight", (columns, rows) if conv else (rows, columns))
+        if "weight" in layer._parameters:
+            return layer._parameters, "weight", nn.Parameter(value, requires_grad=False)
+        return layer.__dict__, "weight", value.mT if conv else value
+
+    def _components(self, name: str, layer: SpectralLinear, count: int) -> list[Slot]:
+        """The first components of a layer by its order, where ``arrange`` would have them."""
+        held = self._work.get_tensors(self._files[name])
+        chosen = self._order(name, layer)[:count]
+        rows, columns = self._shapes[name]
+        rank = min(rows, columns)
+        up = torch.empty(rows, rank, dtype=self._dtype, device=self._device)
+        down = torch.empty(rank, columns, dtype=self._dtype, device=self._device)
+        up[:, :count] = self._brought(held["up"].index_select(0, chosen)).mT
+        down[:count] = self._brought(held["down"].index_select(0, chosen))
+        return [(layer._buffers, "up", up), (layer._buffers, "down", down)]
+
+    def _order(self, name: str, layer: SpectralLinear) -> Tensor:
+        """A layer's order on the CPU; asked of the device only when it changed."""
+        state = id(layer), layer.order._version
+        known = self._orders.get(name)
+        if known is None or known[0] != state:
+            known = self._orders[name] = state, layer.order.cpu().clone()
+        return known[1]
+
+    def _brought(self, value: Tensor) -> Tensor:
+        """A copy on the device, in the dtype that is computed in."""
+        if self._stream is None:
+            return value.to(self._device, self._dtype, copy=True)
+        return value.to(self._dtype).pin_memory().to(self._device, non_blocking=True)
+
+    # Reading ahead --------------------------------------------------------------------------------
+
+    def _read_ahead(self, number: int) -> None:
+        """Begin to read what a block will need, if nothing changes until it begins."""
+        if self._stream is not None:
+            layers = self._blocks[number].named_modules(prefix=self._paths[number])
+            for name, layer in layers:
+                if isinstance(layer, SpectralLinear) and not layer.dense:
+                    self._order(name, layer)  # here, since it may wait for the device
+            self._worker = self._worker or ThreadPoolExecutor(1)
+            found = self._worker.submit(self._on_stream, number)
+            self._next = self._state(number), found
+            return
+        for name in self._of_block[number]:
+            with suppress(OSError, AttributeError):  # not every system can be told
+                handle = os.open(self._work.path / self._files[name], os.O_RDONLY)
+                try:
+                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(handle)
+
+    def _on_stream(self, number: int) -> list[Slot]:
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            return self._slots(number)
+
+    def _fetched(self, number: int, wanted: tuple[Any, ...]) -> list[Slot]:
+        """What a block needs: as it was read ahead, if it is what was read."""
+        ahead, self._next = self._next, None
+        if self._stream is None:
+            with torch.no_grad():
+                return self._slots(number)
+        slots = None if ahead is None else ahead[1].result()
+        if ahead is None or slots is None or ahead[0] != wanted:
+            slots = self._on_stream(number)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        for _, _, value in slots:
+            value.record_stream(current)
+        return slots
