@@ -253,20 +253,21 @@ def _trained(run: _Run) -> list[tuple[list[nn.Parameter], float]]:
 @torch.no_grad()
 def _measured_rate(run: _Run, budget: int) -> float:
     """The rate that suits the model as it will be at the budget, before it is trained."""
-    chosen = torch.arange(run.settings.batch_size)
-    ids = run.teacher.windows[chosen].to(next(run.model.parameters()).device)
-    dense = run.teacher.outputs(chosen)
+    device, count = next(run.model.parameters()).device, run.settings.batch_size
+    parts = torch.arange(count).split(run.settings.micro_batch or count)
+    dense = [run.teacher.outputs(part) for part in parts[:1]]  # the others only when it is time
+    for part in parts[1:]:
+        run.teacher.outputs(part)  # so that they are made of its states from now on
     before = {name: (layer.mask.clone(), layer.computed) for name, layer in run.layers.items()}
 
     def loss() -> float:
-        parts = zip(ids.split(size), dense.split(size), strict=True)
-        losses = [
-            run.objective.divergence(wanted, run.objective.outputs(run.model, each)) * len(each)
-            for each, wanted in parts
-        ]
-        return float(sum(losses)) / len(ids)
+        total = 0.0
+        for place, part in enumerate(parts):
+            wanted = dense[0] if not place else run.teacher.outputs(part)
+            student = run.objective.outputs(run.model, run.teacher.windows[part].to(device))
+            total += float(run.objective.divergence(wanted, student) * len(part))
+        return total / count
 
-    size = run.settings.micro_batch or len(ids)
     choose_components(run.layers, run.fisher(), budget, run.pivoted)
     for layer in run.layers.values():
         layer.computed = len(layer.mask)
