@@ -1,9 +1,9 @@
 """Matrices of transformer blocks on loan from files: in memory while their block runs."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from soco.surgery import layout_of, shape_of, transformer_blocks
 from soco.workfolder import WorkFolder
 
 Slot = tuple[dict[str, Any], str, Any]  # a dictionary of a module, a key, and what belongs there
+Want = tuple[str, nn.Module, Tensor | None]  # a module's name, itself, and which components
 
 
 class Lender:
@@ -59,9 +60,9 @@ class Lender:
         self._inside: tuple[Any, ...] = ()  # of which block, and of which of its components
         self._orders: dict[str, tuple[Any, Tensor]] = {}  # as the layers have them, on the CPU
         self._last = -1  # block that began last
-        self._next: tuple[Any, Future[list[Slot]]] | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._worker: ThreadPoolExecutor | None = None
+        self._worker = None if self._stream is None else ThreadPoolExecutor(1)
+        self._next: tuple[Any, Future[list[Slot]]] | None = None
 
     # Components in files --------------------------------------------------------------------------
 
@@ -71,7 +72,11 @@ class Lender:
         self._work.put_tensors(self._files[name], {**held, "up": components.up.mT})
 
     def pop(self, name: str) -> Components:
-        """The components of a layer, of which those that are lent have no values."""
+        """The components of a layer, of which those that are lent have no values.
+
+        From then on no dense layer has a value, which somebody might hold on to.
+        """
+        self._give_up()
         held = self._work.get_tensors(self._files[name])
         rows, columns = self._shapes[name]
         rank = min(rows, columns)
@@ -116,7 +121,7 @@ class Lender:
         """Inside, a layer has all of its components in memory, in its order."""
         self._give_up()
         try:
-            self._fill(self._components(name, layer, len(layer.order)))
+            self._fill(self._components(name, layer, layer.order.cpu()))
             yield
         finally:
             self._give_up()
@@ -131,8 +136,8 @@ class Lender:
     def _enter(self, number: int) -> None:
         """Give up what is held, and bring in what a block needs now."""
         wanted = self._state(number)
-        back = number < self._last or (number == self._last and number == len(self._blocks) - 1)
-        self._last = number
+        turned = number == self._last == len(self._blocks) - 1
+        back, self._last = turned or number == self._last - 1, number
         if wanted != self._inside:
             self._give_up()
             self._fill(self._fetched(number, wanted))
@@ -161,24 +166,34 @@ class Lender:
             self._held.append((dictionary, key, dictionary[key]))
             dictionary[key] = value
 
-    def _slots(self, number: int) -> list[Slot]:
-        """What a block needs now, read."""
+    def _wants(self, number: int) -> list[Want]:
+        """The modules of a block by name, and the components that spectral ones compute."""
+        found = []
+        for name, module in self._blocks[number].named_modules(prefix=self._paths[number]):
+            chosen = None
+            if isinstance(module, SpectralLinear) and not module.dense:
+                chosen = self._chosen(name, module)
+            found.append((name, module, chosen))
+        return found
+
+    def _slots(self, wants: Iterable[Want]) -> list[Slot]:
+        """What modules want, read."""
         found: list[Slot] = []
-        for path, module in self._blocks[number].named_modules(prefix=self._paths[number]):
-            if not isinstance(module, SpectralLinear):
-                for leaf, parameter in module._parameters.items():
-                    if parameter is not None and parameter.dim() > 1:
-                        value = self._parameter(f"{path}.{leaf}", tuple(parameter.shape))
-                        filled = nn.Parameter(value, requires_grad=False)
-                        found.append((module._parameters, leaf, filled))
-            elif module.dense:
-                found.append(self._weight(path, module))
-            else:
-                found += self._components(path, module, module.computed)
+        for name, module, chosen in wants:
+            if isinstance(module, SpectralLinear):
+                if chosen is None:
+                    found.append(self._weight(name, module))
+                else:
+                    found += self._components(name, module, chosen)
+                continue
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and parameter.dim() > 1:
+                    value = self._parameter(f"{name}.{leaf}", tuple(parameter.shape))
+                    found.append((module._parameters, leaf, nn.Parameter(value, False)))
         return found
 
     def _parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._brought(self._stored.read(self._stored.require(name, shape)))
+        return self._brought(self._stored.read(self._stored.require(name, shape)), mapped=True)
 
     def _weight(self, name: str, layer: SpectralLinear) -> Slot:
         """The weight of a layer that computes what the dense one does."""
@@ -186,47 +201,41 @@ class Lender:
         rows, columns = self._shapes[name]
         value = self._parameter(f"{name}.weight", (columns, rows) if conv else (rows, columns))
         if "weight" in layer._parameters:
-            return layer._parameters, "weight", nn.Parameter(value, requires_grad=False)
+            return layer._parameters, "weight", nn.Parameter(value, False)
         return layer.__dict__, "weight", value.mT if conv else value
 
-    def _components(self, name: str, layer: SpectralLinear, count: int) -> list[Slot]:
-        """The first components of a layer by its order, where ``arrange`` would have them."""
+    def _components(self, name: str, layer: SpectralLinear, chosen: Tensor) -> list[Slot]:
+        """Components of a layer, where ``arrange`` would have them."""
         held = self._work.get_tensors(self._files[name])
-        chosen = self._order(name, layer)[:count]
         rows, columns = self._shapes[name]
-        rank = min(rows, columns)
+        rank, count = min(rows, columns), len(chosen)
         up = torch.empty(rows, rank, dtype=self._dtype, device=self._device)
         down = torch.empty(rank, columns, dtype=self._dtype, device=self._device)
         up[:, :count] = self._brought(held["up"].index_select(0, chosen)).mT
         down[:count] = self._brought(held["down"].index_select(0, chosen))
         return [(layer._buffers, "up", up), (layer._buffers, "down", down)]
 
-    def _order(self, name: str, layer: SpectralLinear) -> Tensor:
-        """A layer's order on the CPU; asked of the device only when it changed."""
+    def _chosen(self, name: str, layer: SpectralLinear) -> Tensor:
+        """What a layer computes, on the CPU; the device is asked only when it changed."""
         state = id(layer), layer.order._version
         known = self._orders.get(name)
         if known is None or known[0] != state:
             known = self._orders[name] = state, layer.order.cpu().clone()
-        return known[1]
+        return known[1][: layer.computed]
 
-    def _brought(self, value: Tensor) -> Tensor:
-        """A copy on the device, in the dtype that is computed in."""
+    def _brought(self, value: Tensor, *, mapped: bool = False) -> Tensor:
+        """On the device, in the dtype that is computed in; a copy of what a file is mapped to."""
         if self._stream is None:
-            return value.to(self._device, self._dtype, copy=True)
+            return value.to(self._device, self._dtype, copy=mapped)
         return value.to(self._dtype).pin_memory().to(self._device, non_blocking=True)
 
     # Reading ahead --------------------------------------------------------------------------------
 
     def _read_ahead(self, number: int) -> None:
         """Begin to read what a block will need, if nothing changes until it begins."""
-        if self._stream is not None:
-            layers = self._blocks[number].named_modules(prefix=self._paths[number])
-            for name, layer in layers:
-                if isinstance(layer, SpectralLinear) and not layer.dense:
-                    self._order(name, layer)  # here, since it may wait for the device
-            self._worker = self._worker or ThreadPoolExecutor(1)
-            found = self._worker.submit(self._on_stream, number)
-            self._next = self._state(number), found
+        if self._worker is not None:
+            begun = self._worker.submit(self._read, self._wants(number))
+            self._next = self._state(number), begun
             return
         for name in self._of_block[number]:
             with suppress(OSError, AttributeError):  # not every system can be told
@@ -236,21 +245,21 @@ class Lender:
                 finally:
                     os.close(handle)
 
-    def _on_stream(self, number: int) -> list[Slot]:
-        with torch.no_grad(), torch.cuda.stream(self._stream):
-            return self._slots(number)
+    def _read(self, wants: Iterable[Want]) -> list[Slot]:
+        """What modules want; on a GPU beside what that computes meanwhile."""
+        there = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with torch.no_grad(), there:
+            return self._slots(wants)
 
     def _fetched(self, number: int, wanted: tuple[Any, ...]) -> list[Slot]:
         """What a block needs: as it was read ahead, if it is what was read."""
         ahead, self._next = self._next, None
-        if self._stream is None:
-            with torch.no_grad():
-                return self._slots(number)
         slots = None if ahead is None else ahead[1].result()
         if ahead is None or slots is None or ahead[0] != wanted:
-            slots = self._on_stream(number)
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
-        for _, _, value in slots:
-            value.record_stream(current)
+            slots = self._read(self._wants(number))
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for _, _, value in slots:
+                value.record_stream(current)
         return slots

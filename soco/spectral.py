@@ -41,15 +41,16 @@ class Components(NamedTuple):
     def of(cls, spectrum: Spectrum, dtype: torch.dtype) -> "Components":
         """The components of a spectrum, in a dtype."""
         # Rows of down that the inputs hardly see are huge; columns of up that the loss hardly sees.
-        up, down = spectrum.up.double(), spectrum.down.double()
-        tiny = torch.finfo(down.dtype).tiny
-        left, right = up.norm(dim=0).clamp_min(tiny), down.norm(dim=1).clamp_min(tiny)
-        return cls(
-            (up / left).to(dtype),
-            (down / right[:, None]).to(dtype),
-            (spectrum.sigma * left * right).float(),
-            spectrum.sigma,
-        )
+        up, left = _normed(spectrum.up, 0, dtype)
+        down, right = _normed(spectrum.down, 1, dtype)
+        return cls(up, down, (spectrum.sigma * left * right).float(), spectrum.sigma)
+
+
+def _normed(matrix: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A matrix with vectors of unit norm along ``dim``, in a dtype; and the norms they had."""
+    wide = matrix.to(torch.float64, copy=True)
+    norms = wide.norm(dim=dim).clamp_min(torch.finfo(wide.dtype).tiny)
+    return wide.div_(norms.unsqueeze(dim)).to(dtype), norms
 
 
 class SpectralLinear(nn.Module):

@@ -41,7 +41,7 @@ from soco.processes import check_same, count, number, owners, told, wait
 from soco.ranks import check_ratio, is_dense, largest_rank, parameter_budget, uniform_ranks
 from soco.reporting import Report, history_columns
 from soco.sequential import stages
-from soco.spectral import Components
+from soco.spectral import Components, SpectralLinear
 from soco.stored import StoredModel
 from soco.surgery import bias_of, find_linears, fused_experts, replace_modules, shape_of
 from soco.workbench import Workbench
@@ -355,7 +355,9 @@ class _Run:
         basis = self.choices.method.components
         spectrum = basis.spectrum(weight, means, name=f"{name}.weight")
         if self.trained:
-            self.lender.keep(name, Components.of(spectrum, self.dtype))
+            components = Components.of(spectrum, self.dtype)
+            del spectrum
+            self.lender.keep(name, components)
             return
         most = known or largest_rank(shape, self.pivoted)
         factors = spectrum.truncate(min(most, len(spectrum.sigma)))
@@ -417,30 +419,36 @@ class _Run:
                     keeper=Keeper(self.work, "training"), states=Filed(self.work, "state"),
                     by_blocks=True,
                 )  # fmt: skip
-            ranks, biased = {}, set()
-            for name, layer in learned.layers.items():
-                with self.lender.whole(name, layer):
-                    weight, bias = layer.fold()
-                if isinstance(weight, Factors):
-                    ranks[name] = weight.down.shape[0]
-                    if bias is not None and bias_of(self.targets[name]) is None:
-                        biased.add(name)
-                if number() == 0:
-                    dense = isinstance(weight, Tensor)
-                    tensors = {"weight": weight} if dense else weight._asdict()
-                    tensors |= {} if bias is None else {"bias": bias}
-                    self.work.put_tensors(
-                        _folded(self.files[name]),
-                        tensors | ({} if bias is None else {"bias": bias}),
-                    )
-        check_same(ranks, "the ranks of the layers")
+            alive = {name: int(layer.mask.sum()) for name, layer in learned.layers.items()}
+            check_same(alive, "the ranks of the layers")
+            for place, (name, layer) in enumerate(learned.layers.items()):
+                if place % count() == number() and not self.work.has(_folded(self.files[name])):
+                    self._fold(name, layer)
+        wait()
+        pieces = {name: self._piece(name) for name in self.targets}
+        ranks = {
+            name: weight.down.shape[0]
+            for name, (weight, _) in pieces.items()
+            if isinstance(weight, Factors)
+        }
+        had = {name for name, module in self.targets.items() if bias_of(module) is not None}
+        biased = {name for name in ranks if pieces[name].bias is not None} - had
+        del pieces
+        return Outcome(ranks, self._piece, frozenset(biased), learned.ranges(), learned.history)
 
-        def piece(name: str) -> Piece:
-            held = self.work.get_tensors(_folded(self.files[name]))
-            bias = held.pop("bias", None)
-            return Piece(Factors(**held) if name in ranks else held["weight"], bias)
+    def _fold(self, name: str, layer: SpectralLinear) -> None:
+        """Write what a trained layer has become."""
+        with self.lender.whole(name, layer):
+            weight, bias = layer.fold()
+        tensors = {"weight": weight} if isinstance(weight, Tensor) else weight._asdict()
+        tensors |= {} if bias is None else {"bias": bias}
+        self.work.put_tensors(_folded(self.files[name]), tensors)
 
-        return Outcome(ranks, piece, frozenset(biased), learned.ranges(), learned.history)
+    def _piece(self, name: str) -> Piece:
+        """That, mapped into memory."""
+        held = self.work.get_tensors(_folded(self.files[name]))
+        bias = held.pop("bias", None)
+        return Piece(held["weight"] if "weight" in held else Factors(**held), bias)
 
     # The result -----------------------------------------------------------------------------------
 
