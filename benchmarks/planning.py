@@ -77,7 +77,9 @@ def once(folder: Path, output: Path, case: dict[str, Any]) -> dict[str, Any]:
             phases.watch(chain.Chain, name, "statistics")
         phases.watch(streaming._Run, "_take_apart", "decomposition")
         phases.watch(streaming._Run, "write", "writing")
-        soco.compress_folder(folder, output, 0.5, method=case["method"], **options)
+        phases.watch(streaming.Workbench, "written", "written text")
+        phases.watch(streaming, "learn_scores", "training")
+        soco.compress_folder(folder, output, 0.5, method=_method(case), **options)
     else:
         of_clock = guard.Clock.__call__
 
@@ -143,7 +145,8 @@ def cases(threads: int) -> Iterator[dict[str, Any]]:
             yield {
                 **model, "method": method, "stream": False, "samples": 24, "length": 128, **common,
             }  # fmt: skip
-        for method in (*some, "kfac-svd") if dtype == "bfloat16" else ():
+        trained = ("soco",) if methods is every else ()
+        for method in (*some, "kfac-svd", *trained) if dtype == "bfloat16" else trained:
             yield {
                 **model, "method": method, "stream": True, "samples": 24, "length": 256, **common,
             }  # fmt: skip

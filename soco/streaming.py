@@ -182,7 +182,9 @@ def compress_folder(
             notes, progress,
         )  # fmt: skip
         run.all_blocks()
-        return run.write(target, run.train() if run.trained else run.truncated())
+        outcome = run.train() if run.trained else run.truncated()
+        give_back_memory()
+        return run.write(target, outcome)
 
 
 def _own_text(work: WorkFolder, lender: Lender, write: Callable[[], Tensor]) -> Tensor:

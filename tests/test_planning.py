@@ -59,6 +59,7 @@ def test_phases_of_each_way(tmp_path):
     assert phases(effort="best")[-3:] == ["refinement", *end[1:]]
     assert phases(method="svd", stream=True) == ["decomposition", "writing"]
     assert phases(method="svd-llm", stream=True) == ["statistics", "decomposition", "writing"]
+    assert phases(stream=True) == [*trained[1:5], "writing"]
 
 
 def test_the_work_folder_by_hand(tmp_path):
@@ -131,7 +132,7 @@ def test_what_is_not_planned_is_said(tmp_path):
         ({"samples": 0}, "samples must be a positive whole number, got 0"),
         ({"batch_size": True}, "batch_size must be a positive whole number, got True"),
         ({"length": 65}, "length 65 is too much for the model's 64 positions"),
-        ({"stream": True}, "needs the whole model in memory"),
+        ({"stream": True, "effort": "best"}, "need the whole model in memory"),
         ({"include": "nothing.*"}, "matches no linear layer"),
     ],
 )
@@ -309,13 +310,39 @@ def test_phases_block_by_block_by_hand(by_hand):
     assert found["statistics"] == outside + head + states + 10**9 + 20
 
 
+def test_training_block_by_block_by_hand(by_hand):
+    """Components of one block and what is read of its largest layer; states are in files."""
+    few = {"method": SoCo(steps=2, written=0.5, fisher_warmup=1, batch_size=1, micro_batch=1)}
+    found, _ = by_hand(**few, stream=True)
+    beside, norms = 4 * (2 * 96 * 32 + 32), 4 * 2 * 32
+    components = SPECTRA - 4 * (5 * 32 + 2 * 16)  # without what a spectrum has beside them
+    assert found["training"] == beside + norms + components + 4 * 32 * 48 + 7000
+    # A block's weights, keys and values of two sequences, and logits for their next tokens.
+    cache = 2 * 2 * 2 * 16 * 16 * 4
+    assert found["written text"] == beside + BLOCK + norms + cache + 6 * 2 * 96 * 4 + KEPT
+
+
 def test_the_work_folder_with_gradients_by_hand(tmp_path):
-    """The hidden states in front of every block, behind the last, and what comes back of one."""
-    place = folder(tmp_path)
-    more = {"allocator": "uniform", "stream": True, **FEW}
-    with_them = plan(place, 0.5, method="kfac-svd", **more).work_bytes
-    without = plan(place, 0.5, method="svd-llm", **more).work_bytes
-    assert with_them - without == (4 - 2) * 4 * HIDDEN
+    """Hidden states in front of every block, behind the last, and what comes back of one.
+
+    Or, at the other end of the way, what has become of the layers.
+    """
+    more = {"method": "kfac-svd", "allocator": "uniform", "stream": True, **FEW}
+    few_layers = plan(folder(tmp_path), 0.5, **more)
+    factors = 4 * (few_layers.params_after - few_layers.params + few_layers.target_params)
+    sigmas = 4 * 2 * (2 * 32 + 2 * 16 + 3 * 32)
+    assert few_layers.work_bytes == factors + sigmas + 2 * 4 * HIDDEN
+    long = plan(folder(tmp_path), 0.5, **{**more, "samples": 64})
+    assert long.work_bytes == 64 * (2 + 2) * HIDDEN
+
+
+def test_the_work_folder_of_a_training_by_hand(tmp_path):
+    """Components in the dtype that is computed in; states of what is trained on, and factors."""
+    method = SoCo(written=0.5, pivoted=False)
+    found = plan(folder(tmp_path), 0.5, method=method, stream=True, **FEW)
+    components = 2 * (SPECTRA + 4 * (5 * 32 + 2 * 16))  # gain and sigma
+    factors = 4 * (found.params_after - found.params + found.target_params)
+    assert found.work_bytes == components + 6 * HIDDEN + factors
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -1,7 +1,7 @@
 """What each phase of a compression holds in memory, and what it computes."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -37,7 +37,7 @@ def demands(setting: Setting, *, stream: bool) -> tuple[list[Demand], list[str]]
         found.append(_decomposition(setting, units, sums))
     method = setting.choices.method
     if isinstance(method, TrainedMethod):
-        found += training(setting, method, passes)
+        found += training(setting, method, passes, stream=False)
     elif isinstance(method, SequentialMethod) and method.is_sequential(setting.ratio):
         notes.append(f"the fits of {method.name} behind compressed blocks are not planned")
     if isinstance(method, SharingMethod):
@@ -198,16 +198,13 @@ def _written(setting: Setting) -> list[Demand]:
 def _streamed(setting: Setting, passes: Passes, units: Mapping[Shape, Work]) -> list[Demand]:
     """The phases of ``soco.compress_folder``, each for the largest block."""
     width = setting.dtype.itemsize
-    blocks = transformer_blocks(setting.model)
-    inside = [sum(p.numel() for p in block.parameters()) for block in blocks]
     base = getattr(setting.model, "base_model", setting.model)
-    outside = width * (sum(p.numel() for p in base.parameters()) - sum(inside))
-    of_block = [
-        [n for n, m in setting.targets.items() if m in set(block.modules())] for block in blocks
-    ]
+    blocks = setting.blocks
+    inside = [block.bytes for block in blocks]
+    outside = width * sum(p.numel() for p in base.parameters()) - sum(inside)
     sums = _sums(setting, passes)
     largest = max(
-        (sum(map(sum, (sums.get(n, (0, 0)) for n in names))) for names in of_block), default=0
+        (sum(map(sum, (sums.get(n, (0, 0)) for n in block.names))) for block in blocks), default=0
     )
     reads = bool(setting.choices.needs)
     found = []
@@ -217,11 +214,11 @@ def _streamed(setting: Setting, passes: Passes, units: Mapping[Shape, Work]) -> 
         tokens = setting.samples * setting.length
         grams = float(tokens * sum(shared // 8 for shared, _ in sums.values()))
         work = work.then(Work(products={torch.float32: grams}))
-        held = outside + width * max(inside, default=0) + largest + states
+        held = outside + max(inside, default=0) + largest + states
         peak = held + work.peak
         if passes.single.peak:
             work = passes.curvature.times(setting.batches).then(work)
-            head = setting.weights - outside - width * sum(inside)
+            head = setting.beside - outside
             to_the_loss = outside + head + states + passes.single.peak  # from the last block on
             peak = max(peak, held + passes.inner.peak, to_the_loss)
         found.append(Demand("statistics", peak + work.kept, work))
@@ -233,13 +230,13 @@ def _streamed(setting: Setting, passes: Passes, units: Mapping[Shape, Work]) -> 
     held = (outside if reads else 0) + largest
     work = replace(work, peak=peak)
     found.append(Demand("decomposition", held + peak + work.kept, work))
-    found.append(Demand("writing", _largest_file(setting, inside, of_block), Work()))
+    if isinstance(setting.choices.method, TrainedMethod):
+        found += training(setting, setting.choices.method, passes, stream=True)
+    found.append(Demand("writing", _largest_file(setting), Work()))
     return found
 
 
-def _largest_file(
-    setting: Setting, inside: Sequence[int], of_block: Sequence[Sequence[str]]
-) -> int:
+def _largest_file(setting: Setting) -> int:
     """What is in memory while the largest file of a streamed result is written."""
     width = setting.stored.itemsize
     blocks = {id(p) for b in transformer_blocks(setting.model) for p in b.parameters()}
@@ -254,9 +251,11 @@ def _largest_file(
     wide = max(4, setting.dtype.itemsize)
     largest = max(files) + max(others, default=0)
     factored = set(setting.factored)
-    for count, names in zip(inside, of_block, strict=True):
-        made = [n for n in names if n in factored]
-        kept = count - sum(math.prod(setting.shapes[n]) for n in made)
+    for block in setting.blocks:
+        made = [n for n in block.names if n in factored]
+        kept = block.bytes // setting.dtype.itemsize - sum(
+            math.prod(setting.shapes[n]) for n in made
+        )
         pivoted = setting.choices.pivoted
         each = [layer_params(setting.shapes[n], setting.ranks[n], pivoted) for n in made]
         size = width * (kept + sum(each)) + (wide + width) * max(each, default=0)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -27,7 +28,9 @@ from soco.steps import TEACHER_ROOM, all_dense, checkpointed
 from soco.surgery import bias_of, replaced, transformer_blocks, weight_of
 
 
-def training(setting: Setting, method: TrainedMethod, passes: Passes) -> list[Demand]:
+def training(
+    setting: Setting, method: TrainedMethod, passes: Passes, *, stream: bool
+) -> list[Demand]:
     """The text that the model writes, and the training of scores."""
     wanted = method.settings()
     spectra = sum(spectrum_bytes(shape, setting.dtype) for shape in setting.shapes.values())
@@ -35,13 +38,18 @@ def training(setting: Setting, method: TrainedMethod, passes: Passes) -> list[De
     written = round(wanted.written * setting.samples) if generates else 0
     found = []
     if written:
-        found.append(_writing_text(setting, written, passes, spectra))
+        there = setting.lent(spectral=False) if stream else setting.weights + spectra
+        found.append(_writing_text(setting, written, passes, there))
     settings = wanted.within_passes(setting.samples + written)
     size = min(settings.batch_size, setting.samples + written)
-    held = setting.weights + spectra * setting.dtype.itemsize // 4
     steps = settings.steps_in_all(1)
-    windows = min(setting.samples + written, (steps + settings.fisher_warmup) * size)
-    held += min(TEACHER_ROOM, setting.hidden(windows))
+    if stream:
+        settings = replace(settings, checkpointing=True)
+        held = setting.lent(spectral=True)
+    else:
+        windows = min(setting.samples + written, (steps + settings.fisher_warmup) * size)
+        held = setting.weights + spectra * setting.dtype.itemsize // 4
+        held += min(TEACHER_ROOM, setting.hidden(windows))
     if passes.objective is None:
         return [*found, Demand("training", held, Work())]
     warm, first, last = _training_passes(setting, method, settings, passes, size)
@@ -104,7 +112,7 @@ def _no_spectrum(shape: Shape) -> Spectrum:
     return Spectrum(torch.empty(shape[0], rank), torch.empty(rank), torch.empty(rank, shape[1]))
 
 
-def _writing_text(setting: Setting, written: int, passes: Passes, spectra: int) -> Demand:
+def _writing_text(setting: Setting, written: int, passes: Passes, there: int) -> Demand:
     """Keys and values of the sequences that are written at once, and their next tokens."""
     vocabulary, width = setting.model.get_input_embeddings().weight.shape
     at_once = min(sequences_at_once(setting.model, setting.length), written)
@@ -115,7 +123,7 @@ def _writing_text(setting: Setting, written: int, passes: Passes, spectra: int) 
     work = passes.forward.times(setting.batches * share).then(
         Work(products={setting.dtype: head}, kept=KEPT)
     )
-    held = setting.weights + spectra + cache + tokens
+    held = there + cache + tokens
     return Demand("written text", held + work.kept, work)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from soco.calibration import OF_GRADIENTS
 from soco.choices import Choices
+from soco.methods import TrainedMethod
 from soco.objectives import HiddenStates, Objective, objective_for, run_model
 from soco.planning.tracing import Work, curvature_pass, inputs_of, without_values
 from soco.ranks import Shape, is_dense, largest_rank, layer_params
@@ -23,6 +25,14 @@ class Demand:
     name: str
     bytes: int  # of memory beside Python and its libraries
     work: Work
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer block."""
+
+    bytes: int  # of its parameters, in the dtype that is computed in
+    names: tuple[str, ...]  # of the layers in it that are compressed
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,38 @@ class Setting:
     def weights(self) -> int:
         """Bytes of the model."""
         return sum(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """In their order."""
+        found = []
+        for block in transformer_blocks(self.model):
+            inside = set(block.modules())
+            size = sum(p.numel() for p in block.parameters()) * self.dtype.itemsize
+            names = tuple(n for n, m in self.targets.items() if m in inside)
+            found.append(Block(size, names))
+        return found
+
+    @property
+    def beside(self) -> int:
+        """Bytes of what lies outside of all blocks."""
+        return self.weights - sum(block.bytes for block in self.blocks)
+
+    def lent(self, *, spectral: bool) -> int:
+        """Bytes in memory while blocks are brought in one by one (``lending.Lender``).
+
+        Args:
+            spectral: whether with all components of their layers, and not with their weights.
+        """
+        width, most = self.dtype.itemsize, 0
+        for block in self.blocks:
+            size, shapes = block.bytes, [self.shapes[name] for name in block.names]
+            if spectral:
+                size += width * sum(min(o, i) * (o + i) - o * i for o, i in shapes)
+            # What is read of a layer lies beside where it goes.
+            sides = [min(o, i) * max(o, i) if spectral else 0 for o, i in shapes]
+            most = max(most, size + width * max(sides, default=0))
+        return self.beside + most
 
     @property
     def batches(self) -> int:
@@ -73,18 +115,31 @@ class Setting:
     def work_bytes(self) -> int:
         """Bytes of the work folder of a streamed run at its largest."""
         states = 2 * self.hidden(self.samples) if self.choices.needs else 0
-        if self.choices.needs & OF_GRADIENTS:  # those of all blocks are kept for the way back
-            states = states // 2 * (len(transformer_blocks(self.model)) + 2)
-        known = self.choices.rule.name == "uniform"
-        each = [
-            self.ranks[n] if known else largest_rank((o, i), self.choices.pivoted)
-            for n, (o, i) in self.shapes.items()
-        ]
-        wide = max(4, self.dtype.itemsize)
-        sizes = zip(self.shapes.items(), each, strict=True)
-        return states + wide * sum(
-            r * (o + i) + min(o, i) for (n, (o, i)), r in sizes if not known or n in self.factored
-        )
+        if isinstance(self.choices.method, TrainedMethod):
+            shapes = self.shapes.values()
+            parts = sum(self.dtype.itemsize * min(s) * sum(s) + 8 * min(s) for s in shapes)
+            method = self.choices.method.settings()
+            windows = self.samples + round(method.written * self.samples)
+            last = self.hidden(windows) + self.factors(self.dtype.itemsize)
+        else:
+            known = self.choices.rule.name == "uniform"
+            each = [
+                self.ranks[n] if known else largest_rank((o, i), self.choices.pivoted)
+                for n, (o, i) in self.shapes.items()
+            ]
+            wide = max(4, self.dtype.itemsize)
+            sizes = zip(self.shapes.items(), each, strict=True)
+            parts = wide * sum(
+                r * (o + i) + min(o, i)
+                for (n, (o, i)), r in sizes
+                if not known or n in self.factored
+            )
+            last = 0
+        if self.choices.needs & OF_GRADIENTS:
+            # Those of all blocks are kept for the way back, and go as parts come.
+            every = states // 2 * (len(self.blocks) + 2)
+            return max(every, parts + max(states, last))
+        return parts + max(states, last)
 
 
 @dataclass
