@@ -2,14 +2,18 @@
 
     python benchmarks/streaming.py memory --layers 31,62 --hidden 2048 --inner 5632 --threads 2 \
         --output benchmarks/results/streaming-memory.json
+    python benchmarks/streaming.py memory --method soco --layers 8,16 --hidden 1024 --inner 2816 \
+        --samples 16 --threads 2 --output benchmarks/results/streaming-soco.json
     python benchmarks/streaming.py killed --layers 8 --hidden 512 --inner 1408 --kills 20 \
         --threads 2 --output benchmarks/results/streaming-killed.json
 
+    python benchmarks/streaming.py killed --method soco --layers 4 --hidden 256 --inner 704 \
+        --samples 16 --kills 20 --threads 2 --output benchmarks/results/streaming-killed-soco.json
     python benchmarks/streaming.py killed --trained FOLDER --text FILE --within 40 \
         --threads 2 --output benchmarks/results/training-killed.json
 
-With ``--trained`` it is method soco with effort best, in memory, that is killed, on a trained model
-and with a state every 5 seconds.
+Streamed, soco makes six steps. With ``--trained`` it is soco with effort best, in memory and on a
+trained model, that is killed. A state of a training is kept every 5 seconds in either.
 
 Every run is a process of its own, whose peak memory (resident, mapped files among it) is written
 down. A killed run gets SIGKILL after a random time and is started again, until it ends; then its
@@ -79,8 +83,13 @@ def make(
 def stream(
     folder: Path, output: Path, method: str, threads: int, samples: int, length: int
 ) -> dict[str, Any]:
-    """What this process needs for it."""
+    """What this process needs for it; scores are learned in a few steps of two micro-batches."""
+    from soco import keeping
+    from soco.methods import SoCo
     from soco.streaming import compress_folder
+
+    keeping.EVERY = 5.0
+    trained = SoCo(steps=6, fisher_warmup=1, batch_size=4, micro_batch=2)
 
     torch.set_num_threads(threads)
     before = peak_memory()
@@ -89,8 +98,9 @@ def stream(
     )
     begin = time.perf_counter()
     report = compress_folder(
-        folder, output, 0.5, method=method, calibration=ids, samples=samples, batch_size=BATCH
-    )
+        folder, output, 0.5, method=trained if method == "soco" else method, calibration=ids,
+        samples=samples, batch_size=BATCH,
+    )  # fmt: skip
     return {
         "removed": report.removed,
         "seconds": round(time.perf_counter() - begin, 1),
@@ -153,7 +163,8 @@ def killed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         folder, once, often = (Path(scratch) / name for name in ("dense", "once", "often"))
         if arguments.trained is None:
             size = make(folder, arguments.layers[0], arguments.hidden, arguments.inner)
-            told = {"layers": arguments.layers[0], "bytes": size, **_sizes(arguments)}
+            told = {"method": arguments.method, "layers": arguments.layers[0], "bytes": size}
+            told |= _sizes(arguments)
         else:
             told = {"model": arguments.trained.name, "samples": arguments.samples}
         begin = time.perf_counter()

@@ -21,6 +21,11 @@ from soco.processes import number, wait
 PLAN = "plan.json"  # what the run is of
 STATISTICS = "statistics"  # a folder in it, of soco.archive
 _LOCK = "lock"
+# What torch.load raises for bytes that it did not write.
+_UNREADABLE = (
+    RuntimeError, EOFError, OSError, UnpicklingError, LookupError, ValueError, TypeError,
+    AttributeError,
+)  # fmt: skip
 
 
 class WorkFolderError(ValueError):
@@ -81,7 +86,7 @@ class WorkFolder:
         """Read such a file."""
         try:
             return torch.load(self.path / name, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+        except _UNREADABLE as error:
             raise self._broken(name) from error
 
     def drop(self, pattern: str) -> None:

@@ -53,7 +53,7 @@ def test_factors_weights_and_biases(name, pivoted, tmp_path):
     first, second, third, *rest = targets
     rows, columns = shape_of(targets[second])
     bias = torch.arange(float(shape_of(targets[third])[0]))
-    pieces = {
+    pieces: dict[str, Any] = {
         first: Piece(made(first, 3, shape_of(targets[first])), bias_of(targets[first])),
         second: Piece(torch.arange(float(rows * columns)).view(rows, columns) / 7),
         third: Piece(made(third, 4, shape_of(targets[third])), bias),

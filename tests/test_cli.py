@@ -217,14 +217,20 @@ def test_what_overflows_when_it_is_stored_is_found(fails, place):
 STREAM = ["--stream", "--method", "svd-llm", "-c", "text.txt", "--samples", "8", "--length", "16"]
 
 
-def test_a_streamed_model_is_the_same(run, place):
-    code, out, err = run("compress", "dense", "--ratio", "0.4", "-o", "streamed", *STREAM)
+SCORES = ["--method", "soco", "--effort", "fast", "--micro-batch", "2", "--seed", "3"]
+
+
+@pytest.mark.parametrize("more", [[], SCORES, ["-c", "self"]], ids=["svd-llm", "soco", "self"])
+def test_a_streamed_model_is_the_same(run, place, more):
+    words = [*STREAM, *more, "--ratio", "0.4"]
+    code, out, err = run("compress", "dense", "-o", "streamed", *words)
     assert code == 0
+    method = "soco" if more == SCORES else "svd-llm"
     assert [line for line in err.splitlines() if "warning" not in line] == [
-        f"soco: compressing block by block by svd-llm on {commands.find_device(None)}",
+        f"soco: compressing block by block by {method} on {commands.find_device(None)}",
     ]
-    words = [word for word in STREAM if word != "--stream"]
-    code, whole, _ = run("compress", "dense", "--ratio", "0.4", "-o", "whole", *words)
+    words.remove("--stream")
+    code, whole, _ = run("compress", "dense", "-o", "whole", *words)
     assert code == 0
     one, other = (AutoModelForCausalLM.from_pretrained(place / n) for n in ("streamed", "whole"))
     for key, tensor in other.state_dict().items():
@@ -307,15 +313,15 @@ def test_a_training_that_is_stopped_goes_on(run, place, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "soco"], "method soco needs the whole model in memory"),
+        (["--method", "soco", "--effort", "best"], "surgeon and refine need the whole model"),
         (["--method", "adasvd"], "method adasvd needs the whole model in memory"),
         (["--allocator", "lems"], "the allocator 'lems' runs the whole model"),
         (["--refine"], "--refine needs the whole model in memory: leave out --stream"),
         (["--surgeon"], "--surgeon needs the whole model"),
         (["--size", "1MB"], "--size needs the whole model"),
         (["--stats", "stats"], "--stats needs the whole model"),
-        (["--method", "soco", "--steps", "3"], "--steps needs the whole model"),
-        (["-c", "self"], "cannot write its calibration text"),
+        (["--steps", "3"], "--steps is for method soco: method svd-llm has no training"),
+        (["--ratios", "0.4,0.6"], "--ratios needs the whole model"),
         (["-c", "three.txt"], "the calibration data has 13 tokens, fewer than one window of 16"),
         (["-c", "nope.txt"], "there is no file 'nope.txt'"),
         (["--ratio", "0"], "0 is not above 0 and below 1"),
@@ -803,7 +809,7 @@ def test_plan_as_json(run):
         (["an-id"], "a plan is made from a folder with config.json: an-id is none"),
         (["demo", "--ratio", "2"], "Invalid value for '--ratio'"),
         (["demo", "--method", "svd", "--steps", "3"], "--steps is for method soco"),
-        (["demo", "--stream"], "method soco needs the whole model in memory"),
+        (["demo", "--stream", "--refine"], "surgeon and refine need the whole model in memory"),
         (["demo", "--length", "100000"], "length 100000 is too much for the model's"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from soco import keeping
-from soco.keeping import Keeper, moved
+from soco.keeping import Filed, Keeper, moved
 from soco.workfolder import opened
 
 
@@ -81,3 +81,24 @@ def test_moved(device):
     there = moved(value, torch.device(device))
     assert there["a"][0].device.type == torch.device(device).type
     assert (there["a"][1], there["b"][1:]) == (3, ("x", None))
+
+
+def test_tensors_in_files(work):
+    """Known are those that were put there, or named."""
+    found = Filed(work, "state")
+    found[3], found[1] = torch.ones(2), torch.zeros(3)
+    assert list(found) == [1, 3]
+    assert torch.equal(found[3], torch.ones(2))
+    assert found.get(2) is None
+    again = Filed(work, "state")
+    assert len(again) == 0
+    with pytest.raises(KeyError):
+        again[3]
+    again.know(3)
+    assert torch.equal(again[3], torch.ones(2))
+    del again[3]
+    assert 3 not in again
+    assert [file.name for file in work.path.glob("state*")] == ["state-1-0.pt"]
+    (work.path / "state-1-0.pt").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"state-1-0.pt is damaged"):
+        found[1]

@@ -302,15 +302,15 @@ def test_training_mode_and_flags_are_kept():
 def test_interruption_leaves_the_model_as_it_was(monkeypatch, error, name):
     model = tiny_model(name)
     before, expected = state(model), logits(model)
-    press, calls = training._press, []
+    press, calls = training.press, []
 
-    def interrupt(*args):
+    def interrupt(*args, **options):
         calls.append(args)
         if len(calls) == 4:
             raise error
-        return press(*args)
+        return press(*args, **options)
 
-    monkeypatch.setattr(training, "_press", interrupt)
+    monkeypatch.setattr(training, "press", interrupt)
     include = "*" if name == "llama-tied" else None
     with pytest.raises(error):
         compress(

@@ -122,12 +122,14 @@ def test_stopped_and_going_on(results, count):
     assert distance(first["best"], first["stopped"]) == 0
 
 
-@pytest.mark.parametrize(("key", "method"), [("", "svd-llm"), (" back", "kfac-svd")])
+@pytest.mark.parametrize(
+    ("key", "method"), [("", "svd-llm"), (" back", "kfac-svd"), (" training", "soco")]
+)
 @pytest.mark.parametrize("count", COUNTS)
 def test_from_folder_to_folder(results, count, key, method):
     weights, _ = results[1][0][f"streamed{key}"]
     others, left = results[count][0][f"streamed{key}"]
-    assert distance(weights, others) < 1e-6
+    assert distance(weights, others) < (1e-5 if method == "soco" else 1e-6)
     assert f"small-{count}-{method}" in left
     assert not [name for name in left if "work" in name]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from soco.keeping import Filed
 from soco.objectives import TokenDistribution
 from soco.steps import (
     EndlessBatches,
@@ -19,6 +20,7 @@ from soco.steps import (
     frozen,
     half_cosine,
 )
+from soco.workfolder import opened
 
 
 def test_every_window_comes_once_before_any_comes_again():
@@ -137,6 +139,32 @@ def test_no_more_is_kept_than_there_is_room_for():
     teacher, rows = taught(Counting(), room=2 * 5 * 4 * 4 + 1)
     assert teacher.kept.keys() == {0, 3}
     assert rows == 2 + 2 + 1 + 3
+
+
+def test_states_in_files(tmp_path):
+    """The same; what an earlier run left is known once it is named, and counts for the room."""
+    with opened(tmp_path / "work", {}) as work:
+        model = Counting()
+        files = Filed(work, "state")
+        teacher = Teacher(model, nullcontext, TokenDistribution(), WINDOWS, files=files)
+        for chosen in ([0, 3], [3, 1]):
+            wanted = Teacher(model, nullcontext, TokenDistribution(), WINDOWS)
+            found = teacher.outputs(torch.tensor(chosen))
+            torch.testing.assert_close(found, wanted.outputs(torch.tensor(chosen)))
+        assert len(list(work.path.glob("state-*.pt"))) == 3
+        told = teacher.fresh()
+        assert told == {0: None, 3: None, 1: None}
+        assert teacher.fresh() == {}
+        again = Teacher(
+            model, nullcontext, TokenDistribution(), WINDOWS, files=Filed(work, "state")
+        )
+        assert not again.kept
+        again.take({0: None, 3: None})
+        assert again.room == teacher.room + teacher.kept[1].nbytes
+        rows = model.rows
+        assert torch.equal(again.states(torch.tensor([0, 3])), teacher.states(torch.tensor([0, 3])))
+        again.outputs(torch.tensor([0, 3]))
+        assert model.rows == rows
 
 
 @pytest.mark.parametrize("scale", [1.5, -1.0])

@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import soco
 from soco import chain, checkpoint, keeping, streaming
-from soco.methods import KFACSVD, SVDLLM
+from soco.methods import KFACSVD, SVDLLM, SoCo
 from soco.streaming import compress_folder
 from soco.surgery import find_linears
 from soco.workfolder import WorkFolder, opened
@@ -309,14 +309,16 @@ def test_blocks_that_read_what_earlier_ones_gave(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "soco"}, "method soco needs the whole model in memory"),
+        ({"method": "dobi-svd"}, "method dobi-svd needs the whole model in memory: stream soco"),
+        ({"method": SoCo.preset("best")}, "surgeon and refine need the whole model"),
+        ({"method": SoCo(deviation="mean")}, "the deviation 'mean' needs the statistics of all"),
         ({"method": "basis-sharing"}, "method basis-sharing needs the whole model"),
         ({"method": "adasvd"}, "method adasvd needs the whole model"),
         ({"method": SVDLLM(update=True)}, "method svd-llm needs the whole model"),
         ({"method": "asvd"}, "the allocator 'sensitivity' runs the whole model"),
         ({"method": "svd-surgeon"}, "surgeon and refine need the whole model"),
         ({"calibration": None}, "method svd-llm learns from text: give calibration="),
-        ({"calibration": "self"}, "cannot write its calibration text"),
+        ({"calibration": None, "method": "soco"}, "method soco learns from text: give calibration"),
         ({"ratio": 1.5}, "ratio is the fraction"),
         ({"batch_size": 0}, "batch_size must be a positive whole number"),
         ({"include": "lm_head"}, "lm_head lies outside of the blocks"),

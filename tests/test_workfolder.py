@@ -120,7 +120,7 @@ def test_what_others_put_there_stays(tmp_path):
     ("name", "read"),
     [("x.json", "get_json"), ("x.safetensors", "get_tensors"), ("x.pt", "get_any")],
 )
-@pytest.mark.parametrize("content", [b"", b"\x00\xff" * 40])
+@pytest.mark.parametrize("content", [b"", b"\x00\xff" * 40, b"broken"])
 def test_damage_is_named(content, name, read, tmp_path):
     with opened(tmp_path / "work", PLANNED) as work:
         (work.path / name).write_bytes(content)

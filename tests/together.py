@@ -44,14 +44,14 @@ def compressed(method, **options):
     return ranks, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def streamed(folder, method):
-    dense, small = folder / "dense", folder / f"small-{processes.count()}-{method}"
+def streamed(folder, method, **options):
+    name = getattr(method, "name", method)
+    dense, small = folder / "dense", folder / f"small-{processes.count()}-{name}"
     if processes.number() == 0 and not dense.is_dir():
         tiny_model("llama").save_pretrained(dense)
     processes.wait()
     soco.compress_folder(
-        dense, small, 0.4, method=method, calibration=text(9), samples=9, batch_size=2,
-        allocator="energy",
+        dense, small, 0.4, method=method, calibration=text(9), samples=9, batch_size=2, **options
     )  # fmt: skip
     left = sorted(entry.name for entry in folder.iterdir() if entry.name.startswith("small"))
     return soco.load(small).state_dict(), left
@@ -107,8 +107,9 @@ def main():
                 SoCo(steps=6, written=0.0), refine=Refinement(steps=8, evaluate_every=4)
             ),
             "refine": compressed("svd-llm", refine=Refinement(steps=8, evaluate_every=4)),
-            "streamed": streamed(output, "svd-llm"),
-            "streamed back": streamed(output, "kfac-svd"),
+            "streamed": streamed(output, "svd-llm", allocator="energy"),
+            "streamed back": streamed(output, "kfac-svd", allocator="energy"),
+            "streamed training": streamed(output, SoCo(steps=12)),
             "apart": apart(output),
             "stopped": stopped(output / f"work-{processes.count()}"),
         }
