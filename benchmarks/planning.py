@@ -56,7 +56,7 @@ class Phases:
 def once(folder: Path, output: Path, case: dict[str, Any]) -> dict[str, Any]:
     """What this process needs for a compression."""
     import soco
-    from soco import chain, guard, streaming
+    from soco import chain, guard, scoring, streaming
     from soco.cli.sources import open_dense
 
     torch.set_num_threads(case["threads"])
@@ -78,7 +78,7 @@ def once(folder: Path, output: Path, case: dict[str, Any]) -> dict[str, Any]:
         phases.watch(streaming._Run, "_take_apart", "decomposition")
         phases.watch(streaming._Run, "write", "writing")
         phases.watch(streaming.Workbench, "written", "written text")
-        phases.watch(streaming, "learn_scores", "training")
+        phases.watch(scoring, "learn_scores", "training")
         soco.compress_folder(folder, output, 0.5, method=_method(case), **options)
     else:
         of_clock = guard.Clock.__call__

@@ -22,7 +22,8 @@ from soco.surgeon import SVDSurgeon
 
 _PROBING = ("sensitivity", "lems")  # allocators that try layers out at several ranks
 
-_BY_SIGMA = ("uniform", "energy", "v2", "effective-rank")  # allocators that run no model
+# Allocators that run no model.
+_LOCAL = ("uniform", "energy", "v2", "effective-rank", "adacr")
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _refinement(refine: bool | Refinement | None, method: Method, seed: int) -> 
     return refine
 
 
-def check_streamed(choices: Choices, ratio: float) -> None:
+def check_streamed(choices: Choices) -> None:
     """Refuse what looks at more than one block.
 
     Raises:
@@ -201,17 +202,16 @@ def check_streamed(choices: Choices, ratio: float) -> None:
     """
     method, rule = choices.method, choices.rule
     name = method.name
-    sequential = isinstance(method, SequentialMethod) and method.is_sequential(ratio)
-    if isinstance(method, RankLearner | FittedMethod | SharingMethod) or sequential:
+    if isinstance(method, RankLearner | SharingMethod):
         raise ValueError(f"method {name} needs the whole model in memory: stream soco, say")
     if getattr(method, "deviation", None) == "mean":
         raise ValueError(
             "the deviation 'mean' needs the statistics of all layers in memory: give another one"
         )
-    if rule.name not in _BY_SIGMA and not isinstance(method, TrainedMethod):
+    if rule.name not in _LOCAL and not isinstance(method, TrainedMethod):
         raise ValueError(
             f"the allocator {rule.name!r} runs the whole model, which is not in memory: give "
-            f"allocator= one of {', '.join(_BY_SIGMA)}"
+            f"allocator= one of {', '.join(_LOCAL)}"
         )
     if choices.surgeon is not None or choices.refinement is not None:
         raise ValueError("surgeon and refine need the whole model in memory")

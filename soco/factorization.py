@@ -1,9 +1,9 @@
 """From spectra to factors: ranks by an allocator, and what a method does at a given rank."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from soco.allocators import Allocator, Learned, Problem
 from soco.linalg import Factors, Spectrum
@@ -162,35 +162,67 @@ def _fit_behind(bench: Workbench, method: SequentialMethod, result: Result) -> N
     before = {name: model.get_submodule(name) for name in bench.targets}
     parts = stages(model, bench.targets)
     walk = Walk(model, bench.targets, windows, bench.batch_size)
+
+    def weight(name: str) -> Tensor:
+        return weight_of(bench.targets[name]).detach()
+
     try:
         with bench._bar(len(parts), "block by block") as bar:
             for done, (block, names) in enumerate(parts, start=1):
-                behind = walk.collect(block, names)
-                for name in names:
-                    factors, seen = result[name], behind[name]
-                    if factors is None:
-                        continue
-                    if seen.tokens and not seen.aligned:
-                        unaligned.append(name)
-                    weight = weight_of(bench.targets[name]).detach()
-                    if seen.tokens:
-                        factors = method.refit(
-                            weight, factors, seen.gram, seen.cross, name=f"{name}.weight"
-                        )
+                fits = fitted_block(walk, block, names, method, result.get, weight, unaligned)
+                for name, factors in fits:
                     result[name] = factors
                     layer = LowRankLinear.from_factors(
-                        factors.to(weight.dtype), bias_of(bench.targets[name])
+                        factors.to(weight(name).dtype), bias_of(bench.targets[name])
                     )
                     replace_module(model, name, layer)
                 bar(done)
     finally:
         _put_back(model, before)
-    if unaligned:
+    warn_of_unaligned(unaligned)
+
+
+def fitted_block(
+    walk: Walk,
+    block: nn.Module,
+    names: list[str],
+    method: SequentialMethod,
+    factors_of: Callable[[str], Factors | None],
+    weight: Callable[[str], Tensor],
+    unaligned: list[str],
+) -> Iterator[tuple[str, Factors]]:
+    """The layers of one block with factors that are fitted to what they see.
+
+    Args:
+        walk: has gone through all blocks before this one, which have what they will have.
+        block: whose layers are dense.
+        names: of them.
+        method: what fits.
+        factors_of: name to factors that are not fitted; None: the layer stays dense.
+        weight: name to dense weight (out, in).
+        unaligned: layers that see other tokens than in the dense model are added.
+    """
+    behind = walk.collect(block, names)
+    for name in names:
+        factors, seen = factors_of(name), behind[name]
+        if factors is None:
+            continue
+        if seen.tokens and not seen.aligned:
+            unaligned.append(name)
+        if seen.tokens:
+            factors = method.refit(
+                weight(name), factors, seen.gram, seen.cross, name=f"{name}.weight"
+            )
+        yield name, factors
+
+
+def warn_of_unaligned(names: list[str]) -> None:
+    """Say which layers see other tokens than in the dense model, if there are any."""
+    if names:
         warnings.warn(
-            f"{len(unaligned)} layers see other tokens in the compressed model than in the dense "
-            f"one, as experts do: they are fitted to their own inputs only ({unaligned[0]} is the "
-            f"first)",
-            stacklevel=4,
+            f"{len(names)} layers see other tokens in the compressed model than in the dense one, "
+            f"as experts do: they are fitted to their own inputs only ({names[0]} is the first)",
+            stacklevel=5,
         )
 
 

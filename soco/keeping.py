@@ -39,8 +39,8 @@ def clear(work: WorkFolder, target: Path) -> None:
     work.drop(UNFINISHED)
 
 
-class Filed(MutableMapping[int, Tensor]):
-    """Tensors by number, each in a file of the work folder, and none in memory.
+class Filed(MutableMapping[int, Any]):
+    """Tensors (or tuples and lists of them) by number, each in a file of the work folder.
 
     What an earlier run left is not known until it is named: a run that goes on from a moment has to
     know what was known at that moment, and no more. Several processes have files of their own.
@@ -55,7 +55,7 @@ class Filed(MutableMapping[int, Tensor]):
         self._work, self._name = work, name
         self._known: set[int] = set()
 
-    def __getitem__(self, key: int) -> Tensor:
+    def __getitem__(self, key: int) -> Any:
         """Read one.
 
         Raises:
@@ -66,7 +66,7 @@ class Filed(MutableMapping[int, Tensor]):
             raise KeyError(key)
         return self._work.get_any(self._file(key))
 
-    def __setitem__(self, key: int, value: Tensor) -> None:
+    def __setitem__(self, key: int, value: Any) -> None:
         """Write one."""
         self._work.put_any(self._file(key), value)
         self._known.add(key)

@@ -187,7 +187,7 @@ class Lender:
                     found += self._components(name, module, chosen)
                 continue
             for leaf, parameter in module._parameters.items():
-                if parameter is not None and parameter.dim() > 1:
+                if parameter is not None and parameter.is_meta and parameter.dim() > 1:
                     value = self._parameter(f"{name}.{leaf}", tuple(parameter.shape))
                     found.append((module._parameters, leaf, nn.Parameter(value, False)))
         return found

@@ -1,6 +1,6 @@
 """What layers see behind compressed blocks, beside what they see in the dense model."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,13 +63,25 @@ class Walk:
         dense: name to dense layer, of every layer that may be compressed.
         windows: token ids (sequences, length), on the CPU.
         batch_size: sequences at a time.
+        keep: makes what holds the outputs of a block, by batch: of the dense model (0) or of the
+            other one (1), and of which block. None: memory.
+        sure: whether the model is known to allow that; then it is not tried.
     """
 
     def __init__(
-        self, model: nn.Module, dense: Mapping[str, nn.Module], windows: Tensor, batch_size: int
+        self,
+        model: nn.Module,
+        dense: Mapping[str, nn.Module],
+        windows: Tensor,
+        batch_size: int,
+        keep: Callable[[int, int], MutableMapping[int, Any]] | None = None,
+        *,
+        sure: bool = False,
     ) -> None:
         """Nothing runs yet."""
         self.model, self.dense = model, dense
+        self._keep = keep or (lambda stream, place: {})
+        self._sure = sure
         self.tokens = windows.numel()
         # The first sequence runs alone: it is the one that is tried with and without what is kept.
         parts = (windows[:1], *windows[1:].split(batch_size))
@@ -78,6 +90,15 @@ class Walk:
         self.chained = True  # as far as we know
         self._streams = (_Stream(), _Stream())  # of the dense model, and of the model as it is
         self._stop = False  # a run may end behind the block that is asked about
+
+    def go_on(self, block: nn.Module) -> None:
+        """As if ``collect`` had been asked about a block, whose outputs are held already."""
+        index = self.blocks.index(block)
+        for number, (stream, place) in enumerate(
+            zip(self._streams, (index, index - 1), strict=True)
+        ):
+            stream.place = place
+            stream.kept = self._keep(number, place) if place >= 0 else {}
 
     @torch.no_grad()
     def collect(self, block: nn.Module, names: list[str]) -> dict[str, Behind]:
@@ -101,7 +122,8 @@ class Walk:
         # The outputs of this block in the dense model, and of the one before in the other, are
         # what will not change any more.
         places = (index, index - 1)
-        outputs: tuple[list[Any], list[Any]] = ([], [])
+        outputs = [self._keep(number, place) for number, place in enumerate(places)]
+        missing = [False, False]
         changed = {
             name: layer
             for name, layer in self.dense.items()
@@ -112,24 +134,27 @@ class Walk:
         for number, batch in enumerate(self.batches):
             ids = batch.to(device)
             seen = []
-            for stream, newcomers, place, made in zip(
-                self._streams, (changed, {}), places, outputs, strict=True
+            for which, (stream, newcomers, place, made) in enumerate(
+                zip(self._streams, (changed, {}), places, outputs, strict=True)
             ):
                 kept = stream.kept[number] if stream.kept else None
                 with replaced(self.model, newcomers):
                     inputs, output = self._run(ids, block, names, stream.place, kept, place)
-                    if number == 0 and kept is not None:
+                    if number == 0 and kept is not None and not self._sure:
                         whole, _ = self._run(ids, block, names, -1, None, place)
                         if not _alike(inputs, whole):
                             self.chained, inputs = False, whole
                 if not self.chained:
-                    stream.kept = []
+                    stream.kept = {}
                 seen.append(inputs)
-                made.append(output)
+                if output is None:
+                    missing[which] = True
+                else:
+                    made[number] = output
             products.add(*seen, tokens=ids.numel())
-        for stream, place, made in zip(self._streams, places, outputs, strict=True):
-            whole = self.chained and all(output is not None for output in made)
-            stream.place, stream.kept = (place, made) if whole else (-1, [])
+        for stream, place, made, lacks in zip(self._streams, places, outputs, missing, strict=True):
+            whole = self.chained and not lacks
+            stream.place, stream.kept = (place, made) if whole else (-1, {})
         return {name: self._result(name, products) for name in names}
 
     def _run(
@@ -177,10 +202,9 @@ class Walk:
     def _result(self, name: str, products: "_Products") -> Behind:
         found = [sums for names, sums in products.sums.items() if name in names]
         if not found:
-            module = self.dense[name]
-            weight = next(module.parameters())
+            module, device = self.dense[name], next(self.model.parameters()).device
             size = getattr(module, "in_features", None) or getattr(module, "nx")  # noqa: B009
-            empty = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
+            empty = torch.zeros(size, size, dtype=torch.float64, device=device)
             return Behind(empty, empty, 0, False)
         gram, cross = (
             torch.stack(parts).sum(0).div_(self.tokens) for parts in zip(*found, strict=True)
@@ -211,7 +235,7 @@ class _Stream:
     """What is kept of one of the two models."""
 
     place: int = -1  # the number of the block whose outputs these are
-    kept: list[Any] = field(default_factory=list)  # its outputs, by batch, on the CPU
+    kept: MutableMapping[int, Any] = field(default_factory=dict)  # its outputs, by batch
 
 
 class _Products:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from soco.allocators import Allocator, Uniform
+from soco.allocators import AdaCR, Allocator, Uniform
 from soco.archive import hash_of_data
 from soco.assembling import Assembly, Outcome, Piece
 from soco.calibration import OF_GRADIENTS, Statistics
@@ -23,12 +23,11 @@ from soco.diagnosis import versions
 from soco.factorization import choose_ranks
 from soco.guard import Clock
 from soco.installation import layer_reports, size_of
-from soco.keeping import Filed, Keeper, clear, result
-from soco.learning import learn_scores
+from soco.keeping import clear, result
 from soco.lending import Lender
-from soco.linalg import Factors, Spectrum, work_of
+from soco.linalg import Spectrum, work_of
 from soco.memory import give_back_memory
-from soco.methods import Method, TrainedMethod
+from soco.methods import FittedMethod, Method, SequentialMethod, TrainedMethod
 from soco.ops import check_finite
 from soco.preparation import (
     calibration_source,
@@ -37,14 +36,16 @@ from soco.preparation import (
     progress_bar,
     warn_of_rare,
 )
-from soco.processes import check_same, count, number, owners, told, wait
+from soco.processes import count, number, owners, told, wait
 from soco.ranks import check_ratio, is_dense, largest_rank, parameter_budget, uniform_ranks
+from soco.refitting import Fits, means_file
 from soco.reporting import Report, history_columns
+from soco.scoring import Training
 from soco.sequential import stages
-from soco.spectral import Components, SpectralLinear
+from soco.spectral import Components
 from soco.stored import StoredModel
-from soco.surgery import bias_of, find_linears, fused_experts, replace_modules, shape_of
-from soco.workbench import Workbench
+from soco.surgery import find_linears, fused_experts, replace_modules, shape_of
+from soco.workbench import Workbench, similarity
 from soco.workfolder import WorkFolder, opened, work_folder
 
 FORMAT = 3  # of the work folder
@@ -131,7 +132,7 @@ def compress_folder(
     """
     choices = choose(method, allocator, seed=seed, pivoted=pivoted)
     check_ratio(ratio)
-    check_streamed(choices, ratio)
+    check_streamed(choices)
     positive("batch_size", batch_size)
     if choices.reads_text and calibration is None:
         raise ValueError(f"method {choices.method.name} learns from text: give calibration=")
@@ -182,7 +183,7 @@ def compress_folder(
             notes, progress,
         )  # fmt: skip
         run.all_blocks()
-        outcome = run.train() if run.trained else run.truncated()
+        outcome = run.outcome()
         give_back_memory()
         return run.write(target, outcome)
 
@@ -362,35 +363,53 @@ class _Run:
             self.lender.keep(name, components)
             return
         most = known or largest_rank(shape, self.pivoted)
-        factors = spectrum.truncate(min(most, len(spectrum.sigma)))
-        wide = torch.promote_types(self.dtype, torch.float32)
-        tensors = {"up": factors.up.to(wide), "down": factors.down.to(wide)}
-        self.work.put_tensors(self.files[name], {**tensors, "sigma": spectrum.sigma})
+        tensors = {
+            "up": spectrum.up[:, :most], "sigma": spectrum.sigma, "down": spectrum.down[:most]
+        }  # fmt: skip
+        kept = means_file(self.files[name])
+        if isinstance(self.choices.method, FittedMethod) and not self.work.has(kept):
+            self.work.put_tensors(kept, means)
+        if isinstance(self.choices.rule, AdaCR):
+            alike = similarity(weight, means["gram"])
+            tensors["similarity"] = torch.tensor(alike, dtype=torch.float64)
+        self.work.put_tensors(self.files[name], tensors)
 
     # What becomes of the layers -------------------------------------------------------------------
 
-    def truncated(self) -> Outcome:
-        """By a closed form: the ranks that the rule finds."""
+    def outcome(self) -> Outcome:
+        """By learned scores, or by a closed form at the ranks that the rule finds."""
+        method = self.choices.method
+        if isinstance(method, TrainedMethod):
+            training = Training(
+                self.stored, self.work, self.lender, self.targets, self.files, self.budget,
+                self.pivoted, self._bench(), self.clock, self.notes, self.progress,
+            )  # fmt: skip
+            return training.outcome(method)
         ranks = self._ranks()
         ranks = {n: r for n, r in ranks.items() if not is_dense(self.shapes[n], r, self.pivoted)}
-
-        def piece(name: str) -> Piece:
-            if name not in ranks:
-                return Piece()
-            held = self.work.get_tensors(self.files[name])
-            return Piece(Factors(held["up"][:, : ranks[name]], held["down"][: ranks[name]]))
-
-        return Outcome(ranks, piece)
+        fits = Fits(
+            self.stored, self.work, self.targets, self.files, ranks, self.windows,
+            self.batch_size, self.dtype, self.device, self.progress,
+        )  # fmt: skip
+        follows = isinstance(method, SequentialMethod) and method.is_sequential(self.ratio)
+        if not follows and not isinstance(method, FittedMethod):
+            return Outcome(ranks, lambda name: Piece(fits.cut(name)))
+        with self.clock("factors"), noted(self.notes):
+            if follows:
+                fits.behind_each_other(cast(SequentialMethod, method))
+            else:
+                fits.one_by_one(cast(FittedMethod, method))
+        return Outcome(ranks, lambda name: Piece(fits.fitted(name) if name in ranks else None))
 
     def _ranks(self) -> dict[str, int]:
         if self.known is not None:
             return self.known
         empty = torch.empty(0)
-        spectra = {
-            name: Spectrum(empty, self.work.get_tensors(file)["sigma"], empty)
-            for name, file in self.files.items()
-        }
+        held = {name: self.work.get_tensors(file) for name, file in self.files.items()}
+        spectra = {name: Spectrum(empty, each["sigma"], empty) for name, each in held.items()}
         method, rule, bench = self.choices.method, self.choices.rule, self._bench()
+        if isinstance(rule, AdaCR):
+            bench.similarities = {name: float(each["similarity"]) for name, each in held.items()}
         groups = [(name,) for name in self.targets]
         return choose_ranks(bench, method, rule, groups, spectra, self.budget, self.pivoted, dict)
 
@@ -404,53 +423,6 @@ class _Run:
         if self.reads:
             bench.note_unseen(name for name, (tokens, _) in self._seen().items() if not tokens)
         return bench
-
-    def train(self) -> Outcome:
-        """By learned scores: a block is in memory at a time, and so is a folded layer."""
-        method, bench = cast(TrainedMethod, self.choices.method), self._bench()
-        settings = method.settings()
-        with self.lender.lent():
-            written = None
-            if settings.written and bench.writes:
-                with self.clock("written text"):
-                    written = bench.written(settings.written, settings.seed)
-            with self.clock("training"), noted(self.notes):
-                learned = learn_scores(
-                    self.model, method, self.targets, self.lender, bench, [self.budget],
-                    pivoted=self.pivoted, progress=self.progress, written=written,
-                    keeper=Keeper(self.work, "training"), states=Filed(self.work, "state"),
-                    by_blocks=True,
-                )  # fmt: skip
-            alive = {name: int(layer.mask.sum()) for name, layer in learned.layers.items()}
-            check_same(alive, "the ranks of the layers")
-            for place, (name, layer) in enumerate(learned.layers.items()):
-                if place % count() == number() and not self.work.has(_folded(self.files[name])):
-                    self._fold(name, layer)
-        wait()
-        pieces = {name: self._piece(name) for name in self.targets}
-        ranks = {
-            name: weight.down.shape[0]
-            for name, (weight, _) in pieces.items()
-            if isinstance(weight, Factors)
-        }
-        had = {name for name, module in self.targets.items() if bias_of(module) is not None}
-        biased = {name for name in ranks if pieces[name].bias is not None} - had
-        del pieces
-        return Outcome(ranks, self._piece, frozenset(biased), learned.ranges(), learned.history)
-
-    def _fold(self, name: str, layer: SpectralLinear) -> None:
-        """Write what a trained layer has become."""
-        with self.lender.whole(name, layer):
-            weight, bias = layer.fold()
-        tensors = {"weight": weight} if isinstance(weight, Tensor) else weight._asdict()
-        tensors |= {} if bias is None else {"bias": bias}
-        self.work.put_tensors(_folded(self.files[name]), tensors)
-
-    def _piece(self, name: str) -> Piece:
-        """That, mapped into memory."""
-        held = self.work.get_tensors(_folded(self.files[name]))
-        bias = held.pop("bias", None)
-        return Piece(held["weight"] if "weight" in held else Factors(**held), bias)
 
     # The result -----------------------------------------------------------------------------------
 
@@ -485,11 +457,6 @@ class _Run:
                 assembly.write(folder, self.progress)
         wait()
         return report
-
-
-def _folded(file: str) -> str:
-    """Where a layer's trained factors are, or its weight, of whose components these are."""
-    return f"folded-{file}"
 
 
 def _marker(number: int) -> str:

@@ -49,6 +49,7 @@ class Workbench:
     progress: Progress | None = None  # makes a progress bar of a total and a title
     keep: bool = True  # False: statistics go as soon as a decomposition has used them
     source: dict[str, Any] = field(default_factory=dict)  # of the calibration, for reports
+    similarities: Mapping[str, float] = field(default_factory=dict)  # by layer, if known already
     work: WorkFolder | None = None  # where spectra and the model's own text are kept to go on from
     seconds: dict[tuple, float] = field(
         default_factory=dict
@@ -245,15 +246,13 @@ class Workbench:
 
     def similarity(self, groups: Groups) -> dict[str, float]:
         """How alike inputs and outputs of a unit are as kernels on tokens, from 0 to 1."""
+        if self.similarities:
+            return {group[0]: self.similarities[group[0]] for group in groups}
         self.statistics({"gram"})
-        found = {}
-        for group in groups:
-            gram = self._group_means(group)["gram"]
-            weight = self.weight(group).to(gram.dtype)
-            crossed = weight @ gram
-            norms = gram.norm() * (crossed @ weight.mT).norm()
-            found[group[0]] = float(crossed.square().sum() / norms) if norms > 0 else 0.0
-        return found
+        return {
+            group[0]: similarity(self.weight(group), self._group_means(group)["gram"])
+            for group in groups
+        }
 
     @torch.no_grad()
     def probe(self, components: Basis, group: tuple[str, ...], rank: int) -> float:
@@ -340,6 +339,18 @@ class _silent:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def similarity(weight: Tensor, gram: Tensor) -> float:
+    """How alike inputs and outputs of a weight (out, in) are as kernels on tokens, from 0 to 1.
+
+    Args:
+        weight: (out, in).
+        gram: (in, in), of the inputs.
+    """
+    crossed = weight.to(gram.dtype) @ gram
+    norms = gram.norm() * (crossed @ weight.to(gram.dtype).mT).norm()
+    return float(crossed.square().sum() / norms) if norms > 0 else 0.0
 
 
 def _file_of(components: Basis, group: tuple[str, ...]) -> str:

@@ -314,7 +314,7 @@ def test_a_training_that_is_stopped_goes_on(run, place, monkeypatch):
     ("words", "message"),
     [
         (["--method", "soco", "--effort", "best"], "surgeon and refine need the whole model"),
-        (["--method", "adasvd"], "method adasvd needs the whole model in memory"),
+        (["--method", "basis-sharing"], "method basis-sharing needs the whole model in memory"),
         (["--allocator", "lems"], "the allocator 'lems' runs the whole model"),
         (["--refine"], "--refine needs the whole model in memory: leave out --stream"),
         (["--surgeon"], "--surgeon needs the whole model"),

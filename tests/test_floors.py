@@ -29,9 +29,9 @@ FLOORS = [
         "reporting", "tasks", "workbench",
     },
     {"factorization", "installation", "preparation", "record", "verification"},
-    {"assembling", "learning", "plots", "resizing", "resuming"},
-    {"pipeline", "planning", "streaming"},
-    {"comparison", "rendering"},
+    {"assembling", "learning", "plots", "refitting", "resizing", "resuming"},
+    {"pipeline", "planning", "scoring"},
+    {"comparison", "rendering", "streaming"},
     {"cli"},
     {"__main__", "bench"},
 ]  # fmt: skip

@@ -120,6 +120,11 @@ def test_what_is_not_planned_is_said(tmp_path):
     place = folder(tmp_path)
     assert "dobi-svd is not planned" in " ".join(plan(place, method="dobi-svd", **FEW).notes)
     assert "surgeon" in " ".join(plan(place, method="svd", surgeon=True, **FEW).notes)
+    for stream in (False, True):
+        told = plan(place, method="aa-svd", stream=stream, **FEW).notes
+        assert "fits of aa-svd behind compressed blocks are not planned" in " ".join(told)
+        told = plan(place, method="tfwsvd", stream=stream, **FEW).notes
+        assert "fits of tfwsvd at a layer's rank are not planned" in " ".join(told)
     assert plan(place, method="svd-llm", **FEW).notes == ()
 
 

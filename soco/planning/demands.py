@@ -10,7 +10,13 @@ from torch import Tensor
 from soco.assembling import SHARD_BYTES
 from soco.calibration import SAMPLED, Statistics
 from soco.linalg import workers_for
-from soco.methods import RankLearner, SequentialMethod, SharingMethod, TrainedMethod
+from soco.methods import (
+    FittedMethod,
+    RankLearner,
+    SequentialMethod,
+    SharingMethod,
+    TrainedMethod,
+)
 from soco.planning.learning import refinement, training
 from soco.planning.setting import Demand, Passes, Setting, passes_of, spectrum_bytes
 from soco.planning.tracing import KEPT, Trace, Work
@@ -26,6 +32,7 @@ def demands(setting: Setting, *, stream: bool) -> tuple[list[Demand], list[str]]
     passes = passes_of(setting, notes)
     units = _units(setting)
     if stream:
+        _note_fits(setting, notes)
         return _streamed(setting, passes, units), notes
     found = [_loading(setting)]
     sums = _sums(setting, passes)
@@ -38,14 +45,21 @@ def demands(setting: Setting, *, stream: bool) -> tuple[list[Demand], list[str]]
     method = setting.choices.method
     if isinstance(method, TrainedMethod):
         found += training(setting, method, passes, stream=False)
-    elif isinstance(method, SequentialMethod) and method.is_sequential(setting.ratio):
-        notes.append(f"the fits of {method.name} behind compressed blocks are not planned")
+    _note_fits(setting, notes)
     if isinstance(method, SharingMethod):
         notes.append(f"layers that share a basis in {method.name} are counted one by one")
     found.append(_factors(setting, sums))
     if setting.choices.refinement is not None:
         found.append(refinement(setting, setting.choices.refinement, passes))
     return [*found, *_written(setting)], notes
+
+
+def _note_fits(setting: Setting, notes: list[str]) -> None:
+    method = setting.choices.method
+    if isinstance(method, SequentialMethod) and method.is_sequential(setting.ratio):
+        notes.append(f"the fits of {method.name} behind compressed blocks are not planned")
+    if isinstance(method, FittedMethod):
+        notes.append(f"the fits of {method.name} at a layer's rank are not planned")
 
 
 def _loading(setting: Setting) -> Demand:

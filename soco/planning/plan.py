@@ -162,7 +162,7 @@ def plan(
     )  # fmt: skip
     check_ratio(ratio)
     if stream:
-        check_streamed(choices, ratio)
+        check_streamed(choices)
     samples, batch_size = positive("samples", samples), positive("batch_size", batch_size)
     empty, stored = _empty(model)
     length = sequence_length(empty, length)

@@ -1,4 +1,4 @@
-"""soco.compress_folder with learned scores: what training in memory gives, with a block there."""
+"""soco.scoring: streamed, learned scores are those that training in memory gives."""
 
 import shutil
 import signal
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import soco
-from soco import streaming, training
+from soco import scoring, training
 from soco.learning import learn_scores
 from soco.methods import SoCo
 from soco.stages import CHOICE_STAGES
@@ -162,7 +162,7 @@ def test_states_of_the_dense_model_lie_in_files(tmp_path, monkeypatch):
         seen.extend(file.name for file in (tmp_path / "out.work").glob("state-*"))
         return found
 
-    monkeypatch.setattr(streaming, "learn_scores", watching)
+    monkeypatch.setattr(scoring, "learn_scores", watching)
     stream(tmp_path / "dense", tmp_path / "out", method=replace(FEW, written=0.0))
     assert sorted(seen) == [f"state-{window}-0.pt" for window in range(6)]
 
@@ -209,7 +209,7 @@ RUN = """
 import sys, torch
 sys.path.insert(0, sys.argv[3])
 from soco import keeping
-from test_streamed_training import FEW, stream
+from test_scoring import FEW, stream
 torch.set_num_threads(1)
 keeping.EVERY = 0.0
 stream(sys.argv[1], sys.argv[2], batch_size=2, method=FEW)
@@ -247,7 +247,7 @@ def test_another_run_does_not_go_on_there(changed, message, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "learn_scores", stopping)
+        patch.setattr(scoring, "learn_scores", stopping)
         with pytest.raises(KeyboardInterrupt):
             stream(tmp_path / "dense", tmp_path / "out", method=FEW)
     with pytest.raises(ValueError, match=message):
