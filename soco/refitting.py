@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from soco.factorization import fitted_block, warn_of_unaligned
-from soco.keeping import Filed
+from soco.keeping import Filed, moved
 from soco.lending import Lender
 from soco.linalg import Factors, Spectrum, work_of
 from soco.memory import give_back_memory
@@ -57,11 +57,9 @@ class Fits:
             for done, (name, who) in enumerate(zip(names, owner, strict=True), 1):
                 file = self.files[name]
                 if who == number() and not self.work.has(fitted_file(file)):
-                    held = self.work.get_tensors(file)
-                    spectrum = Spectrum(*(held[part] for part in Spectrum._fields))
-                    means = self.work.get_tensors(means_file(file))
+                    means = moved(self.work.get_tensors(means_file(file)), self.device)
                     weight = self._weight(name).to(self.device, self.dtype)
-                    factors = method.factor(weight, spectrum, self.ranks[name], means)
+                    factors = method.factor(weight, self._spectrum(name), self.ranks[name], means)
                     self.work.put_tensors(fitted_file(file), factors._asdict())
                     give_back_memory()
                 bar(done)
@@ -87,9 +85,11 @@ class Fits:
         """A layer's spectrum cut off at its rank; None: it has no factors."""
         if name not in self.ranks:
             return None
+        return self._spectrum(name).truncate(self.ranks[name])
+
+    def _spectrum(self, name: str) -> Spectrum:
         held = self.work.get_tensors(self.files[name])
-        spectrum = Spectrum(*(held[part].to(self.device) for part in Spectrum._fields))
-        return spectrum.truncate(self.ranks[name])
+        return Spectrum(*(held[part].to(self.device) for part in Spectrum._fields))
 
     def _weight(self, name: str) -> Tensor:
         return self.stored.weight(name)

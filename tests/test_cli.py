@@ -1059,6 +1059,15 @@ def test_a_full_gpu_leaves_the_rows(fails, place, monkeypatch):
     assert "try a smaller --batch-size or --length" in said
 
 
+def test_a_full_gpu_while_streaming_is_told(fails, place, monkeypatch):
+    def overflow(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(streamed, "compress_folder", overflow)
+    said = fails("compress", "dense", "-o", "out", *STREAM)
+    assert "is full: try a smaller --batch-size or --length, --micro-batch 1" in said
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

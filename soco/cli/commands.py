@@ -95,7 +95,7 @@ def compress(wanted: Compression) -> None:
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"the memory of {device} is full: try a smaller --batch-size or --length, "
-                f"--micro-batch 1, --checkpointing, --dtype bfloat16 or --device cpu"
+                f"--micro-batch 1, --checkpointing, --dtype bfloat16, --stream or --device cpu"
             ) from error
         if number() > 0:
             return  # the first of several processes writes

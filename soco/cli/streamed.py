@@ -68,6 +68,11 @@ def compress(wanted: Compression) -> None:
         except KeyboardInterrupt:
             tell("stopped: the same command goes on from here")
             raise
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the memory of {device} is full: try a smaller --batch-size or --length, "
+                f"--micro-batch 1 with method soco, --dtype bfloat16 or --device cpu"
+            ) from error
     if number() > 0:
         return
     out = console()
