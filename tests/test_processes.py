@@ -123,8 +123,12 @@ def test_stopped_and_going_on(results, count):
 
 
 @pytest.mark.parametrize(
-    ("key", "method"), [("", "svd-llm"), (" back", "kfac-svd"), (" training", "soco")]
-)
+    ("key", "method"),
+    [
+        ("", "svd-llm"), (" back", "kfac-svd"), (" training", "soco"), (" fits", "adasvd"),
+        (" walk", "aa-svd"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("count", COUNTS)
 def test_from_folder_to_folder(results, count, key, method):
     weights, _ = results[1][0][f"streamed{key}"]

@@ -227,7 +227,10 @@ def test_shards_and_names_of_the_base_model(tmp_path):
     check_same(tmp_path / "out", model)
 
 
-@pytest.mark.parametrize(("method", "pivoted"), [("svd-llm", False), ("kfac-svd", True)])
+@pytest.mark.parametrize(
+    ("method", "pivoted"),
+    [("svd-llm", False), ("kfac-svd", True), ("aa-svd", False), ("adasvd", True)],
+)
 def test_a_trained_model(method, pivoted, model_dir, tmp_path):
     folder = model_dir("books-llama-1m")
     ids = torch.randint(0, 1000, (8, 64), generator=torch.Generator().manual_seed(0))

@@ -110,6 +110,8 @@ def main():
             "streamed": streamed(output, "svd-llm", allocator="energy"),
             "streamed back": streamed(output, "kfac-svd", allocator="energy"),
             "streamed training": streamed(output, SoCo(steps=12)),
+            "streamed fits": streamed(output, "adasvd", allocator="energy"),
+            "streamed walk": streamed(output, "aa-svd", allocator="energy"),
             "apart": apart(output),
             "stopped": stopped(output / f"work-{processes.count()}"),
         }
