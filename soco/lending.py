@@ -110,6 +110,7 @@ class Lender:
                 yield
             finally:
                 self._give_up()
+                self._next = None
                 for block, forward in zip(self._blocks, forwards, strict=True):
                     if forward is None:
                         block.__dict__.pop("forward", None)  # the class's shows again
@@ -139,12 +140,22 @@ class Lender:
         turned = number == self._last == len(self._blocks) - 1
         back, self._last = turned or number == self._last - 1, number
         if wanted != self._inside:
+            if not self._lends(number):
+                return
             self._give_up()
             self._fill(self._fetched(number, wanted))
             self._inside = wanted
         following = number - 1 if back else number + 1
         if 0 <= following < len(self._blocks):
             self._read_ahead(following)
+
+    def _lends(self, number: int) -> bool:
+        """Whether a block that is not held needs anything: compressed layers may be in its place."""
+        return any(
+            isinstance(module, SpectralLinear)
+            or any(p is not None and p.is_meta and p.dim() > 1 for p in module._parameters.values())
+            for module in self._blocks[number].modules()
+        )
 
     def _state(self, number: int) -> tuple[Any, ...]:
         """What tells whether a block needs the same as when it began last."""

@@ -65,7 +65,8 @@ class Walk:
         batch_size: sequences at a time.
         keep: makes what holds the outputs of a block, by batch: of the dense model (0) or of the
             other one (1), and of which block. None: memory.
-        sure: whether the model is known to allow that; then it is not tried.
+        sure: whether the model is known to allow that, and all layers are inside of blocks; then it
+            is not tried, and nothing behind a block runs.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Walk:
             if self.model.get_submodule(name) is not layer
         }
         products = _Products()
-        self._stop = False
+        self._stop = self._sure
         for number, batch in enumerate(self.batches):
             ids = batch.to(device)
             seen = []

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from soco import refitting
+from soco.lending import Lender
 from soco.methods import AASVD, AdaSVD
 from soco.sequential import Walk
 from soco.surgery import transformer_blocks
@@ -24,18 +25,32 @@ def blocks_in_memory(model):
 def test_two_blocks_at_a_time(tmp_path, monkeypatch):
     """The one that is fitted, and the compressed one before it, whose outputs it gets."""
     dense(tmp_path / "dense", num_hidden_layers=5)
-    held, run = [], Walk._run
+    held, entered, read = [], [], []
+    run, enter, fill = Walk._run, Lender._enter, Lender._fill
 
     def watching(self, *arguments):
         found = run(self, *arguments)
         held.append(blocks_in_memory(self.model))
         return found
 
+    def counting(self, number):
+        entered.append(number)
+        enter(self, number)
+
+    def filling(self, slots):
+        read.append(entered[-1])
+        fill(self, slots)
+
     monkeypatch.setattr(Walk, "_run", watching)
+    monkeypatch.setattr(Lender, "_enter", counting)
+    monkeypatch.setattr(Lender, "_fill", filling)
     stream(tmp_path / "dense", tmp_path / "out", method="aa-svd", batch_size=3)
-    both = [frozenset({n - 1, n}) for n in range(1, 5)]  # the dense model has one of them
-    assert {frozenset(each) for each in held} == {*both, *(frozenset({n}) for n in range(5))}
-    assert len(held) == 5 * 3 * 2  # blocks, batches (the first sequence is one), models
+    # Three batches (the first sequence is one) in either model, of which the dense one runs before.
+    assert held[:6] == 6 * [{0}]
+    assert held[6:] == [each for n in range(1, 5) for _ in range(3) for each in ({n}, {n - 1, n})]
+    blocks = [3 * [n, n - 1, n] for n in range(1, 5)]
+    assert entered == [*(6 * [0]), *(number for block in blocks for number in block)]
+    assert read == [0, 1, 2, 3, 4]  # once, for all batches
 
 
 def test_what_blocks_put_out_goes_when_it_was_read(tmp_path, monkeypatch):
