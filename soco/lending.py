@@ -150,7 +150,7 @@ class Lender:
             self._read_ahead(following)
 
     def _lends(self, number: int) -> bool:
-        """Whether a block that is not held needs anything: compressed layers may be in its place."""
+        """Whether a block that is not held needs anything: its layers may be compressed ones."""
         return any(
             isinstance(module, SpectralLinear)
             or any(p is not None and p.is_meta and p.dim() > 1 for p in module._parameters.values())
