@@ -1,6 +1,7 @@
 """What ``soco plan`` says of memory, beside what compressions of random Llamas take.
 
     python benchmarks/planning.py --output benchmarks/results/planning.json
+    python benchmarks/planning.py --only soco-streamed --output benchmarks/results/planning-soco.json
 
 Every compression is a process of its own. Its peak of resident memory is written down phase by
 phase (VmHWM, mapped files among it, counted anew at the beginning of each), and is compared with
@@ -152,10 +153,12 @@ def cases(threads: int) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def compare(scratch: Path | None, threads: int) -> list[dict[str, Any]]:
-    """A plan and a run for every case."""
+def compare(scratch: Path | None, threads: int, only: str | None) -> list[dict[str, Any]]:
+    """A plan and a run for every case, or for those of a method."""
     rows = []
     for case in cases(threads):
+        if only not in (None, f"{case['method']}{'-streamed' if case['stream'] else ''}"):
+            continue
         with tempfile.TemporaryDirectory(dir=scratch) as place:
             folder, alone = Path(place) / "dense", Path(place) / "alone"
             dtype = getattr(torch, case["dtype"])
@@ -187,6 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("one", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", help="a method, -streamed behind it where it is that")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--scratch", type=Path, help="where the models are made")
     arguments = parser.parse_args()
@@ -197,7 +201,7 @@ def main() -> None:
         found = planned(place, case) if what == "plan" else once(place, Path(output[0]), case)
         print(json.dumps(found))
         return
-    rows = compare(arguments.scratch, arguments.threads)
+    rows = compare(arguments.scratch, arguments.threads, arguments.only)
     write_record(arguments.output, arguments.scratch or Path(tempfile.gettempdir()), rows)
 
 

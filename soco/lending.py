@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from soco.memory import give_back_memory
 from soco.spectral import Components, SpectralLinear
 from soco.steps import frozen
 from soco.stored import StoredModel
 from soco.surgery import layout_of, shape_of, transformer_blocks
 from soco.workfolder import WorkFolder
+
+# Bytes of a block from which on holes in memory are worth returning to the system: what was given
+# to one block lies between what stays of it until the way back, and the next one does not fit there.
+_LARGE = 2**22
 
 Slot = tuple[dict[str, Any], str, Any]  # a dictionary of a module, a key, and what belongs there
 Want = tuple[str, nn.Module, Tensor | None]  # a module's name, itself, and which components
@@ -142,7 +147,8 @@ class Lender:
         if wanted != self._inside:
             if not self._lends(number):
                 return
-            self._give_up()
+            if self._give_up() >= _LARGE:
+                give_back_memory()
             self._fill(self._fetched(number, wanted))
             self._inside = wanted
         following = number - 1 if back else number + 1
@@ -166,11 +172,14 @@ class Lender:
                 found += [module.dense, module.computed, module.order._version]
         return tuple(found)
 
-    def _give_up(self) -> None:
+    def _give_up(self) -> int:
+        """Put back what was in the slots; how many bytes were there."""
+        size = sum(dictionary[key].nbytes for dictionary, key, _ in self._held)
         for dictionary, key, value in self._held:
             dictionary[key] = value
         self._held.clear()
         self._inside = ()
+        return size
 
     def _fill(self, slots: Sequence[Slot]) -> None:
         for dictionary, key, value in slots:
