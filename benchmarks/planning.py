@@ -1,7 +1,8 @@
 """What ``soco plan`` says of memory, beside what compressions of random Llamas take.
 
     python benchmarks/planning.py --output benchmarks/results/planning.json
-    python benchmarks/planning.py --only soco-streamed --output benchmarks/results/planning-soco.json
+    python benchmarks/planning.py --only soco-streamed \
+        --output benchmarks/results/planning-soco.json
 
 Every compression is a process of its own. Its peak of resident memory is written down phase by
 phase (VmHWM, mapped files among it, counted anew at the beginning of each), and is compared with

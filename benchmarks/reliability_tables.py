@@ -65,7 +65,10 @@ def _killed(part: dict, row: dict) -> str:
     if "model" in row:
         what = f"{row['model']}, method soco with effort best, in memory, a state every 5 s"
     else:
-        what = f"{row['layers']} layers, {format_bytes(row['bytes'])} in bfloat16, `--stream`"
+        what = (
+            f"{row.get('method', 'svd-llm')}, `--stream`, {row['layers']} layers, "
+            f"{format_bytes(row['bytes'])} in bfloat16"
+        )
     return (
         f"- {what}: killed {len(after)} times, after {min(after):.0f} to {max(after):.0f} s; "
         f"{row['seconds_with_kills']:,.0f} s in all, {row['seconds_undisturbed']:,.0f} s "
@@ -122,12 +125,12 @@ def _planned(parts: list[dict]) -> str:
     phases = [abs(value) for row in rows for name, value in row["off"].items()]
     far = sum(value > 0.15 for value in phases)
     times = sorted(row["measured"]["seconds"] / row["planned"]["seconds"] for row in rows)
-    made = ", ".join(dict.fromkeys(f"{p['date'][:10]} at `{p['commit']}`" for p in parts))
+    made = "; ".join(f"{p['date'][:10]} at `{p['commit']}` by `{p['command']}`" for p in parts)
     text = (
         f"At most {max(off):.1%} off at the peak; of {len(phases)} single phases {far} are off by "
         f"more than 15%, the farthest by {max(phases):.1%}. The runs took {times[0]:.1f} to "
         f"{times[-1]:.1f} times as long as planned (median "
-        f"{times[len(times) // 2]:.1f}). Made on {made} by `{parts[0]['command']}`."
+        f"{times[len(times) // 2]:.1f}). Made on {made}."
     )
     return "\n".join([*lines, "", text])
 

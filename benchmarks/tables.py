@@ -22,7 +22,7 @@ writes the table between the markers of that name in docs/methods.md.
 writes the tables of docs/performance.md, and
 
     python benchmarks/tables.py benchmarks/results/streaming-*.json benchmarks/results/fuzz-*.json \
-        benchmarks/results/planning.json
+        benchmarks/results/planning*.json
 
 those of docs/reliability.md. All kinds may be given at once.
 """

@@ -17,8 +17,8 @@ from soco.stored import StoredModel
 from soco.surgery import layout_of, shape_of, transformer_blocks
 from soco.workfolder import WorkFolder
 
-# Bytes of a block from which on holes in memory are worth returning to the system: what was given
-# to one block lies between what stays of it until the way back, and the next one does not fit there.
+# Bytes of a block from which on holes in memory are worth returning to the system: what a block had
+# lies between what stays of it until the way back, and what the next one needs does not fit there.
 _LARGE = 2**22
 
 Slot = tuple[dict[str, Any], str, Any]  # a dictionary of a module, a key, and what belongs there
