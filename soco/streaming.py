@@ -58,6 +58,8 @@ def compress_folder(
     ratio: float = 0.5,
     *,
     method: str | Method = "svd-llm",
+    effort: str | None = None,
+    preset: str | None = None,
     tokenizer: Any = None,
     calibration: Any = None,
     samples: int = 256,
@@ -88,7 +90,8 @@ def compress_folder(
     that are alive twice or three times. Memory then holds one block with its components, the scores
     and their optimizer, the logits of one micro-batch, and what each block was given of it: that
     alone grows with the depth. Text that the model writes itself costs a reading of all weights for
-    every token.
+    every token. Fits to what layers see behind compressed blocks ("aa-svd") go through the blocks
+    once more, of the dense model and of the compressed one: memory holds a block of either.
 
     What is done is kept in a work folder. After a crash, a kill or Ctrl-C the same call goes on
     where it was, repeats the calibration of one block and the decomposition of one layer at most,
@@ -103,12 +106,14 @@ def compress_folder(
         ratio: fraction of the layers' parameters to remove, above 0 and below 1.
         method: "soco" without refinement, or a closed form, such as "svd-llm" or "kfac-svd"; a name
             or an instance.
+        effort: of method "soco": "fast" or "balanced" (as without it).
+        preset: of method "soco": "paper".
         tokenizer: needed where the calibration is text.
         calibration: as in ``soco.compress``. Not needed by "svd".
         samples: calibration sequences.
         length: tokens of each; None: what the model allows, at most 2048.
         seed: of the choice of sequences, of drawn labels, and of the training.
-        allocator: "uniform", "energy", "v2" or "effective-rank"; None: the method's own.
+        allocator: "uniform", "energy", "v2", "effective-rank" or "adacr"; None: the method's own.
         pivoted: store a layer as pivot rows and what combines them, as in ``soco.compress``.
         include: glob patterns of the layers to compress, in the transformer blocks.
         exclude: glob patterns of layers to leave alone.
@@ -130,7 +135,9 @@ def compress_folder(
     Warns:
         UserWarning: the calibration has less than was asked for, or layers saw too little of it.
     """
-    choices = choose(method, allocator, seed=seed, pivoted=pivoted)
+    choices = choose(
+        method, allocator, effort=effort, preset=preset, seed=seed, pivoted=pivoted
+    )  # fmt: skip
     check_ratio(ratio)
     check_streamed(choices)
     positive("batch_size", batch_size)

@@ -69,6 +69,15 @@ def test_methods(method, tmp_path):
     check(tmp_path, model, method=method, batch_size=2)
 
 
+def test_an_effort(tmp_path):
+    """By its name, as of soco.compress."""
+    model = dense(tmp_path / "dense")
+    stream(tmp_path / "dense", tmp_path / "out", method="soco", effort="fast", seed=2)
+    check_same(tmp_path / "out", model, method="soco", effort="fast", seed=2)
+    with pytest.raises(ValueError, match='effort is for method="soco"'):
+        stream(tmp_path / "dense", tmp_path / "other", effort="fast")
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_trained_deviations_become_biases(name, tmp_path):
     """Also where the dense model has none."""
