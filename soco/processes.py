@@ -108,13 +108,19 @@ def part_of(chosen: Tensor) -> Tensor:
     return chosen[number() :: count()]
 
 
-def owners(costs: Sequence[float]) -> list[int]:
+def owners(costs: Sequence[float], processes: int | None = None) -> list[int]:
     """Which process does each of several jobs: the costliest first, each to who has least to do.
+
+    Args:
+        costs: of the jobs.
+        processes: that share them; None: those that there are.
 
     >>> owners([3.0, 1.0, 2.0])
     [0, 0, 0]
+    >>> owners([3.0, 1.0, 2.0], 2)
+    [0, 1, 1]
     """
-    busy = [0.0] * count()
+    busy = [0.0] * (processes or count())
     found = [0] * len(costs)
     for job in sorted(range(len(costs)), key=lambda job: (-costs[job], job)):
         found[job] = min(range(len(busy)), key=lambda process: (busy[process], process))

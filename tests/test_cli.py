@@ -790,7 +790,12 @@ def test_plan_takes_a_config_alone(run, tmp_path):
     assert "by svd-llm, in float32: a plan, nothing was computed" in out
     for word in ("parameters", "on disk", "peak", "statistics", "decomposition", "never measured"):
         assert word in out
-    assert "work folder" in run(*words, "--stream")[1]
+    assert "--gpus N plans for N GPUs" in out
+    assert "4 GPUs" not in out
+    out = run(*words, "--stream", "--gpus", "4")[1]
+    assert "work folder" in out
+    assert "4 GPUs" in out
+    assert "--gpus N" not in out
 
 
 def test_plan_as_json(run):

@@ -15,7 +15,7 @@ from soco.choices import choose
 from soco.methods import SoCo
 from soco.planning import Plan, demands, duration, learning, plan
 from soco.planning.rates import Rates, measured_rates
-from soco.planning.setting import Passes, Setting
+from soco.planning.setting import Demand, Passes, Setting
 from soco.planning.tracing import KEPT, Trace, Work, without_values
 from soco.refinement import Refinement
 
@@ -114,6 +114,33 @@ def test_blocks_that_are_not_run_count_like_the_third(tmp_path):
     assert six - five == pytest.approx(five - four, abs=8)
     three = phase(of(3), "statistics")  # which all run
     assert four - three == pytest.approx(five - four, abs=8)
+
+
+def test_what_processes_share_by_hand():
+    """Jobs that follow on each other in lists: each list takes as long as the busiest process."""
+    demand = Demand("x", 0, Work(), [[1.0, 1.0, 1.0], [4.0, 2.0, 2.0, 1.0]])
+    assert demand.share(1) == 1
+    assert demand.share(2) == (2 + 5) / 12
+    assert demand.share(3) == (1 + 4) / 12
+    assert Demand("x", 0, Work()).share(2) == 1
+
+
+def test_the_time_of_several_gpus(tmp_path):
+    """Four batches of one sequence, fourteen layers, batches of eight sequences; text by one."""
+    options: dict[str, Any] = {"samples": 4, "length": 16, "batch_size": 1}
+    method = SoCo(batch_size=6, written=1.0)
+    for stream in (False, True):
+        found = plan(folder(tmp_path), method=method, gpus=4, stream=stream, **options)
+        shares = {p.name: p.gpus_seconds / p.gpu_seconds for p in found.phases if p.gpu_seconds}
+        assert shares["statistics"] == pytest.approx(1 / 4)
+        assert shares["training"] == pytest.approx(2 / 6)
+        assert shares["written text"] == 1
+        assert 1 / 4 < shares["decomposition"] < 1 / 2
+        assert found.gpus_seconds < found.gpu_seconds
+    alone = plan(folder(tmp_path), method=method, **options)
+    assert all(p.gpus_seconds == p.gpu_seconds for p in alone.phases)
+    with pytest.raises(ValueError, match="gpus must be a positive whole number, got 0"):
+        plan(folder(tmp_path), gpus=0)
 
 
 def test_what_is_not_planned_is_said(tmp_path):

@@ -15,7 +15,7 @@ from soco.reporting import format_bytes
 from soco.stored import empty_model
 
 
-def show(wanted: Wanted, *, as_json: bool) -> None:
+def show(wanted: Wanted, *, gpus: int, as_json: bool) -> None:
     """Plan, and print it."""
     place = find_model(wanted.model)
     if not Path(place).is_dir():
@@ -38,7 +38,7 @@ def show(wanted: Wanted, *, as_json: bool) -> None:
                 dtype = torch.float32
         found = plan(
             place, method=method, stream=wanted.stream, batch_size=wanted.batch_size, dtype=dtype,
-            **options,
+            gpus=gpus, **options,
         )  # fmt: skip
     if as_json:
         print(json.dumps({"model": wanted.model, **found.to_dict()}, indent=1))
@@ -54,23 +54,27 @@ def _print(model: str, found: Plan) -> None:
     out.print(found.summary(), markup=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
-    for column in ("memory", "this CPU", "one GPU"):
+    many = [f"{found.gpus} GPUs"] if found.gpus > 1 else []
+    for column in ("memory", "this CPU", "one GPU", *many):
         table.add_column(column, justify="right")
-    for phase in found.phases:
-        times = [duration(each) if each else "-" for each in (phase.cpu_seconds, phase.gpu_seconds)]
-        table.add_row(phase.name, format_bytes(phase.peak_bytes), *times)
-    whole = format_bytes(found.peak_bytes), duration(found.cpu_seconds), duration(found.gpu_seconds)
-    table.add_row("together", *whole, style="bold")
+    for each in (*found.phases, found):
+        times = [each.cpu_seconds, each.gpu_seconds, each.gpus_seconds][: 2 + len(many)]
+        told = [duration(time) if time else "-" for time in times]
+        name, style = ("together", "bold") if isinstance(each, Plan) else (each.name, None)
+        table.add_row(name, format_bytes(each.peak_bytes), *told, style=style)
     out.print()
     out.print(table)
     threads = f"{found.threads} thread{'s' if found.threads != 1 else ''}"
+    waiting = (
+        "that they wait for each other is not planned" if many else "--gpus N plans for N GPUs"
+    )
     lines = (
         f"memory: resident memory of a process on the CPU; times: of {threads}, by what this CPU "
         f"multiplied and decomposed in a second just now",
         "the GPU's times were never measured: they assume about half of what the maker of an H100 "
         "states, and a guess at eigendecompositions",
-        "several processes (torchrun) share calibration, decompositions and training; what that "
-        "saves is not planned, and each takes this memory",
+        "several processes (torchrun) share calibration, decompositions and training; each takes "
+        f"this memory; {waiting}",
         "times leave out reading, writing and small operations, and other work on the machine "
         "slowed down what was measured just now; runs of small models took 0.6 to 10 times as long "
         "(docs/reliability.md)",

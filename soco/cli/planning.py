@@ -51,6 +51,9 @@ def plan(
     batch_size: BatchSizeOption = 8,
     stream: StreamOption = False,
     dtype: DtypeOption = Dtype.auto,
+    gpus: Annotated[
+        int, typer.Option(metavar="N", help="Also the time of N GPUs that share the work.", min=1)
+    ] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Say what soco compress will take in memory, on disk and in time, from config.json alone."""
@@ -80,5 +83,6 @@ def plan(
             dtype=dtype.value,
             training=training,
         ),
+        gpus=gpus,
         as_json=as_json,
     )

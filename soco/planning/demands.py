@@ -106,7 +106,7 @@ def _statistics(setting: Setting, passes: Passes, sums: Mapping[str, tuple[int, 
             work = work.then(passes.forward.times(setting.batches * (1 - share)))
     work = work.then(Work(products={torch.float32: float(of_inputs)}))
     held = setting.weights + sum(map(sum, sums.values()))
-    return Demand("statistics", held + work.peak + work.kept, work)
+    return Demand("statistics", held + work.peak + work.kept, work, [setting.batches * [1.0]])
 
 
 # Decomposition ------------------------------------------------------------------------------------
@@ -171,7 +171,8 @@ def _decomposition(
         if not setting.choices.keeps:
             left -= sum(sums.get(name, (0, 0)))
     work = replace(work, peak=max(peak, left + there), cubes=work.cubes / workers)
-    return Demand("decomposition", setting.weights + work.peak + work.kept, work)
+    jobs = [setting.shared(setting.shapes)]
+    return Demand("decomposition", setting.weights + work.peak + work.kept, work, jobs)
 
 
 def _factors(setting: Setting, sums: Mapping[str, tuple[int, int]]) -> Demand:
@@ -235,7 +236,7 @@ def _streamed(setting: Setting, passes: Passes, units: Mapping[Shape, Work]) -> 
             head = setting.beside - outside
             to_the_loss = outside + head + states + passes.single.peak  # from the last block on
             peak = max(peak, held + passes.inner.peak, to_the_loss)
-        found.append(Demand("statistics", peak + work.kept, work))
+        found.append(Demand("statistics", peak + work.kept, work, [setting.batches * [1.0]]))
     work, peak = Work(), 0
     for shape in setting.shapes.values():
         work = work.then(units[shape])
@@ -243,7 +244,8 @@ def _streamed(setting: Setting, passes: Passes, units: Mapping[Shape, Work]) -> 
         peak = max(peak, apart, 2 * spectrum_bytes(shape, setting.dtype))
     held = (outside if reads else 0) + largest
     work = replace(work, peak=peak)
-    found.append(Demand("decomposition", held + peak + work.kept, work))
+    jobs = [setting.shared(block.names) for block in blocks]
+    found.append(Demand("decomposition", held + peak + work.kept, work, jobs))
     if isinstance(setting.choices.method, TrainedMethod):
         found += training(setting, setting.choices.method, passes, stream=True)
     found.append(Demand("writing", _largest_file(setting), Work()))

@@ -54,7 +54,7 @@ def training(
         return [*found, Demand("training", held, Work())]
     warm, first, last = _training_passes(setting, method, settings, passes, size)
     work = warm.times(settings.fisher_warmup).then(first).then(last.times(max(0, steps - 1)))
-    found.append(Demand("training", held + work.peak + work.kept, work))
+    found.append(Demand("training", held + work.peak + work.kept, work, [size * [1.0]]))
     return found
 
 
@@ -144,7 +144,7 @@ def refinement(setting: Setting, settings: Refinement, passes: Passes) -> Demand
     work = _refined(setting, settings, passes, size)
     evaluated = held_out / size * (1 + settings.steps / settings.evaluate_every)
     work = work.times(settings.steps + evaluated / 3)
-    return Demand("refinement", held + work.peak + work.kept, work)
+    return Demand("refinement", held + work.peak + work.kept, work, [size * [1.0]])
 
 
 def _refined(setting: Setting, settings: Refinement, passes: Passes, size: int) -> Work:

@@ -37,6 +37,7 @@ class Phase:
     peak_bytes: int  # resident memory of the process at its highest
     cpu_seconds: float  # on this CPU, by rates that were measured
     gpu_seconds: float  # on one GPU, by rates that are assumed and were never measured
+    gpus_seconds: float  # on several, by what their processes share
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Plan:
     work_bytes: int  # of the work folder at its largest; 0: there is none
     base_bytes: int  # resident memory of this process: Python and its libraries
     threads: int  # that the CPU's times are for
+    gpus: int  # that the last of the times are for
     phases: tuple[Phase, ...]
     notes: tuple[str, ...]  # what the numbers leave out
 
@@ -73,9 +75,14 @@ class Plan:
         """All phases together."""
         return sum(phase.gpu_seconds for phase in self.phases)
 
+    @property
+    def gpus_seconds(self) -> float:
+        """All phases together."""
+        return sum(phase.gpus_seconds for phase in self.phases)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
-        totals = ("peak_bytes", "cpu_seconds", "gpu_seconds")
+        totals = ("peak_bytes", "cpu_seconds", "gpu_seconds", "gpus_seconds")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in totals}
 
     def summary(self) -> str:
@@ -121,6 +128,7 @@ def plan(
     exclude: str | Iterable[str] | None = None,
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
+    gpus: int = 1,
 ) -> Plan:
     """Say what a compression takes before it begins, from the model's config alone.
 
@@ -147,6 +155,7 @@ def plan(
         exclude: glob patterns of layers to leave alone.
         batch_size: sequences at a time.
         dtype: to compute in; None: as the model is stored.
+        gpus: that share the work, a process on each, in the last of the times.
 
     Returns:
         The plan.
@@ -164,6 +173,7 @@ def plan(
     if stream:
         check_streamed(choices)
     samples, batch_size = positive("samples", samples), positive("batch_size", batch_size)
+    gpus = positive("gpus", gpus)
     empty, stored = _empty(model)
     length = sequence_length(empty, length)
     computed = dtype or stored
@@ -201,18 +211,21 @@ def plan(
         work_bytes=setting.work_bytes() if stream else 0,
         base_bytes=base,
         threads=setting.threads,
-        phases=tuple(_phase(each, base, rates) for each in found),
+        gpus=gpus,
+        phases=tuple(_phase(each, base, rates, gpus) for each in found),
         notes=(*notes, *_unplanned(choices)),
     )
 
 
-def _phase(demand: Demand, base: int, rates: Rates) -> Phase:
+def _phase(demand: Demand, base: int, rates: Rates, gpus: int) -> Phase:
     products, cubes = demand.work.products, demand.work.cubes
+    on_one = ASSUMED_GPU.seconds(products, cubes)
     return Phase(
         demand.name,
         base + demand.bytes,
         rates.seconds(products, cubes),
-        ASSUMED_GPU.seconds(products, cubes),
+        on_one,
+        on_one * demand.share(gpus),
     )
 
 

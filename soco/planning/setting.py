@@ -1,7 +1,7 @@
 """The compression that is planned, and one batch of its model run without values."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from soco.calibration import OF_GRADIENTS
 from soco.choices import Choices
+from soco.linalg import work_of
 from soco.methods import TrainedMethod
 from soco.objectives import HiddenStates, Objective, objective_for, run_model
 from soco.planning.tracing import Work, curvature_pass, inputs_of, without_values
+from soco.processes import owners
 from soco.ranks import Shape, is_dense, largest_rank, layer_params
 from soco.surgery import text_config, transformer_blocks
 
@@ -25,6 +27,22 @@ class Demand:
     name: str
     bytes: int  # of memory beside Python and its libraries
     work: Work
+    # What processes share, as costs of jobs; in lists that follow on each other. None: each process
+    # does all of it, or the first one does.
+    jobs: Sequence[Sequence[float]] = ()
+
+    def share(self, processes: int) -> float:
+        """The fraction of the time that so many processes take."""
+        whole = sum(map(sum, self.jobs))
+        if not whole:
+            return 1.0
+        busiest = 0.0
+        for costs in self.jobs:
+            busy = [0.0] * processes
+            for cost, owner in zip(costs, owners(costs, processes), strict=True):
+                busy[owner] += cost
+            busiest += max(busy)
+        return busiest / whole
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,11 @@ class Setting:
     def batches(self) -> int:
         """Of the calibration."""
         return math.ceil(self.samples / self.batch_size)
+
+    def shared(self, names: Iterable[str]) -> list[float]:
+        """Layers to take apart, as jobs of several processes."""
+        whitened = bool(self.choices.method.components.needs)
+        return [work_of(*self.shapes[name], whitened) for name in names]
 
     @property
     def factored(self) -> list[str]:
