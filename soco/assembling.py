@@ -15,11 +15,12 @@ from soco.folders import carry_over, write_checksums
 from soco.headers import read_headers, weight_files
 from soco.linalg import Factors
 from soco.modules import CompressedLinear, LowRankLinear, PivotedLinear
+from soco.ops import all_finite
 from soco.pivots import pivot_factors
 from soco.preparation import progress_bar
 from soco.steps import Step
 from soco.stored import StoredModel
-from soco.surgery import bias_of, layout_of, shape_of, transformer_blocks
+from soco.surgery import bias_of, block_paths, layout_of, shape_of
 
 SHARD_BYTES = 2**29  # of tensors outside of the blocks
 
@@ -56,8 +57,7 @@ class Assembly:
         """What follows from that."""
         model = self.stored.model
         self._names = list(model.state_dict())  # of the dense model's tensors
-        paths = {id(module): path for path, module in model.named_modules()}
-        self._blocks = [f"{paths[id(block)]}." for block in transformer_blocks(model)]
+        self._blocks = [f"{path}." for path in block_paths(model)]
         self._layouts = {name: layout_of(module) for name, module in self.targets.items()}
         self._biased = {n for n, module in self.targets.items() if bias_of(module) is not None}
 
@@ -110,14 +110,12 @@ class Assembly:
         if layer in self.targets and leaf in ("weight", "bias"):
             weight, bias = self.outcome.piece(layer)
             if leaf == "bias" and bias is not None:
-                return {key: self._rounded(bias)}
+                return {key: self._rounded(key, bias)}
             if leaf == "weight" and weight is not None:
                 stem = key.removesuffix("weight")
                 added = {} if bias is None or layer in self._biased else {f"{stem}bias": bias}
                 found = {**self._of_weight(layer, key, weight), **added}
-                return {
-                    k: self._rounded(v) if v.is_floating_point() else v for k, v in found.items()
-                }
+                return {name: self._rounded(name, each) for name, each in found.items()}
         value = self.stored.read(key, floating=False)
         dtype = self.stored.dtype if value.is_floating_point() else value.dtype
         return {key: value.to(dtype, copy=True)}
@@ -135,8 +133,15 @@ class Assembly:
             found |= {f"{stem}up.weight": weight.up, f"{stem}down.weight": weight.down}
         return found
 
-    def _rounded(self, value: Tensor) -> Tensor:
-        """As it is stored; whole numbers as they are."""
+    def _rounded(self, name: str, value: Tensor) -> Tensor:
+        """As it is stored; whole numbers as they are.
+
+        Raises:
+            ValueError: it is too large for that.
+        """
         if not value.is_floating_point():
             return value
-        return value.to(self.dtype).to(self.stored.dtype).contiguous()
+        rounded = value.to(self.dtype).to(self.stored.dtype).contiguous()
+        if not all_finite(rounded):
+            raise ValueError(f"{name} holds numbers that are too large for {self.stored.dtype}")
+        return rounded

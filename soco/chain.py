@@ -22,7 +22,7 @@ from soco.processes import own
 from soco.sequential import EnoughError, standing_in
 from soco.steps import frozen
 from soco.stored import StoredModel
-from soco.surgery import transformer_blocks
+from soco.surgery import block_paths, transformer_blocks
 from soco.workfolder import WorkFolder
 
 
@@ -62,8 +62,7 @@ class Chain:
         self._outside = ExitStack()
         self._begun = False
         self.blocks = transformer_blocks(stored.model)
-        paths = {id(module): path for path, module in stored.model.named_modules()}
-        self.paths = [paths[id(block)] for block in self.blocks]
+        self.paths = block_paths(stored.model)
 
     def __enter__(self) -> "Chain":
         """Itself."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from soco.memory import give_back_memory
 from soco.spectral import Components, SpectralLinear
-from soco.steps import frozen
+from soco.steps import frozen, with_forwards
 from soco.stored import StoredModel
-from soco.surgery import layout_of, shape_of, transformer_blocks
+from soco.surgery import block_paths, layout_of, shape_of, transformer_blocks
 from soco.workfolder import WorkFolder
 
 # Bytes of a block from which on holes in memory are worth returning to the system: what a block had
@@ -56,8 +56,7 @@ class Lender:
         self._stored, self._work, self._files = stored, work, files
         self._dtype, self._device = dtype, device
         self._blocks = transformer_blocks(stored.model)
-        paths = {id(module): path for path, module in stored.model.named_modules()}
-        self._paths = [paths[id(block)] for block in self._blocks]
+        self._paths = block_paths(stored.model)
         self._layouts = {name: layout_of(stored.model.get_submodule(name)) for name in files}
         self._shapes = {name: shape_of(stored.model.get_submodule(name)) for name in files}
         self._of_block = [[n for n in files if n.startswith(f"{p}.")] for p in self._paths]
@@ -105,22 +104,18 @@ class Lender:
             for name, parameter in model.named_parameters()
             if parameter not in inside or parameter.dim() < 2
         ]
-        forwards = [block.__dict__.get("forward") for block in self._blocks]
-        with self._stored.in_memory(stay, self._dtype, self._device), frozen(model):
+        with (
+            self._stored.in_memory(stay, self._dtype, self._device),
+            frozen(model),
+            with_forwards(self._blocks, self._run),
+        ):
             for buffer in model.buffers():
                 buffer.data = buffer.to(self._device)
             try:
-                for number, block in enumerate(self._blocks):
-                    block.forward = self._run(number, block.forward)  # type: ignore[method-assign]
                 yield
             finally:
                 self._give_up()
                 self._next = None
-                for block, forward in zip(self._blocks, forwards, strict=True):
-                    if forward is None:
-                        block.__dict__.pop("forward", None)  # the class's shows again
-                    else:
-                        block.forward = forward  # type: ignore[method-assign]
 
     @contextmanager
     def whole(self, name: str, layer: SpectralLinear) -> Iterator[None]:

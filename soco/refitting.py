@@ -19,7 +19,7 @@ from soco.preparation import progress_bar
 from soco.processes import number, owners, wait
 from soco.sequential import Walk, stages
 from soco.stored import StoredModel
-from soco.surgery import bias_of, replace_module
+from soco.surgery import bias_of, replace_module, shape_of
 from soco.workfolder import WorkFolder
 
 
@@ -51,15 +51,14 @@ class Fits:
     def one_by_one(self, method: FittedMethod) -> None:
         """Every layer for itself, by one of the processes: its factors at its rank."""
         names = list(self.ranks)
-        shapes = [tuple(self._weight(name).shape) for name in names]
-        owner = owners([work_of(*cast("tuple[int, int]", shape), True) for shape in shapes])
+        owner = owners([work_of(*shape_of(self.targets[name]), True) for name in names])
         with progress_bar(len(names), "fits", self.progress) as bar:
             for done, (name, who) in enumerate(zip(names, owner, strict=True), 1):
                 file = self.files[name]
                 if who == number() and not self.work.has(fitted_file(file)):
                     means = moved(self.work.get_tensors(means_file(file)), self.device)
-                    weight = self._weight(name).to(self.device, self.dtype)
-                    factors = method.factor(weight, self._spectrum(name), self.ranks[name], means)
+                    spectrum, rank = self._spectrum(name), self.ranks[name]
+                    factors = method.factor(self._weight(name), spectrum, rank, means)
                     self.work.put_tensors(fitted_file(file), factors._asdict())
                     give_back_memory()
                 bar(done)
@@ -92,7 +91,7 @@ class Fits:
         return Spectrum(*(held[part].to(self.device) for part in Spectrum._fields))
 
     def _weight(self, name: str) -> Tensor:
-        return self.stored.weight(name)
+        return self.stored.weight(name).to(self.device, self.dtype)
 
     def _walk(self, method: SequentialMethod) -> None:
         model = self.stored.model
@@ -133,11 +132,8 @@ class Fits:
         """Fit one block, and forget the one before it."""
         block, names = parts[place]
 
-        def weight(name: str) -> Tensor:
-            return self._weight(name).to(self.device, self.dtype)
-
         left = [name for name in names if not self.work.has(fitted_file(self.files[name]))]
-        fits = fitted_block(walk, block, left, method, self.cut, weight, unaligned)
+        fits = fitted_block(walk, block, left, method, self.cut, self._weight, unaligned)
         for name, factors in fits:
             self.work.put_tensors(fitted_file(self.files[name]), factors._asdict())
         self._place(names)

@@ -1,7 +1,7 @@
 """What layers see behind compressed blocks, beside what they see in the dense model."""
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from soco.linalg import add_gram
 from soco.objectives import run_model
 from soco.ops import all_finite
+from soco.steps import with_forwards
 from soco.surgery import replaced, transformer_blocks
 
 _CHUNK = 2048  # tokens of a product in float32, which is summed in float64
@@ -295,22 +296,15 @@ def _alike(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> bool
     return True
 
 
-@contextmanager
-def standing_in(blocks: list[nn.Module], output: Any, device: torch.device) -> Iterator[None]:
+def standing_in(
+    blocks: list[nn.Module], output: Any, device: torch.device
+) -> AbstractContextManager[None]:
     """Inside, the blocks do not run, and return ``output``: tensors, or tuples or lists of them."""
-    own = [block.__dict__.get("forward") for block in blocks]  # set by hooks of others
-    for block in blocks:
-        block.forward = lambda *_, **__: _mapped(  # type: ignore[method-assign]
-            output, lambda tensor: tensor.to(device, copy=True)
-        )
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward  # type: ignore[method-assign]
+
+    def given(*_: Any, **__: Any) -> Any:
+        return _mapped(output, lambda tensor: tensor.to(device, copy=True))
+
+    return with_forwards(blocks, lambda number, forward: given)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

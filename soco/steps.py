@@ -1,7 +1,7 @@
 """What every loop that trains or probes a model is made of: frozen models, batches, steps."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
@@ -166,26 +166,38 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
-    """Inside, each block keeps its inputs only and is computed again in backward."""
-    own = [block.__dict__.get("forward") for block in blocks]  # set by hooks of others
+def with_forwards(
+    blocks: Sequence[nn.Module], make: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Inside, blocks run something else; afterwards what they ran before, hooks of others included.
 
-    def wrap(forward: Callable) -> Callable:
+    Args:
+        blocks: in their order.
+        make: the number of a block, and its forward, to what runs instead.
+    """
+    own = [block.__dict__.get("forward") for block in blocks]  # set by hooks of others
+    try:
+        for number, block in enumerate(blocks):
+            block.forward = make(number, block.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)  # the class's shows again
+            else:
+                block.forward = forward  # type: ignore[method-assign]
+
+
+def checkpointed(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Inside, each block keeps its inputs only and is computed again in backward."""
+
+    def wrap(number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
         return run
 
-    for block in blocks:
-        block.forward = wrap(block.forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward  # the class's shows again
-            else:
-                block.forward = forward
+    return with_forwards(blocks, wrap)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from soco.processes import count, number, owners, told, wait
 from soco.ranks import check_ratio, is_dense, largest_rank, parameter_budget, uniform_ranks
 from soco.refitting import Fits, means_file
 from soco.reporting import Report, history_columns
+from soco.resuming import OWN_TEXT, own_text
 from soco.scoring import Training
 from soco.sequential import stages
 from soco.spectral import Components
@@ -49,7 +50,6 @@ from soco.workbench import Workbench, similarity
 from soco.workfolder import WorkFolder, opened, work_folder
 
 FORMAT = 3  # of the work folder
-OWN_TEXT = "own-text.safetensors"
 
 
 def compress_folder(
@@ -203,7 +203,7 @@ def _own_text(work: WorkFolder, lender: Lender, write: Callable[[], Tensor]) -> 
         if number() == 0:
             work.put_tensors(OWN_TEXT, {"ids": windows})
         wait()
-    return work.get_tensors(OWN_TEXT)["ids"]
+    return cast(Tensor, own_text(work))
 
 
 def _check_model(

@@ -190,6 +190,12 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     return [block for name in _block_lists(model) for block in model.get_submodule(name).children()]
 
 
+def block_paths(model: nn.Module) -> list[str]:
+    """Their names in the model."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    return [paths[id(block)] for block in transformer_blocks(model)]
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` where ``name`` stands, and wherever else the same layer stands.
 

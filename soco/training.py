@@ -254,16 +254,16 @@ def _trained(run: _Run) -> list[tuple[list[nn.Parameter], float]]:
 def _measured_rate(run: _Run, budget: int) -> float:
     """The rate that suits the model as it will be at the budget, before it is trained."""
     device, count = next(run.model.parameters()).device, run.settings.batch_size
-    parts = torch.arange(count).split(run.settings.micro_batch or count)
-    dense = [run.teacher.outputs(part) for part in parts[:1]]  # the others only when it is time
-    for part in parts[1:]:
+    first, *others = torch.arange(count).split(run.settings.micro_batch or count)
+    dense = run.teacher.outputs(first)
+    for part in others:
         run.teacher.outputs(part)  # so that they are made of its states from now on
     before = {name: (layer.mask.clone(), layer.computed) for name, layer in run.layers.items()}
 
     def loss() -> float:
         total = 0.0
-        for place, part in enumerate(parts):
-            wanted = dense[0] if not place else run.teacher.outputs(part)
+        for part in (first, *others):
+            wanted = dense if part is first else run.teacher.outputs(part)
             student = run.objective.outputs(run.model, run.teacher.windows[part].to(device))
             total += float(run.objective.divergence(wanted, student) * len(part))
         return total / count

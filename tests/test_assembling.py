@@ -82,3 +82,12 @@ def test_rounded_to_what_was_computed_in(tmp_path):
     found = written(tmp_path, {name: Piece(factors)}, dtype=torch.bfloat16).state_dict()
     for part, value in factors._asdict().items():
         assert torch.equal(found[f"{name}.{part}.weight"], value.bfloat16().float())
+
+
+def test_what_is_too_large_to_be_stored_is_named(tmp_path):
+    """Computed in float32, stored in float16."""
+    model = dense(tmp_path / "dense", dtype=torch.float16)
+    name, layer = next(iter(find_linears(model).items()))
+    factors = made(name, 2, shape_of(layer))
+    with pytest.raises(ValueError, match=rf"{name}.up.weight holds numbers that are too large"):
+        written(tmp_path, {name: Piece(Factors(factors.up * 1e6, factors.down))})

@@ -1,11 +1,9 @@
 """soco.scoring: streamed, learned scores are those that training in memory gives."""
 
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +17,7 @@ from soco.learning import learn_scores
 from soco.methods import SoCo
 from soco.stages import CHOICE_STAGES
 from soco.surgery import transformer_blocks
-from soco.workfolder import WorkFolder
-from test_streaming import IDS, STREAMED, check_same, dense, stream, weights
+from test_streaming import IDS, STREAMED, check_same, dense, stopped_runs, stream, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw fewer calibration tokens")
 FEW = SoCo(steps=6, fisher_warmup=1, batch_size=2)
@@ -183,35 +180,10 @@ def test_stopped_at_every_file(tmp_path, monkeypatch):
     """
     monkeypatch.setattr("soco.keeping.EVERY", 0.0)
     dense(tmp_path / "dense", num_hidden_layers=2)
-    options = {"method": FEW, "batch_size": 3}
-    stream(tmp_path / "dense", tmp_path / "once", **options)
-    put, count = WorkFolder._put, [0]
-
-    def stopping(self, name, write):
-        def partly(path):
-            if count[0] == 0:
-                path.write_bytes(b"half")
-                raise KeyboardInterrupt
-            write(path)
-
-        count[0] -= 1
-        put(self, name, partly)
-
-    monkeypatch.setattr(WorkFolder, "_put", stopping)
-    for written in (9, 14):  # files by each run: as many as it takes to a first state
-        stops = 0
-        for _ in range(60):
-            count[0] = written
-            with suppress(KeyboardInterrupt):
-                stream(tmp_path / "dense", tmp_path / "often", **options)
-                break
-            stops += 1
-            assert not (tmp_path / "often").exists()
+    by_run = (9, 14)  # as many as it takes to a first state
+    for _, stops in stopped_runs(tmp_path, monkeypatch, by_run, method=FEW, batch_size=3):
         assert 4 < stops < 50
-        assert weights(tmp_path / "often") == weights(tmp_path / "once")
         assert history(soco.load(tmp_path / "often")) == history(soco.load(tmp_path / "once"))
-        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "often", "once"]
-        shutil.rmtree(tmp_path / "often")
 
 
 RUN = """

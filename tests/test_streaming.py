@@ -419,17 +419,12 @@ def weights(folder):
     return {file.name: file.read_bytes() for file in sorted(folder.glob("model*"))}
 
 
-@pytest.mark.parametrize(
-    ("method", "files", "by_run"),
-    [
-        ("svd-llm", 21, (4, 5, 11)), ("kfac-svd", 21, (4, 5, 11)), ("adasvd", 42, (4, 5, 11)),
-        ("aa-svd", 42, (8, 9, 17)),  # a block that is fitted puts out six
-    ],
-)  # fmt: skip
-def test_stopped_at_every_file(method, files, by_run, tmp_path, monkeypatch):
-    """Ctrl-C before and in the middle of each file that is written; then the same call goes on."""
-    dense(tmp_path / "dense", num_hidden_layers=3)
-    options = {"allocator": "energy", "batch_size": 3, "method": method}
+def stopped_runs(tmp_path, monkeypatch, by_run, **options):
+    """Runs that are stopped in the middle of a file, until one ends: with what "once" holds.
+
+    Yields how many files each run began (two are what a first block puts out), and how many runs
+    were stopped.
+    """
     stream(tmp_path / "dense", tmp_path / "once", **options)
     put, count = WorkFolder._put, [0]
 
@@ -444,7 +439,7 @@ def test_stopped_at_every_file(method, files, by_run, tmp_path, monkeypatch):
         put(self, name, partly)
 
     monkeypatch.setattr(WorkFolder, "_put", stopping)
-    for written in by_run:  # two files are what the first block puts out
+    for written in by_run:
         stops = 0
         for _ in range(50):
             count[0] = written
@@ -454,10 +449,25 @@ def test_stopped_at_every_file(method, files, by_run, tmp_path, monkeypatch):
             stops += 1
             assert not (tmp_path / "often").exists()
             assert (tmp_path / "often.work").is_dir()
-        assert files // written < stops < 50
+        yield written, stops
         assert weights(tmp_path / "often") == weights(tmp_path / "once")
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "often", "once"]
         shutil.rmtree(tmp_path / "often")
+
+
+@pytest.mark.parametrize(
+    ("method", "files", "by_run"),
+    [
+        ("svd-llm", 21, (4, 5, 11)), ("kfac-svd", 21, (4, 5, 11)), ("adasvd", 42, (4, 5, 11)),
+        ("aa-svd", 42, (8, 9, 17)),  # a block that is fitted puts out six
+    ],
+)  # fmt: skip
+def test_stopped_at_every_file(method, files, by_run, tmp_path, monkeypatch):
+    """Ctrl-C before and in the middle of each file that is written; then the same call goes on."""
+    dense(tmp_path / "dense", num_hidden_layers=3)
+    options = {"allocator": "energy", "batch_size": 3, "method": method}
+    for written, stops in stopped_runs(tmp_path, monkeypatch, by_run, **options):
+        assert files // written < stops < 50
 
 
 def test_no_layer_is_taken_apart_twice(tmp_path, monkeypatch):
