@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from soco import lending
 from soco.lending import Lender
 from soco.objectives import objective_for, run_model
 from soco.spectral import Components, SpectralLinear
@@ -238,6 +239,17 @@ def test_what_was_read_ahead_and_is_out_of_date_is_not_used(tmp_path, work):
             whole.arrange(whole.order.flip(0), len(whole.order))
             assert torch.equal(layer.up, whole.up)
             assert torch.equal(layer.down, whole.down)
+
+
+@pytest.mark.parametrize(("large", "times"), [(1, 2), (2**40, 0)])
+def test_memory_of_large_blocks_goes_back_between_them(large, times, tmp_path, work, monkeypatch):
+    """Before the next one is read; there is nothing before the first one."""
+    pair, calls = Pair(tmp_path, work, num_hidden_layers=3), []
+    monkeypatch.setattr(lending, "_LARGE", large)
+    monkeypatch.setattr(lending, "give_back_memory", lambda: calls.append(None))
+    with pair.lender.lent(), torch.no_grad():
+        run_model(pair.stored.model, IDS)
+        assert len(calls) == times
 
 
 def test_forwards_of_others_come_back(tmp_path, work):
