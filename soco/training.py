@@ -254,16 +254,14 @@ def _trained(run: _Run) -> list[tuple[list[nn.Parameter], float]]:
 def _measured_rate(run: _Run, budget: int) -> float:
     """The rate that suits the model as it will be at the budget, before it is trained."""
     device, count = next(run.model.parameters()).device, run.settings.batch_size
-    first, *others = torch.arange(count).split(run.settings.micro_batch or count)
-    dense = run.teacher.outputs(first)
-    for part in others:
-        run.teacher.outputs(part)  # so that they are made of its states from now on
+    parts = torch.arange(count).split(run.settings.micro_batch or count)
+    dense = run.teacher.outputs(parts[0])  # mostly the only one
     before = {name: (layer.mask.clone(), layer.computed) for name, layer in run.layers.items()}
 
     def loss() -> float:
         total = 0.0
-        for part in (first, *others):
-            wanted = dense if part is first else run.teacher.outputs(part)
+        for part in parts:
+            wanted = dense if part is parts[0] else run.teacher.outputs(part)
             student = run.objective.outputs(run.model, run.teacher.windows[part].to(device))
             total += float(run.objective.divergence(wanted, student) * len(part))
         return total / count
