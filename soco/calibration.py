@@ -1,16 +1,18 @@
 """What methods want to know of a model's layers on real inputs, collected in one pass."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from soco.keeping import Keeper, moved
 from soco.memory import give_back_memory
 from soco.objectives import Objective, draw_seeds, objective_for, run_model
 from soco.observing import OF_GRADIENTS, GradientSums, InputSums
-from soco.processes import count, gathered, own
+from soco.processes import count, gathered
+from soco.processes import number as this
 from soco.steps import frozen
 from soco.surgery import twins_of
 
@@ -81,6 +83,7 @@ def collect(
     objective: Objective | None = None,
     seed: int = 0,
     run: Run | None = None,
+    keeper: Keeper | None = None,
 ) -> dict[str, Statistics]:
     """Run ``model`` over the windows and collect statistics of ``layers``, all in one pass.
 
@@ -112,6 +115,8 @@ def collect(
         run: what runs a batch instead of the model: its number, and its token ids on the model's
             device. Where gradients are wanted (``torch.is_grad_enabled()``) it runs the backward
             pass as well, and ``label_seeds`` has the seeds of the labels.
+        keeper: where the sums are kept now and then, from which the same call goes on, to the same
+            bits; None: nowhere.
 
     Returns:
         name to statistics. A layer that saw nothing (an expert no token was sent to) has zeros and
@@ -132,56 +137,53 @@ def collect(
         with frozen(model):
             objective = objective_for(model, windows[:1].to(device))
     twins = twins_of(model, layers)
-    alone: set[str] = set()
+    batches = windows.split(batch_size)
+    seeds = label_seeds(len(windows), seed).split(batch_size)
+    over = _Pass(model, _body(model, layers), batches, seeds, objective, run)
+    turns = -(-len(batches) // count())  # in each of which every process has a batch, or none
+    held = None if keeper is None else keeper.load()
+    state = {"done": 0, "inputs": InputSums(set(), wanted).state(), "gradients": None}
+    if held is not None:
+        state = moved(held[0], device)
     while True:
-        collector = InputSums(alone, wanted)
+        collector = InputSums.from_state(state["inputs"], wanted)
+        gradients = None
+        if wanted & OF_GRADIENTS:
+            gradients = GradientSums.from_state(state["gradients"] or {}, wanted)
         hooks = [
             twin.register_forward_pre_hook(collector.hook(name))
             for name in layers
             for twin in twins[name]
         ]
-        gradients = GradientSums(wanted) if wanted & OF_GRADIENTS else None
-        batches = windows.split(batch_size)
-        sample = sampled_batches(len(batches))
         if gradients is not None:
             hooks += [t.register_forward_hook(gradients.hook(n)) for n in layers for t in twins[n]]
-        seeds = label_seeds(len(windows), seed).split(batch_size)
         try:
             with frozen(model), torch.autocast(device.type, enabled=False):
-                for number in own(len(batches)):
-                    ids = batches[number].to(device)
-                    collector.shape = tuple(ids.shape)
-                    if gradients is None or not gradients.wants(number < sample):
-                        # Not inference_mode: what the model caches has to serve in training later.
-                        with torch.no_grad():
-                            if run is None:
-                                run_model(_body(model, layers), ids)
-                            else:
-                                run(number, ids)
-                    else:
-                        with gradients.batch((len(ids), ids.shape[1])):
-                            if run is None:
-                                outputs = cast(Objective, objective).outputs(model, ids)
-                                surprise = cast(Objective, objective).surprise(
-                                    outputs.detach(), outputs, seeds[number]
-                                )
-                                surprise.backward()
-                                del outputs, surprise  # as large as all logits of a batch
-                            else:
-                                run(number, ids)
-                    collector.end_forward()
-                    if gradients is not None:
-                        give_back_memory()
-                    if collector.parted:
+                for turn in range(state["done"], turns):
+                    number = turn * count() + this()
+                    if number < len(batches):
+                        over.batch(number, collector, gradients)
+                    stop = bool(collector.parted)
+                    if keeper is not None:
+                        stop = any(gathered(stop))
+                    if stop:
                         break
                     on_batch(min((number + 1) * batch_size, len(windows)))
+                    if keeper is not None and turn + 1 < turns and keeper.due():
+                        state = {
+                            "done": turn + 1,
+                            "inputs": collector.state(),
+                            "gradients": None if gradients is None else gradients.state(),
+                        }
+                        keeper.save(state, [])
         finally:
             for hook in hooks:
                 hook.remove()
         parted = set[str]().union(*gathered(collector.parted))
         if not parted:
             break
-        alone |= parted
+        alone = InputSums(collector.alone | parted, wanted)
+        state = {"done": 0, "inputs": alone.state(), "gradients": None}
     if count() > 1:
         collector.add_up(layers)
         if gradients is not None:
@@ -195,6 +197,44 @@ def collect(
             sequences = gradients.sequences
         found[name] = Statistics(tokens=tokens, sequences=sequences, **cast(dict[str, Any], sums))
     return found
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """How a batch runs."""
+
+    model: nn.Module
+    body: nn.Module  # what runs of it where no gradient is asked for
+    batches: Sequence[Tensor]  # token ids
+    seeds: Sequence[Tensor]  # of the labels
+    objective: Objective | None
+    run: Run | None  # instead of the model
+
+    def batch(self, number: int, inputs: InputSums, gradients: GradientSums | None) -> None:
+        """Run one batch, of which these take sums."""
+        ids = self.batches[number].to(next(self.model.parameters()).device)
+        inputs.shape = tuple(ids.shape)
+        if gradients is None or not gradients.wants(number < sampled_batches(len(self.batches))):
+            with torch.no_grad():  # not inference_mode: what the model caches serves in training
+                if self.run is None:
+                    run_model(self.body, ids)
+                else:
+                    self.run(number, ids)
+        else:
+            with gradients.batch((len(ids), ids.shape[1])):
+                if self.run is None:
+                    self._backward(number, ids)
+                else:
+                    self.run(number, ids)
+        inputs.end_forward()
+        if gradients is not None:
+            give_back_memory()
+
+    def _backward(self, number: int, ids: Tensor) -> None:
+        """Forward and backward; the outputs, as large as all logits of a batch, go at the end."""
+        objective = cast(Objective, self.objective)
+        outputs = objective.outputs(self.model, ids)
+        objective.surprise(outputs.detach(), outputs, self.seeds[number]).backward()
 
 
 def label_seeds(sequences: int, seed: int) -> Tensor:

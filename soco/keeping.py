@@ -15,6 +15,7 @@ from soco.processes import count, gathered, number, told, wait
 from soco.workfolder import WorkFolder
 
 EVERY = 60.0  # seconds between two states
+_TIMES = 10  # as long as it takes to write a state, at least, goes by before the next one
 UNFINISHED = "unfinished.json"
 
 
@@ -100,7 +101,7 @@ class Keeper:
     Args:
         work: the folder.
         name: of the loop in it.
-        every: seconds between two states.
+        every: seconds between two states, or more where they are large; 0: always.
     """
 
     def __init__(self, work: WorkFolder, name: str, every: float | None = None) -> None:
@@ -108,7 +109,7 @@ class Keeper:
         self._work, self._name = work, name
         self._every = EVERY if every is None else every
         self._moment, self._parts = 0, 0
-        self._since = time.monotonic()
+        self._since, self._took = time.monotonic(), 0.0
 
     def load(self) -> tuple[Any, list[Any]] | None:
         """The last state and all parts up to it; None if there is none.
@@ -125,7 +126,8 @@ class Keeper:
 
     def due(self) -> bool:
         """Whether it is time for another state; all processes get the same answer."""
-        due = time.monotonic() - self._since >= self._every
+        pause = max(self._every, _TIMES * self._took) if self._every else 0.0
+        due = time.monotonic() - self._since >= pause
         return told(due) if count() > 1 else due
 
     def save(self, state: Any, part: Any) -> None:
@@ -135,6 +137,7 @@ class Keeper:
             state: takes the place of the one before it.
             part: is added to the parts before it; nothing is written where it is empty.
         """
+        begin = time.monotonic()
         grows = any(gathered(bool(part)))
         if grows:
             self._work.put_any(self._part(self._parts), part)
@@ -147,6 +150,16 @@ class Keeper:
         self._work.drop(self._state(self._moment))
         self._moment, self._parts = self._moment + 1, self._parts + grows
         self._since = time.monotonic()
+        self._took = self._since - begin
+
+    def forget(self) -> None:
+        """Delete what is kept: it was for something that is done."""
+        wait()  # for those who may still go on from it
+        if number() == 0:
+            self._work.drop(self._marker)
+        for file in (self._state(self._moment), *map(self._part, range(self._parts))):
+            self._work.drop(file)
+        self._moment, self._parts = 0, 0
 
     @property
     def _marker(self) -> str:

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,20 @@ class InputSums:
         self.seen: dict[str, list[weakref.ref[Tensor]]] = {}  # inputs of this forward, by leader
         self.calls: dict[str, int] = {}  # of a layer, in this forward
         self.shape: tuple[int, ...] = ()  # (sequences, length) of the ids that run
+
+    def state(self) -> dict[str, Any]:
+        """What has to be known between two forwards to go on, in plain values and tensors."""
+        return {
+            "alone": sorted(self.alone), "sums": self.sums, "tokens": self.tokens,
+            "leader": self.leader,
+        }  # fmt: skip
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], kinds: Collection[str]) -> "InputSums":
+        """Those that go on from a ``state``."""
+        found = cls(set(state["alone"]), kinds)
+        found.sums, found.tokens, found.leader = state["sums"], state["tokens"], state["leader"]
+        return found
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """The forward pre-hook of the layer ``name``."""
@@ -200,6 +214,18 @@ class GradientSums:
         self.calls: dict[str, int] = {}  # of a layer, in this forward
         self.pending: dict[str, Tensor] = {}  # gradients (sequences, out, in) of several calls
         self.shape: tuple[int, ...] = ()  # (sequences, length) of the ids that run
+
+    def state(self) -> dict[str, Any]:
+        """What has to be known between two batches to go on, in plain values and tensors."""
+        return {"sequences": self.sequences, "sampled": self.sampled, "sums": self.sums}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], kinds: Collection[str]) -> "GradientSums":
+        """Those that go on from a ``state``, or begin, where that is empty."""
+        found = cls(kinds)
+        for name, value in state.items():
+            setattr(found, name, value)
+        return found
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         """The forward hook of the layer ``name``."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from soco.archive import fetch, key_of, store
 from soco.calibration import Statistics, collect
+from soco.keeping import Keeper
 from soco.linalg import Factors, Spectrum, side_by_side, work_of, workers_for
 from soco.memory import give_back_memory
 from soco.methods import Basis
@@ -96,6 +97,9 @@ class Workbench:
             if self._has(wanted):
                 return self._statistics
         missing = {kind for kind in wanted if not self._has({kind})}
+        keeper = None
+        if self.work is not None:
+            keeper = Keeper(self.work, f"statistics-{'-'.join(sorted(missing))}")
         with self._bar(len(self.windows), "statistics") as bar:
             found = collect(
                 self.model,
@@ -106,10 +110,13 @@ class Workbench:
                 kinds=missing,
                 objective=self._objective,
                 seed=self.seed,
+                keeper=keeper,
             )
         self._merge(found)
         if self.directory is not None and key is not None and number() == 0:
             store(self.directory, key, self._statistics)
+        if keeper is not None:
+            keeper.forget()
         return self._statistics
 
     @property

@@ -10,8 +10,10 @@ import transformers
 from torch import nn
 
 from soco.calibration import KINDS, Statistics, collect, uncalled
+from soco.keeping import Keeper
 from soco.objectives import TokenDistribution, draw_seeds
 from soco.surgery import find_linears
+from soco.workfolder import opened
 from tiny_models import CONFIGS, drawn, tiny_model
 
 WINDOWS = torch.randint(3, 96, (5, 12), generator=torch.Generator().manual_seed(1))
@@ -107,6 +109,70 @@ def test_on_any_device(device):
     for name in wanted:
         assert stats[name].gram.device.type == device
         torch.testing.assert_close(stats[name].gram.cpu(), wanted[name].gram, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def keeper(tmp_path):
+    """Makes one that writes a state after every batch."""
+    with opened(tmp_path / "work", {}, keep=True) as work:
+        yield lambda: Keeper(work, "statistics", every=0)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped_after(batches, tell=lambda done: None):
+    """What ``on_batch`` is: it stops after so many."""
+    left = [batches]
+
+    def on_batch(done):
+        if left[0] == 0:
+            raise Stop
+        left[0] -= 1
+        tell(done)
+
+    return on_batch
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("kinds", [{"gram"}, KINDS, {"sampled_grad_gram", "root"}])
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_it_goes_on_where_it_was(name, kinds, stop, keeper, device):
+    """The same bits; what is done is not done again, and what is kept changes nothing."""
+    model = tiny_model(name).to(device)
+    layers = find_linears(model)
+    plain = collect(model, layers, WINDOWS, 1, kinds=kinds)
+    with pytest.raises(Stop):
+        collect(model, layers, WINDOWS, 1, stopped_after(stop), kinds=kinds, keeper=keeper())
+    done = []
+    found = collect(model, layers, WINDOWS, 1, done.append, kinds=kinds, keeper=keeper())
+    # Stopped after a batch, before its state: that batch comes again.
+    assert done == list(range(stop + 1, 6))
+    for layer, each in plain.items():
+        other = found[layer]
+        assert (each.tokens, each.sequences) == (other.tokens, other.sequences)
+        assert each.parts().keys() == other.parts().keys()
+        for kind, value in each.parts().items():
+            assert torch.equal(value, other.parts()[kind]), (layer, kind)
+            assert value.device == other.parts()[kind].device
+
+
+@pytest.mark.parametrize("stop", range(8))
+def test_layers_that_part_and_a_run_that_goes_on(stop, keeper):
+    def rule(toy, x, first):
+        toy.a(x)
+        toy.b(x + 1 if first >= 2 else x)
+        toy.c(x - 1 if first == 3 else x)
+
+    toy, windows, done = Toy(rule), first_tokens(1, 2, 2, 3, 1), []
+    with pytest.raises(Stop):
+        collect(
+            toy, toy.layers, windows, 1, stopped_after(stop, done.append), keeper=keeper()
+        )  # fmt: skip
+    assert done == [1, 1, 2, 3, 1, 2, 3, 4][:stop]
+    stats = collect(toy, toy.layers, windows, 1, keeper=keeper())
+    assert_by_hand(stats, toy, toy.layers, windows, batch_size=1)
 
 
 def test_progress_is_told():

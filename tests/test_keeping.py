@@ -76,6 +76,48 @@ def test_when_it_is_due(work, monkeypatch):
     assert not keeper.due()
 
 
+def test_states_that_take_long_are_written_less_often(work, monkeypatch):
+    """At most a tenth of the time goes into them."""
+    now = [0.0]
+    monkeypatch.setattr(keeping.time, "monotonic", lambda: now[0])
+    put = type(work)._put
+    slow = [9.0]
+
+    def slowly(self, name, write):
+        now[0] += slow[0] if name.endswith(".pt") else 0.0
+        put(self, name, write)
+
+    monkeypatch.setattr(type(work), "_put", slowly)
+    keeper, always = Keeper(work, "loop", every=60), Keeper(work, "other", every=0)
+    for each in (keeper, always):
+        each.save({}, {})
+    assert always.due()
+    now[0] = 98.9
+    assert not keeper.due()
+    now[0] = 99.0
+    assert keeper.due()
+    slow[0] = 1.0
+    keeper.save({}, {})  # at 100
+    now[0] = 160.0
+    assert keeper.due()
+
+
+def test_forgotten(work):
+    """Nothing is left of it; what is of others stays."""
+    keeper, longer = Keeper(work, "loop"), Keeper(work, "loop-2")
+    for each in (keeper, longer):
+        each.save({"step": 1}, {0: torch.zeros(1)})
+        each.save({"step": 2}, {1: torch.zeros(1)})
+    keeper.forget()
+    left = {path.name for path in work.path.iterdir() if path.name.startswith("loop")}
+    assert left == {"loop-2.json", "loop-2-2-0.pt", "loop-2-part-0-0.pt", "loop-2-part-1-0.pt"}
+    assert keeper.load() is None
+    keeper.forget()  # there is nothing
+    keeper.save({"step": 5}, {})
+    assert loaded(Keeper(work, "loop"))[0] == {"step": 5}
+    assert len(loaded(longer)[1]) == 2
+
+
 def test_moved(device):
     value = {"a": [torch.ones(1), 3], "b": (torch.zeros(2), "x", None)}
     there = moved(value, torch.device(device))

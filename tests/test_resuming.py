@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import soco
-from soco import keeping, learning
+from soco import calibration, keeping, learning
 from soco.methods import SoCo
 from soco.refinement import Refinement
 from soco.steps import Teacher
@@ -98,6 +98,31 @@ def test_stopped_at_every_file(case, tmp_path, monkeypatch):
         assert stops < 3 * files
         stopper.left = -1
         discard(work)
+
+
+def test_statistics_go_on_in_the_middle(tmp_path, monkeypatch):
+    """No batch runs twice but the one that was under way, and no state of them stays."""
+    monkeypatch.setattr(keeping, "EVERY", 0.0)
+    once, work = compress("fwsvd"), tmp_path / "work"
+    save, batch, ran = keeping.Keeper.save, calibration._Pass.batch, []
+
+    def stopping(self, state, part):
+        assert self._name == "statistics-fisher-gram"
+        save(self, state, part)
+        raise KeyboardInterrupt
+
+    def counting(self, number, *others):
+        ran.append(number)
+        batch(self, number, *others)
+
+    monkeypatch.setattr(keeping.Keeper, "save", stopping)
+    monkeypatch.setattr(calibration._Pass, "batch", counting)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compress("fwsvd", work=work)
+    same(compress("fwsvd", work=work), once)
+    assert ran == [0, 1, 2]
+    assert not [path.name for path in work.iterdir() if path.name.startswith("statistics-")]
 
 
 @pytest.mark.parametrize(

@@ -66,23 +66,23 @@ def apart(folder):
 
 
 def stopped(folder):
-    """Stopped in the middle of a training, and again in that of a refinement; then going on."""
-    keeping.EVERY, save, left = 0.0, keeping.Keeper.save, [5, 4, -1]
+    """Stopped where a second state of statistics, training, and refinement is written; going on."""
+    keeping.EVERY, save, stops = 0.0, keeping.Keeper.save, []
 
     def stopping(self, state, part):
-        left[0] -= 1
-        if left[0] == 0:
+        if self._name not in stops and self._moment == 1:
+            stops.append(self._name)
             raise KeyboardInterrupt
         save(self, state, part)
 
     keeping.Keeper.save = stopping
     options = {"refine": Refinement(steps=8, evaluate_every=4), "work": folder}
-    while left[0] > 0:
+    found = None
+    while found is None:
         with suppress(KeyboardInterrupt):
-            compressed(SoCo(steps=6, written=0.0), **options)
-        left.pop(0)
+            found = compressed(SoCo(steps=6, written=0.0), **options)
     keeping.Keeper.save = save
-    return compressed(SoCo(steps=6, written=0.0), **options)
+    return found, stops
 
 
 def main():
