@@ -1,18 +1,22 @@
 """From spectra to factors: ranks by an allocator, and what a method does at a given rank."""
 
+import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from soco.allocators import Allocator, Learned, Problem
 from soco.linalg import Factors, Spectrum
 from soco.methods import Basis, FittedMethod, Method, SequentialMethod, SharingMethod
 from soco.modules import LowRankLinear
+from soco.processes import number, told
 from soco.ranks import is_dense, layer_params, uniform_ranks
 from soco.sequential import Walk, stages
 from soco.surgery import bias_of, replace_module, weight_of
 from soco.workbench import Groups, Workbench
+from soco.workfolder import WorkFolder
 
 Result = dict[str, Factors | None]  # layer to its factors; None: it stays dense
 
@@ -143,8 +147,7 @@ def make_factors(
         if is_dense(shapes[unit], ranks[unit], pivoted):
             continue
         if isinstance(method, FittedMethod):
-            weight = bench.weight(group)
-            factors = method.factor(weight, spectra[unit], ranks[unit], bench.means(unit))
+            factors = _fitted(bench, method, group, spectra[unit], ranks[unit])
         else:
             factors = spectra[unit].truncate(ranks[unit])
         result.update(bench.split(group, factors))
@@ -153,8 +156,24 @@ def make_factors(
     return result
 
 
+def _fitted(
+    bench: Workbench, method: FittedMethod, group: tuple[str, ...], spectrum: Spectrum, rank: int
+) -> Factors:
+    """What a method makes of a unit at a rank, or made of it in an earlier run."""
+    kept, file = bench.work, _file_of("unit", group)
+    if kept is not None and kept.has(file):
+        return Factors(*(each.to(spectrum.up.device) for each in kept.get_any(file)))
+    factors = method.factor(bench.weight(group), spectrum, rank, bench.means(group[0]))
+    if kept is not None and number() == 0:
+        kept.put_any(file, [each.detach().cpu().clone() for each in factors])
+    return factors
+
+
 def _fit_behind(bench: Workbench, method: SequentialMethod, result: Result) -> None:
-    """Fit the factors block by block to the inputs behind compressed blocks; the model is back."""
+    """Fit the factors block by block to the inputs behind compressed blocks; the model is back.
+
+    Blocks that an earlier run fitted are taken from the work folder.
+    """
     model, windows = bench.model, bench.windows
     if windows is None:
         raise ValueError(f"method {method.name} takes calibration text, and there is none")
@@ -166,20 +185,62 @@ def _fit_behind(bench: Workbench, method: SequentialMethod, result: Result) -> N
     def weight(name: str) -> Tensor:
         return weight_of(bench.targets[name]).detach()
 
+    def place(name: str, factors: Factors) -> None:
+        result[name] = factors
+        layer = LowRankLinear.from_factors(
+            factors.to(weight(name).dtype), bias_of(bench.targets[name])
+        )
+        replace_module(model, name, layer)
+
+    kept = bench.work
+    known = told([kept is not None and kept.has(_file_of("block", names)) for _, names in parts])
     try:
         with bench._bar(len(parts), "block by block") as bar:
             for done, (block, names) in enumerate(parts, start=1):
-                fits = fitted_block(walk, block, names, method, result.get, weight, unaligned)
-                for name, factors in fits:
-                    result[name] = factors
-                    layer = LowRankLinear.from_factors(
-                        factors.to(weight(name).dtype), bias_of(bench.targets[name])
-                    )
-                    replace_module(model, name, layer)
+                if kept is not None and known[done - 1]:
+                    _go_on(kept, names, result, place, unaligned)
+                else:
+                    earlier = len(unaligned)
+                    fits = fitted_block(walk, block, names, method, result.get, weight, unaligned)
+                    for name, factors in fits:
+                        place(name, factors)
+                    if kept is not None and number() == 0:
+                        _keep(kept, names, result, unaligned[earlier:])
                 bar(done)
     finally:
         _put_back(model, before)
     warn_of_unaligned(unaligned)
+
+
+def _keep(work: WorkFolder, names: Sequence[str], result: Result, unaligned: Sequence[str]) -> None:
+    """Write the factors of a block's layers, and which of them see other tokens than before."""
+    found = [
+        factors and [*(each.detach().cpu().clone() for each in factors), name in unaligned]
+        for name, factors in ((name, result[name]) for name in names)
+    ]
+    work.put_any(_file_of("block", names), found)
+
+
+def _go_on(
+    work: WorkFolder,
+    names: Sequence[str],
+    result: Result,
+    place: Callable[[str, Factors], None],
+    unaligned: list[str],
+) -> None:
+    """Put into the model what ``_keep`` wrote; what was shared is shared again."""
+    for name, found in zip(names, work.get_any(_file_of("block", names)), strict=True):
+        plain = result[name]
+        if plain is not None:
+            up, down = (each.to(plain.up.device) for each in found[:2])
+            place(name, Factors(up, plain.down if torch.equal(down, plain.down) else down))
+            unaligned += [name] * found[2]
+
+
+def _file_of(what: str, names: Sequence[str]) -> str:
+    """Where factors that were fitted to layers are kept."""
+    told = hashlib.sha256(f"{what} {list(names)}".encode()).hexdigest()
+    return f"fitted-{told[:24]}.pt"
 
 
 def fitted_block(

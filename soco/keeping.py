@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections import UserDict
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,8 +90,42 @@ class Filed(MutableMapping[int, Any]):
         """Name one that an earlier run wrote."""
         self._known.add(key)
 
+    def know_all(self) -> "Filed":
+        """Name all that an earlier run wrote, from 0 on without a gap; returns this."""
+        key = 0
+        while self._work.has(self._file(key)):
+            self._known.add(key)
+            key += 1
+        return self
+
     def _file(self, key: int) -> str:
         return f"{self._name}-{key}-{number()}.pt"
+
+
+class Notes(UserDict[str, Any]):
+    """JSON data by name, in one file of a work folder; what an earlier run noted is there.
+
+    Several processes note the same, and the first one writes.
+    """
+
+    def __init__(self, work: WorkFolder, file: str) -> None:
+        """All processes at once.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        self._work, self._file = None, file
+        held = told(work.get_json(file) if work.has(file) else {})
+        if not isinstance(held, dict):
+            raise work.broken(file)
+        super().__init__(held)
+        self._work = work
+
+    def __setitem__(self, key: str, item: Any) -> None:
+        """Note something."""
+        super().__setitem__(key, item)
+        if self._work is not None and number() == 0:
+            self._work.put_json(self._file, self.data)
 
 
 class Keeper:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -152,12 +152,13 @@ def learn_positions(
     budget: int,
     *,
     progress: bool | None,
+    keep: Callable[[str], Keeper | None] = lambda name: None,
 ) -> tuple[Result, list[Step]]:
     """Let a method find ranks and factors by its own training; see ``learn_scores``."""
     windows = cast(Tensor, shared.windows)
     steps = getattr(method, "steps", 0)
     with steps_bar(steps, progress) as show:
-        return method.fit(model, targets, windows, budget, shared.objective, show)
+        return method.fit(model, targets, windows, budget, shared.objective, show, keep)
 
 
 def learn_ranks(

@@ -46,7 +46,7 @@ from soco.ranks import check_ratio, parameter_budget
 from soco.refinement import Refinement
 from soco.refinement import refine as refine_factors
 from soco.reporting import Report, history_columns
-from soco.resuming import going_on, keeper, own_text, patterns, resumable
+from soco.resuming import drafts, going_on, keeper, own_text, patterns, resumable
 from soco.sizes import params_for_bytes, parse_bytes
 from soco.stages import TrainingSettings
 from soco.steps import Step
@@ -209,6 +209,7 @@ def compress(
                     stats=stats,
                     progress=progress,
                     keep=choices.keeps,
+                    drafts=drafts(kept),
                 )
                 own = isinstance(calibration, str) and calibration == "self"
                 going_on(shared, kept, found, writes=own)
@@ -302,8 +303,9 @@ def _factor(
     if isinstance(method, RankLearner):
         with clock("training"), noted(run.notes):
             found, history = learn_positions(
-                run.model, method, run.targets, shared, run.budget, progress=progress
-            )
+                run.model, method, run.targets, shared, run.budget, progress=progress,
+                keep=lambda name: keeper(run.kept, name),
+            )  # fmt: skip
         return _with_biases(run, _rescaled(run, choices, found)), groups, {}, history, None
     with clock("decomposition"):
         spectra = shared.spectra(method.components, groups)
@@ -417,8 +419,9 @@ def _rescaled(
     ):
         targets = {name: shared.targets[name] for name in factors}
         scaled = rescale(
-            shared.model, factors, targets, run.windows, shared.objective, choices.surgeon, bar
-        )
+            shared.model, factors, targets, run.windows, shared.objective, choices.surgeon, bar,
+            keeper(run.kept, "surgeon"),
+        )  # fmt: skip
     return {**found, **scaled}
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -37,6 +37,7 @@ def prepare(
     stats: str | PathLike[str] | None = None,
     progress: bool | None = None,
     keep: bool = True,
+    drafts: MutableMapping[int, Any] | None = None,
 ) -> Workbench:
     """Find a model's layers and read the calibration text: what several compressions can share.
 
@@ -57,6 +58,7 @@ def prepare(
         stats: a folder in which statistics are stored, and looked for.
         progress: whether to show progress bars, on stderr; None: if that is a terminal.
         keep: whether decompositions are kept for the next compression, and statistics after them.
+        drafts: where text that the model writes is kept batch by batch; None: nowhere.
 
     Returns:
         The workbench.
@@ -79,7 +81,7 @@ def prepare(
         if calibration is not None:
             with unchanged_on_error(model, targets):  # in evaluation mode, if it is to write text
                 windows = calibration_windows(
-                    model, calibration, tokenizer, samples, length, seed, progress
+                    model, calibration, tokenizer, samples, length, seed, progress, drafts
                 )
     return Workbench(
         model,
@@ -152,6 +154,7 @@ def calibration_windows(
     length: int | None,
     seed: int,
     progress: bool | None,
+    drafts: MutableMapping[int, Any] | None = None,
 ) -> Tensor:
     """Calibration token ids (samples, length), chosen as ``prepare`` says.
 
@@ -178,7 +181,9 @@ def calibration_windows(
         start = getattr(model.config, "bos_token_id", None)
     with progress_bar(samples, "sampling from the model", progress) as bar:
         return from_first(
-            lambda: sample_from_model(model, samples, length, start=start, seed=seed, on_batch=bar)
+            lambda: sample_from_model(
+                model, samples, length, start=start, seed=seed, on_batch=bar, drafts=drafts
+            )
         )
 
 

@@ -31,7 +31,8 @@ class PrincipalDirections:
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         self.rank = rank
-        self._sketch: Tensor | None = None  # (up to rank, columns), float64: diag(S) Vh
+        # All that is known: diag(S) Vh, (up to rank, columns), float64.
+        self.sketch: Tensor | None = None
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
@@ -43,17 +44,17 @@ class PrincipalDirections:
         if not all_finite(rows):
             raise ValueError(f"the batch {tuple(rows.shape)} holds NaN or Inf")
         stack = rows.double()
-        if self._sketch is not None:
-            stack = torch.cat([self._sketch, stack])
+        if self.sketch is not None:
+            stack = torch.cat([self.sketch, stack])
         if len(stack) > stack.shape[1]:
             stack = torch.linalg.qr(stack, mode="r").R  # the same right singular vectors
         _, S, Vh = torch.linalg.svd(stack, full_matrices=False)
-        self._sketch = S[: self.rank, None] * Vh[: self.rank]
+        self.sketch = S[: self.rank, None] * Vh[: self.rank]
 
     @property
     def energy(self) -> Tensor | None:
         """The squared singular values kept (up to rank,), float64, descending; None if unseen."""
-        return None if self._sketch is None else self._sketch.square().sum(1)
+        return None if self.sketch is None else self.sketch.square().sum(1)
 
     @torch.no_grad()
     def directions(self, weight: Tensor) -> Tensor:
@@ -70,11 +71,11 @@ class PrincipalDirections:
         """
         wide = weight.double()
         seen = wide.new_zeros(len(wide), 0)
-        if self._sketch is not None:
-            values = self._sketch.norm(dim=1)
-            floor = values[0] * torch.finfo(torch.float64).eps * max(self._sketch.shape)
+        if self.sketch is not None:
+            values = self.sketch.norm(dim=1)
+            floor = values[0] * torch.finfo(torch.float64).eps * max(self.sketch.shape)
             alive = values > floor
-            seen = (self._sketch[alive] / values[alive, None]).mT
+            seen = (self.sketch[alive] / values[alive, None]).mT
         missing = self.rank - seen.shape[1]
         if missing <= 0:
             return seen

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from soco.archive import fingerprint, hash_of_data
 from soco.diagnosis import versions
-from soco.keeping import Keeper
+from soco.keeping import Filed, Keeper
 from soco.preparation import calibration_source
 from soco.processes import count, number, wait
 from soco.workbench import Workbench
@@ -56,6 +56,11 @@ def patterns(given: str | Iterable[str] | None) -> list[str] | None:
     return [given] if isinstance(given, str) else None if given is None else list(given)
 
 
+def drafts(work: WorkFolder | None) -> Filed | None:
+    """The batches of such a text, while it is written."""
+    return None if work is None else Filed(work, "own-text").know_all()
+
+
 def own_text(work: WorkFolder | None) -> Tensor | None:
     """Token ids (sequences, length) that the model wrote for its calibration in an earlier run."""
     if work is None or not work.has(OWN_TEXT):
@@ -89,6 +94,7 @@ def going_on(
         return
     if number() == 0 and writes and own is None:
         work.put_tensors(OWN_TEXT, {"ids": bench.windows})
+        forget_drafts(work)
     digest = hash_of_data(bench.windows, bench.batch_size)
     if work.has(TEXT) and work.get_json(TEXT) != digest:
         raise WorkFolderError(
@@ -98,6 +104,11 @@ def going_on(
     wait()
     if number() == 0 and not work.has(TEXT):
         work.put_json(TEXT, digest)
+
+
+def forget_drafts(work: WorkFolder) -> None:
+    """Delete them: the text is there as a whole."""
+    Filed(work, "own-text").know_all().clear()
 
 
 def keeper(work: WorkFolder | None, name: str) -> Keeper | None:

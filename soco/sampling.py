@@ -1,7 +1,7 @@
 """Text that a model writes itself, for when there is none to calibrate on."""
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, MutableMapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ def sample_from_model(
     seed: int = 0,
     batch_size: int | None = None,
     on_batch: Callable[[int], None] = lambda sequences: None,
+    drafts: MutableMapping[int, Any] | None = None,
 ) -> Tensor:
     """Calibration text written by the model itself, for when there is none.
 
@@ -34,6 +35,8 @@ def sample_from_model(
         seed: the same seed gives the same text; the global random state is left alone.
         batch_size: sequences at a time; None: 64, or as many as ``CACHE_ROOM`` has room for.
         on_batch: called with the number of sequences done, after each batch.
+        drafts: where each batch is kept, by its number, with the state of the random numbers behind
+            it: the same call goes on behind those that are there. None: nowhere.
 
     Returns:
         Token ids (samples, length), on the CPU, drawn at temperature 1 from the whole vocabulary,
@@ -73,7 +76,14 @@ def sample_from_model(
         try:
             model.generation_config = plain  # type: ignore[assignment] # generate fills gaps from it
             for done in range(0, samples, batch_size):
-                count = min(batch_size, samples - done)
+                count, place = min(batch_size, samples - done), done // batch_size
+                if drafts is not None and place in drafts:
+                    text, states = drafts[place]
+                    for source, state in zip((generator, *sources), states, strict=True):
+                        source.set_state(state)
+                    parts.append(text)
+                    on_batch(done + count)
+                    continue
                 chosen = torch.randint(len(ordinary), (count, 1), generator=generator)
                 first = ordinary[chosen] if start is None else torch.full((count, 1), start)
                 first = first.to(device)
@@ -81,6 +91,9 @@ def sample_from_model(
                     first, attention_mask=torch.ones_like(first), generation_config=plain
                 )
                 parts.append(ids[:, 0 if keep_start else 1 :].cpu())
+                if drafts is not None:
+                    states = [source.get_state() for source in (generator, *sources)]
+                    drafts[place] = [parts[-1].clone(), states]
                 on_batch(done + count)
         finally:
             model.generation_config = own

@@ -40,7 +40,7 @@ from soco.processes import count, number, owners, told, wait
 from soco.ranks import check_ratio, is_dense, largest_rank, parameter_budget, uniform_ranks
 from soco.refitting import Fits, means_file
 from soco.reporting import Report, history_columns
-from soco.resuming import OWN_TEXT, own_text
+from soco.resuming import OWN_TEXT, drafts, forget_drafts, own_text
 from soco.scoring import Training
 from soco.sequential import stages
 from soco.spectral import Components
@@ -153,10 +153,10 @@ def compress_folder(
     clock = Clock(torch.device(device))
     windows = None
 
-    def read() -> Tensor:
+    def read(work: WorkFolder | None = None) -> Tensor:
         with clock("calibration text"), noted(notes):
             return calibration_windows(
-                stored.model, calibration, tokenizer, samples, length, seed, progress
+                stored.model, calibration, tokenizer, samples, length, seed, progress, drafts(work)
             )
 
     if choices.reads_text and not own:
@@ -195,13 +195,14 @@ def compress_folder(
         return run.write(target, outcome)
 
 
-def _own_text(work: WorkFolder, lender: Lender, write: Callable[[], Tensor]) -> Tensor:
+def _own_text(work: WorkFolder, lender: Lender, write: Callable[[WorkFolder], Tensor]) -> Tensor:
     """Token ids that the model writes, with a block in memory at a time; once."""
     if not told(work.has(OWN_TEXT)):
         with lender.lent():
-            windows = write()
+            windows = write(work)
         if number() == 0:
             work.put_tensors(OWN_TEXT, {"ids": windows})
+            forget_drafts(work)
         wait()
     return cast(Tensor, own_text(work))
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from soco.component_gradients import Recorder, Sums
 from soco.data import positive
+from soco.keeping import Keeper, moved
 from soco.linalg import Factors, Spectrum
 from soco.objectives import Objective, draw_seeds
 from soco.ops import all_finite
@@ -77,6 +78,7 @@ def rescale(
     objective: Objective,
     settings: SVDSurgeon,
     on_batch: Callable[[int], None] = lambda sequences: None,
+    keeper: Keeper | None = None,
 ) -> dict[str, Factors]:
     """Let the components that were kept make up, by their scales, for what was removed.
 
@@ -121,6 +123,8 @@ def rescale(
         objective: of the model; draws the labels.
         settings: everything else.
         on_batch: called with the number of sequences done, after each batch, over all rounds.
+        keeper: where the sums are kept now and then, from which the same call goes on, to the same
+            bits; None: nowhere.
 
     Returns:
         name to factors in the dtypes they had; ``down`` is the tensor that was given. Layers that
@@ -140,11 +144,27 @@ def rescale(
         count = max(1, round(settings.held_out * len(windows)))
         windows, held_out = _samples(windows[:-count], settings, count), windows[-count:]
     result = dict(factors)
-    for before in range(0, settings.rounds * len(windows), len(windows)):
+    held = None if keeper is None else keeper.load()
+    begin, state = (0, None) if held is None else (held[0]["round"], held[0])
+    if state is not None:
+        result = {
+            name: Factors(state["up"][name].to(up.device), down)
+            for name, (up, down) in factors.items()
+        }
+    for this in range(begin, settings.rounds):
+        before = this * len(windows)
+
+        known = {"round": this, "up": {name: each.up for name, each in result.items()}}
+
+        def keep(state: dict[str, Any], known: dict[str, Any] = known) -> None:
+            if keeper is not None and keeper.due():
+                keeper.save({**known, **state}, [])
+
         sums = _collect(
             model, result, targets, windows, objective, settings, generator,
-            lambda done, before=before: on_batch(before + done),
+            lambda done, before=before: on_batch(before + done), state=state, keep=keep,
         )  # fmt: skip
+        state = None
         deltas = _deltas(sums, settings)
         multiple = 1.0
         if len(held_out):
@@ -372,12 +392,17 @@ def _collect(
     generator: torch.Generator,
     on_batch: Callable[[int], None],
     folds: int = 2,
+    state: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda state: None,
 ) -> dict[str, Sums]:
     """Run the dense model over the windows, forward and backward; the sums of the layers reached.
 
     Sequence k belongs to fold ``k mod folds``. A layer that sees its tokens without a batch
     dimension gives one sample per batch, whose fold is the batch's number ``mod folds``. With one
     fold, for saliency, nothing is removed and ``pull`` is 0.
+
+    ``keep`` is told between two batches what has to be known to go on; with such a ``state`` it
+    goes on from there.
     """
     recorder = Recorder()
     device = next(model.parameters()).device
@@ -391,10 +416,19 @@ def _collect(
         for twin in twins[name]
     ]
     sums: dict[str, Sums] = {}
+    begin = 0
+    if state is not None:
+        begin = state["batch"]
+        generator.set_state(state["generator"])
+        sums = {name: Sums(**moved(each, device)) for name, each in state["sums"].items()}
+    batches = windows.split(settings.batch_size)
     blocks = transformer_blocks(model) if settings.checkpointing else []
     try:
         with frozen(model), checkpointed(blocks):
-            for number, batch in enumerate(windows.split(settings.batch_size)):
+            for number, batch in enumerate(batches[begin:], begin):
+                if number > begin:
+                    own = {name: vars(each) for name, each in sums.items()}
+                    keep({"batch": number, "generator": generator.get_state(), "sums": own})
                 ids = batch.to(device)
                 recorder.shape = tuple(ids.shape)
                 student = objective.outputs(model, ids)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from soco.keeping import Keeper
 from soco.linalg import Factors
 from soco.objectives import HiddenStates, Objective, run_model
 from soco.ops import all_finite
@@ -252,6 +253,7 @@ def train_positions(
     objective: Objective,
     settings: PositionSettings,
     on_step: Callable[[Step], None] = lambda step: None,
+    keeper: Keeper | None = None,
 ) -> list[Step]:
     """Learn how many components every layer keeps, all layers together.
 
@@ -271,6 +273,7 @@ def train_positions(
         objective: what the compressed model should keep.
         settings: everything else.
         on_step: called after each optimizer step.
+        keeper: where the state is kept from which the same call goes on; None: nowhere.
 
     Returns:
         All steps, in order; ``kept`` is ``parameter_ratio``.
@@ -301,7 +304,36 @@ def train_positions(
     optimizer = torch.optim.Adam(positions, lr=settings.learning_rate, betas=settings.betas)
     history: list[Step] = []
     weight = 0.0  # of the distance from the target, known after the first batch
-    for step in range(settings.steps):
+    held = None if keeper is None else keeper.load()
+    if held is not None:
+        state, parts = held
+        weight = state["weight"]
+        history += [Step(**step) for step in state["history"]]
+        stream.go_back(state["batches"])
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for position, value in zip(positions, state["positions"], strict=True):
+                position.copy_(value)
+        for part in parts:
+            teacher.take(part)
+
+    def keep() -> None:
+        if keeper is not None:
+            keeper.save(
+                {
+                    "weight": weight,
+                    "history": [asdict(step) for step in history],
+                    "batches": stream.state(),
+                    "optimizer": optimizer.state_dict(),
+                    "positions": [position.detach() for position in positions],
+                },
+                teacher.fresh(),
+            )
+
+    begin = len(history)
+    for step in range(begin, settings.steps):
+        if keeper is not None and step > begin and keeper.due():
+            keep()
         rate = half_cosine(step, settings.steps, 1.0, settings.rate_end)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate
@@ -319,6 +351,8 @@ def train_positions(
             now = float(parameter_ratio(layers))
         history.append(Step("positions", step + 1, settings.steps, loss, divergence, now))
         on_step(history[-1])
+    if begin < settings.steps:
+        keep()
     return history
 
 
@@ -377,6 +411,7 @@ def update_weights(
     ranks: Mapping[str, int],
     windows: Tensor,
     settings: PositionSettings,
+    keeper: Keeper | None = None,
 ) -> tuple[dict[str, Factors], list[str]]:
     """The weights cut to ``ranks``: ``V V^T W`` with the principal directions V of the outputs.
 
@@ -388,6 +423,7 @@ def update_weights(
         ranks: name to rank (``choose_ranks``); layers that are dense at theirs are left out.
         windows: token ids (sequences, length), on the CPU.
         settings: the batch size, and whose inputs are seen.
+        keeper: where the directions are kept now and then, from which the same call goes on.
 
     Returns:
         name to factors, in float32 or float64; and the names of layers that saw no token, which
@@ -404,8 +440,18 @@ def update_weights(
             layer.dense = settings.update_inputs == "dense" or name not in chosen
         for name, layer in chosen.items():
             layer.observer = gathered[name].update
-        for batch in windows.split(settings.micro_batch or settings.batch_size):
+        batches = windows.split(settings.micro_batch or settings.batch_size)
+        held = None if keeper is None else keeper.load()
+        begin = 0
+        if held is not None:
+            begin = held[0]["done"]
+            for name, sketch in held[0]["sketches"].items():
+                gathered[name].sketch = None if sketch is None else sketch.to(device)
+        for done, batch in enumerate(batches[begin:], begin):
             run_model(body, batch.to(device))
+            if keeper is not None and done + 1 < len(batches) and keeper.due():
+                sketches = {name: each.sketch for name, each in gathered.items()}
+                keeper.save({"done": done + 1, "sketches": sketches}, [])
     finally:
         for layer in layers.values():
             layer.dense, layer.observer = False, None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from soco.archive import fetch, key_of, store
 from soco.calibration import Statistics, collect
-from soco.keeping import Keeper
+from soco.keeping import Filed, Keeper, Notes
 from soco.linalg import Factors, Spectrum, side_by_side, work_of, workers_for
 from soco.memory import give_back_memory
 from soco.methods import Basis
@@ -61,6 +61,7 @@ class Workbench:
     _probed: dict[tuple, float] = field(default_factory=dict)
     _written: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (count, seed)
     _dense: list[Tensor] = field(default_factory=list)  # outputs for the probe's windows
+    _notes: Notes | None = None  # what probes came to, in the work folder, and their seconds
     _unseen: set[str] = field(default_factory=set)  # layers that no calibration token went through
     _objective: Objective | None = None
 
@@ -147,20 +148,22 @@ class Workbench:
                 self._written[key] = from_first(
                     lambda: self._kept(
                         f"text-{wanted}-{seed + again}.safetensors",
-                        lambda: sample_from_model(
+                        lambda drafts: sample_from_model(
                             self.model, wanted, length, keep_start=True, seed=seed + again,
-                            on_batch=bar,
+                            on_batch=bar, drafts=drafts,
                         ),
                     )
                 )  # fmt: skip
         return self._written[key]
 
-    def _kept(self, file: str, make: Callable[[], Tensor]) -> Tensor:
-        """What is in a file of the work folder, or what is made and put there."""
+    def _kept(self, file: str, make: Callable[[Filed | None], Tensor]) -> Tensor:
+        """What is in a file of the work folder, or what is made, batch by batch, and put there."""
         if self.work is None:
-            return make()
+            return make(None)
         if not self.work.has(file):
-            self.work.put_tensors(file, {"tensor": make()})
+            drafts = Filed(self.work, file.removesuffix(".safetensors")).know_all()
+            self.work.put_tensors(file, {"tensor": make(drafts)})
+            drafts.clear()
         return self.work.get_tensors(file)["tensor"]
 
     def forget(self) -> None:
@@ -271,6 +274,12 @@ class Workbench:
         key = (components, group, rank)
         self.last_used.add(key)
         if key not in self._probed:
+            if self.work is not None and self._notes is None:
+                self._notes = Notes(self.work, "probes.json")
+            noted = f"{components!r} {group!r} {rank}"
+            if self._notes is not None and noted in self._notes:
+                self._probed[key], self.seconds[key] = self._notes[noted]
+                return self._probed[key]
             begin = time.perf_counter()
             spectrum = self.spectra(components, [group])[group[0]]
             dtype = weight_of(self.targets[group[0]]).dtype
@@ -290,6 +299,8 @@ class Workbench:
                     total += self.objective.divergence(dense, student).item() * len(batch)
             self._probed[key] = total / len(ids)
             self.seconds[key] = time.perf_counter() - begin
+            if self._notes is not None:
+                self._notes[noted] = [self._probed[key], self.seconds[key]]
         return self._probed[key]
 
     def _probe_ids(self) -> Tensor:

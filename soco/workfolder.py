@@ -64,7 +64,7 @@ class WorkFolder:
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise self._broken(name) from error
+            raise self.broken(name) from error
 
     def put_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file."""
@@ -76,7 +76,7 @@ class WorkFolder:
         try:
             return load_file(self.path / name)
         except SafetensorError as error:
-            raise self._broken(name) from error
+            raise self.broken(name) from error
 
     def put_any(self, name: str, value: Any) -> None:
         """Write tensors in tuples and lists, None among them."""
@@ -87,7 +87,7 @@ class WorkFolder:
         try:
             return torch.load(self.path / name, weights_only=True, map_location="cpu")
         except _UNREADABLE as error:
-            raise self._broken(name) from error
+            raise self.broken(name) from error
 
     def drop(self, pattern: str) -> None:
         """Delete the files that match a glob pattern."""
@@ -122,7 +122,8 @@ class WorkFolder:
                 f"command again, which goes on from here"
             ) from error
 
-    def _broken(self, name: str) -> WorkFolderError:
+    def broken(self, name: str) -> WorkFolderError:
+        """What is raised for a damaged file."""
         return WorkFolderError(
             f"{self.path / name} is damaged: delete the folder {self.path} to begin anew"
         )
@@ -135,7 +136,7 @@ class WorkFolder:
         """
         held = self.get_json(PLAN)
         if not isinstance(held, dict):
-            raise self._broken(PLAN)
+            raise self.broken(PLAN)
         before, now = _flat(held), _flat(self._plan)
         for key in {**before, **now}:
             if before.get(key) != now.get(key):

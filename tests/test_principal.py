@@ -80,8 +80,8 @@ def test_the_mean_is_not_taken_off():
 
 def test_memory_is_of_the_kept_rank():
     pca = gather(normal(64, 30), 4, 8)
-    assert pca._sketch is not None
-    assert pca._sketch.shape == (4, 30)
+    assert pca.sketch is not None
+    assert pca.sketch.shape == (4, 30)
 
 
 @pytest.mark.parametrize("tokens", [0, 3])

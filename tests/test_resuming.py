@@ -3,15 +3,17 @@
 import dataclasses
 import json
 from contextlib import suppress
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import soco
-from soco import calibration, keeping, learning
-from soco.methods import SoCo
+from soco import calibration, keeping, learning, sampling, surgeon
+from soco.methods import DobiSVD, SoCo
 from soco.refinement import Refinement
 from soco.steps import Teacher
+from soco.surgeon import SVDSurgeon
 from soco.workfolder import PLAN, WorkFolder, discard
 from tiny_models import tiny_model
 
@@ -62,6 +64,13 @@ class Stopper:
 CASES = {
     "svd-llm": dict(method="svd-llm"),
     "saes": dict(method="saes"),
+    "aa-svd": dict(method="aa-svd"),
+    "adasvd": dict(method="adasvd"),
+    "basis-sharing": dict(method="basis-sharing"),
+    "dobi-svd": dict(method=DobiSVD(steps=4, batch_size=4, micro_batch=2)),
+    "surgeon": dict(method="svd", surgeon=SVDSurgeon(rounds=2, batch_size=2, labels=1, samples=8)),
+    "sensitivity": dict(method="svd", allocator="sensitivity"),
+    "lems": dict(method="svd-llm", allocator="lems"),
     "soco": dict(method=TRAINED),
     "several sizes": dict(method=STEPS, ratio=(0.3, 0.5)),
     "refine": dict(method="svd-llm", refine=Refinement(steps=6, evaluate_every=2, batch_size=4)),
@@ -76,6 +85,7 @@ CASES = {
 def test_stopped_at_every_file(case, tmp_path, monkeypatch):
     """A state is written at every step here; then the same call goes on."""
     monkeypatch.setattr(keeping, "EVERY", 0.0)
+    monkeypatch.setattr(sampling, "CACHE_ROOM", 2**15)  # a few sequences at a time
     monkeypatch.setattr(learning, "SoCo", lambda **given: SoCo(steps=6, written=0.0, **given))
     options = CASES[case]
     once = compress(**options)
@@ -145,6 +155,54 @@ def test_nothing_is_done_twice(options, tmp_path, monkeypatch):
         monkeypatch.setattr(f"soco.{place}", never)
     same(compress(**options, work=work), first)
     assert work.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("case", "places"),
+    {
+        "saes": ["sequential.Walk.collect"],
+        "basis-sharing": ["sequential.Walk.collect"],
+        "adasvd": ["methods.fitted.AdaSVD.factor"],
+        "dobi-svd": ["truncation._pass"],
+        "sensitivity": ["workbench.replaced"],
+        "lems": ["workbench.replaced"],
+    }.items(),
+)
+def test_no_fit_is_done_twice(case, places, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    first = compress(**CASES[case], work=work)
+    never = AssertionError("again")
+    for place in places:
+        monkeypatch.setattr(f"soco.{place}", Mock(side_effect=never))
+        with pytest.raises(AssertionError, match="again"):  # it is what would be called
+            compress(**CASES[case])
+    same(compress(**CASES[case], work=work), first)
+
+
+def test_the_surgeon_goes_on_in_the_middle(tmp_path, monkeypatch):
+    """After every batch a state is written, and nothing runs again but what follows."""
+    monkeypatch.setattr(keeping, "EVERY", 0.0)
+    once, work, options = compress(**CASES["surgeon"]), tmp_path / "work", CASES["surgeon"]
+    seen, draw, save = [], surgeon.draw_seeds, keeping.Keeper.save
+
+    def counting(*given):
+        seen.append(given)
+        return draw(*given)
+
+    def stopping(self, state, part):
+        save(self, state, part)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(surgeon, "draw_seeds", counting)
+    monkeypatch.setattr(keeping.Keeper, "save", stopping)
+    stops = 0
+    for _ in range(20):
+        with suppress(KeyboardInterrupt):
+            same(compress(**options, work=work), once)
+            break
+        stops += 1
+    # Seven sequences (one is held out) in batches of two, twice: no state behind the last ones.
+    assert (stops, len(seen)) == (2 * 3, 2 * 4)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from soco import sampling
+from soco.keeping import Filed
 from soco.sampling import sample_from_model, writes_text
+from soco.workfolder import opened
 from tiny_models import tiny_model
 
 
@@ -137,6 +139,38 @@ def test_progress_of_sampling():
     done = []
     sample_from_model(tiny_model("llama"), 5, 2, batch_size=2, on_batch=done.append)
     assert done == [2, 4, 5]
+
+
+@pytest.mark.parametrize("start", [None, 5])
+@pytest.mark.parametrize("batches", range(4))
+def test_it_goes_on_behind_what_is_there(batches, start, device, tmp_path):
+    """The same text, and only what was not there is written."""
+    model = tiny_model("llama").to(device)
+    options = {"start": start, "batch_size": 2, "seed": 3}
+    whole, done = sample_from_model(model, 7, 5, **options), []
+
+    def stop(sequences):
+        if sequences > 2 * batches:
+            raise KeyboardInterrupt
+
+    with opened(tmp_path / "work", {}, keep=True) as work:
+        for _ in range(2):  # what is there is told once more, and not written
+            with pytest.raises(KeyboardInterrupt):
+                sample_from_model(
+                    model, 7, 5, **options, on_batch=stop, drafts=Filed(work, "text").know_all()
+                )
+        drafts = Filed(work, "text").know_all()
+        assert len(drafts) == batches + 1  # the one that was under way was done
+        generate, model.generate = model.generate, None
+        if batches < 3:
+            with pytest.raises(TypeError):
+                sample_from_model(model, 7, 5, **options, drafts=Filed(work, "text").know_all())
+            model.generate = generate
+        again = sample_from_model(model, 7, 5, **options, on_batch=done.append, drafts=drafts)
+        model.generate = generate
+        assert torch.equal(again, whole)
+        assert done == [2, 4, 6, 7]
+        assert len(drafts) == 4
 
 
 def test_models_that_write_nothing():

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from soco.keeping import Keeper
 from soco.linalg import Factors
 from soco.methods.bases import Whitened
 from soco.objectives import Objective
@@ -67,6 +68,7 @@ class DobiSVD(PositionSettings):
         budget: int,
         objective: Objective,
         on_step: Callable[[Step], None] = lambda step: None,
+        keep: Callable[[str], Keeper | None] = lambda name: None,
     ) -> tuple[dict[str, Factors | None], list[Step]]:
         """Train the positions and make the factors.
 
@@ -77,6 +79,7 @@ class DobiSVD(PositionSettings):
             budget: parameters the targets may keep together (``ranks.parameter_budget``).
             objective: what the compressed model should keep.
             on_step: called after each optimizer step.
+            keep: makes what keeps the state of a loop of that name; None: nothing does.
 
         Returns:
             name to factors in the weight's dtype, or None where the layer stays dense; and the
@@ -102,10 +105,13 @@ class DobiSVD(PositionSettings):
         with replaced(model, layers):
             with checkpointed(blocks):
                 history = train_positions(
-                    model, layers, windows, budget, objective, settings, on_step
-                )
+                    model, layers, windows, budget, objective, settings, on_step,
+                    keep("positions"),
+                )  # fmt: skip
             ranks = choose_ranks(layers, budget)
-            made, unseen = update_weights(model, layers, ranks, windows, settings)
+            made, unseen = update_weights(
+                model, layers, ranks, windows, settings, keep("directions")
+            )
         if unseen:
             warnings.warn(
                 f"{len(unseen)} layers saw no calibration token: they are cut by their plain SVD "

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from soco.keeping import Keeper
 from soco.linalg import Factors, Spectrum
 from soco.objectives import Objective
 from soco.stages import TrainingSettings
@@ -168,6 +169,7 @@ class RankLearner(Method, Protocol):
         budget: int,
         objective: Objective,
         on_step: Callable[[Step], None],
+        keep: Callable[[str], Keeper | None],
     ) -> tuple[dict[str, Factors | None], list[Step]]:
         """Train, and return the factors by layer (None: it stays dense) and the steps.
 
@@ -178,5 +180,6 @@ class RankLearner(Method, Protocol):
             budget: parameters that may be kept.
             objective: what the compressed model should keep.
             on_step: called after each step.
+            keep: makes what keeps the state of a loop of that name; None: nothing does.
         """
         ...
