@@ -13,6 +13,7 @@ from soco.checkpoint import write_shards
 from soco.contents import check_contents
 from soco.folders import carry_over, write_checksums
 from soco.headers import read_headers, weight_files
+from soco.installation import share_bases
 from soco.linalg import Factors
 from soco.modules import CompressedLinear, LowRankLinear, PivotedLinear
 from soco.ops import all_finite
@@ -21,6 +22,7 @@ from soco.preparation import progress_bar
 from soco.steps import Step
 from soco.stored import StoredModel
 from soco.surgery import bias_of, block_paths, layout_of, shape_of
+from soco.workbench import Groups
 
 SHARD_BYTES = 2**29  # of tensors outside of the blocks
 
@@ -49,6 +51,7 @@ class Assembly:
 
     stored: StoredModel
     targets: Mapping[str, nn.Module]
+    groups: Groups  # that share a basis: one layer, or several
     outcome: Outcome
     pivoted: bool
     dtype: torch.dtype  # that was computed in: what is rounded is rounded to this first
@@ -59,6 +62,7 @@ class Assembly:
         self._names = list(model.state_dict())  # of the dense model's tensors
         self._blocks = [f"{path}." for path in block_paths(model)]
         self._layouts = {name: layout_of(module) for name, module in self.targets.items()}
+        self._follows = {name for group in self.groups for name in group[1:]}
         self._biased = {n for n, module in self.targets.items() if bias_of(module) is not None}
 
     def modules(self) -> dict[str, CompressedLinear]:
@@ -71,6 +75,7 @@ class Assembly:
             made[name] = kind(
                 columns, rows, rank, biased, device="meta", dtype=self.stored.dtype
             )  # fmt: skip
+        share_bases(made, self.groups)
         return made
 
     def write(self, folder: Path, progress: bool | None) -> None:
@@ -130,7 +135,9 @@ class Assembly:
             rest, rows, places = pivot_factors(weight, name=layer)
             found |= {f"{stem}up.weight": rest, f"{stem}down.weight": rows, f"{stem}pivots": places}
         else:
-            found |= {f"{stem}up.weight": weight.up, f"{stem}down.weight": weight.down}
+            found[f"{stem}up.weight"] = weight.up
+            if layer not in self._follows:  # whose basis is written with the first of its group
+                found[f"{stem}down.weight"] = weight.down
         return found
 
     def _rounded(self, name: str, value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from soco.allocators import ALLOCATORS, Allocator, Learned
+from soco.calibration import OF_GRADIENTS
 from soco.methods import (
     METHODS,
     FittedMethod,
@@ -195,19 +196,19 @@ def _refinement(refine: bool | Refinement | None, method: Method, seed: int) -> 
 
 
 def check_streamed(choices: Choices) -> None:
-    """Refuse what looks at more than one block.
+    """Refuse what runs the whole model, or trains its factors.
 
     Raises:
         ValueError: it does.
     """
     method, rule = choices.method, choices.rule
     name = method.name
-    if isinstance(method, RankLearner | SharingMethod):
+    if isinstance(method, RankLearner):
         raise ValueError(f"method {name} needs the whole model in memory: stream soco, say")
-    if getattr(method, "deviation", None) == "mean":
-        raise ValueError(
-            "the deviation 'mean' needs the statistics of all layers in memory: give another one"
-        )
+    if isinstance(method, SharingMethod) and (
+        choices.needs & OF_GRADIENTS or isinstance(method, FittedMethod)
+    ):
+        raise ValueError(f"method {name} shares bases and asks for more than inputs: do not stream")
     if rule.name not in _LOCAL and not isinstance(method, TrainedMethod):
         raise ValueError(
             f"the allocator {rule.name!r} runs the whole model, which is not in memory: give "

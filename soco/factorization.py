@@ -12,7 +12,7 @@ from soco.linalg import Factors, Spectrum
 from soco.methods import Basis, FittedMethod, Method, SequentialMethod, SharingMethod
 from soco.modules import LowRankLinear
 from soco.processes import number, told
-from soco.ranks import is_dense, layer_params, uniform_ranks
+from soco.ranks import Shape, is_dense, layer_params, uniform_ranks
 from soco.sequential import Walk, stages
 from soco.surgery import bias_of, replace_module, weight_of
 from soco.workbench import Groups, Workbench
@@ -21,11 +21,11 @@ from soco.workfolder import WorkFolder
 Result = dict[str, Factors | None]  # layer to its factors; None: it stays dense
 
 
-def groups_of(method: Method, bench: Workbench) -> Groups:
+def groups_of(method: Method, shapes: Mapping[str, Shape]) -> Groups:
     """The units that a method takes apart as one: layers, or groups that share a basis."""
     if isinstance(method, SharingMethod):
-        return method.groups(bench.shapes, {name: kind_of(name) for name in bench.targets})
-    return [(name,) for name in bench.targets]
+        return method.groups(shapes, {name: kind_of(name) for name in shapes})
+    return [(name,) for name in shapes]
 
 
 def kind_of(name: str) -> str:
@@ -37,9 +37,8 @@ def kind_of(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def stacked_shapes(bench: Workbench, groups: Groups) -> dict[str, tuple[int, int]]:
+def stacked_shapes(shapes: Mapping[str, Shape], groups: Groups) -> dict[str, Shape]:
     """Unit to (out, in), the outputs of all its layers together."""
-    shapes = bench.shapes
     return {
         group[0]: (sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in groups
     }
@@ -68,7 +67,7 @@ def choose_ranks(
     places = {
         name: i for i, (_, names) in enumerate(stages(bench.model, bench.targets)) for name in names
     }
-    shapes = stacked_shapes(bench, groups)
+    shapes = stacked_shapes(bench.shapes, groups)
     unseen = _unseen_ranks(bench, components, allocator, groups, shapes, budget, pivoted)
     budget -= sum(layer_params(shapes[unit], rank, pivoted) for unit, rank in unseen.items())
     groups = [group for group in groups if group[0] not in unseen]
@@ -140,7 +139,7 @@ def make_factors(
     Returns:
         Layer to factors, in the layer's order in the model; in float32 or float64.
     """
-    shapes = stacked_shapes(bench, groups)
+    shapes = stacked_shapes(bench.shapes, groups)
     result: Result = dict.fromkeys(bench.targets)
     for group in groups:
         unit = group[0]

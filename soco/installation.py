@@ -58,12 +58,17 @@ def install(
                 made[name] = LowRankLinear.from_factors(weight.to(dtype), bias)
         elif weight is not None:
             redone[name] = with_weight(module, weight)
+    share_bases(made, groups)
+    replace_modules(model, {**made, **redone})
+    return made, redone
+
+
+def share_bases(made: Mapping[str, CompressedLinear], groups: Sequence[tuple[str, ...]]) -> None:
+    """Let compressed layers, by name, use one ``down`` in each group."""
     for group in groups:
         layers = [layer for name in group if isinstance(layer := made.get(name), LowRankLinear)]
         if len(layers) > 1:
             share_basis(layers)
-    replace_modules(model, {**made, **redone})
-    return made, redone
 
 
 def layer_reports(

@@ -128,7 +128,7 @@ def learn_scores(
             largest_score=method.largest_score,
             channels=method.channels,
             deviation=method.deviation == "vector",
-            mean=shared.means(name)["mean"] if method.deviation == "mean" else None,
+            mean=shared.mean(name) if method.deviation == "mean" else None,
         )
         del spectrum  # it is large, and this may be the last one
     blocks = transformer_blocks(model) if settings.checkpointing or by_blocks else []

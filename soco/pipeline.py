@@ -295,7 +295,7 @@ def _factor(
     """What becomes of every layer, those that share a basis, scores, steps, other sizes."""
     method, rule, shared, clock = choices.method, choices.rule, run.shared, run.clock
     pivoted, progress = choices.pivoted, run.progress
-    groups = groups_of(method, shared)
+    groups = groups_of(method, shared.shapes)
     if needs := choices.needs:
         with clock("statistics"), noted(run.notes):
             collected = shared.statistics(needs)

@@ -20,6 +20,7 @@ from soco.processes import number, owners, wait
 from soco.sequential import Walk, stages
 from soco.stored import StoredModel
 from soco.surgery import bias_of, replace_module, shape_of
+from soco.workbench import Groups
 from soco.workfolder import WorkFolder
 
 
@@ -41,6 +42,7 @@ class Fits:
     work: WorkFolder
     targets: Mapping[str, nn.Module]
     files: Mapping[str, str]  # layer to the file of its spectrum
+    groups: Groups  # that share a basis: one layer, or several
     ranks: Mapping[str, int]  # of the layers that have factors
     windows: Tensor | None  # token ids (sequences, length), on the CPU; of what reads them
     batch_size: int
@@ -81,13 +83,16 @@ class Fits:
         return Factors(**self.work.get_tensors(fitted_file(self.files[name])))
 
     def cut(self, name: str) -> Factors | None:
-        """A layer's spectrum cut off at its rank; None: it has no factors."""
+        """A layer's part of its unit's spectrum cut off at its rank; None: it has no factors."""
         if name not in self.ranks:
             return None
-        return self._spectrum(name).truncate(self.ranks[name])
+        group = next(group for group in self.groups if name in group)
+        up, down = self._spectrum(group[0]).truncate(self.ranks[name])
+        rows = [shape_of(self.targets[other])[0] for other in group]
+        return Factors(up.split(rows)[group.index(name)], down)
 
-    def _spectrum(self, name: str) -> Spectrum:
-        held = self.work.get_tensors(self.files[name])
+    def _spectrum(self, unit: str) -> Spectrum:
+        held = self.work.get_tensors(self.files[unit])
         return Spectrum(*(held[part].to(self.device) for part in Spectrum._fields))
 
     def _weight(self, name: str) -> Tensor:

@@ -81,7 +81,8 @@ class SpectralLinear(nn.Module):
         largest_score: bound of the scores, above 1.
         channels: whether every output and every input has a trainable scale.
         deviation: whether a trainable vector (out,), zero at the start, is added to the outputs.
-        mean: (in,), of the inputs on the calibration text, or None.
+        mean: (in,), of the inputs on the calibration text, and (out,), the weight times that; or
+            None.
 
     Raises:
         ValueError: ``largest_score`` is not above 1, or the spectrum does not fit the weight.
@@ -107,7 +108,7 @@ class SpectralLinear(nn.Module):
         largest_score: float = 2.0,
         channels: bool = False,
         deviation: bool = False,
-        mean: Tensor | None = None,
+        mean: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Take a weight apart; nothing is trained yet."""
         super().__init__()
@@ -150,8 +151,7 @@ class SpectralLinear(nn.Module):
         self.register_buffer("mean", None, persistent=False)
         self.register_buffer("mean_output", None, persistent=False)
         if mean is not None:
-            self.mean = mean.to(device, torch.float32)
-            self.mean_output = weight.detach().float() @ self.mean
+            self.mean, self.mean_output = (each.to(device, torch.float32) for each in mean)
 
     def scores(self) -> Tensor:
         """The importance scores (rank,), float32, between 0 and ``largest_score``."""

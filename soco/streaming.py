@@ -20,15 +20,15 @@ from soco.checkpoint import check_replaceable, mark_compressed
 from soco.choices import Choices, check_streamed, choose
 from soco.data import positive
 from soco.diagnosis import versions
-from soco.factorization import choose_ranks
+from soco.dismantling import Dismantling
+from soco.factorization import choose_ranks, groups_of, stacked_shapes
 from soco.guard import Clock
 from soco.installation import layer_reports, size_of
 from soco.keeping import clear, result
 from soco.lending import Lender
-from soco.linalg import Spectrum, work_of
+from soco.linalg import Spectrum
 from soco.memory import give_back_memory
 from soco.methods import FittedMethod, Method, SequentialMethod, TrainedMethod
-from soco.ops import check_finite
 from soco.preparation import (
     calibration_source,
     calibration_windows,
@@ -36,17 +36,16 @@ from soco.preparation import (
     progress_bar,
     warn_of_rare,
 )
-from soco.processes import count, number, owners, told, wait
-from soco.ranks import check_ratio, is_dense, largest_rank, parameter_budget, uniform_ranks
-from soco.refitting import Fits, means_file
+from soco.processes import count, number, told, wait
+from soco.ranks import check_ratio, is_dense, parameter_budget, uniform_ranks
+from soco.refitting import Fits
 from soco.reporting import Report, history_columns
 from soco.resuming import OWN_TEXT, drafts, forget_drafts, own_text
 from soco.scoring import Training
 from soco.sequential import stages
-from soco.spectral import Components
 from soco.stored import StoredModel
 from soco.surgery import find_linears, fused_experts, replace_modules, shape_of
-from soco.workbench import Workbench, similarity
+from soco.workbench import Workbench
 from soco.workfolder import WorkFolder, opened, work_folder
 
 FORMAT = 3  # of the work folder
@@ -264,9 +263,16 @@ class _Run:
         self.reads = bool(self.choices.needs)  # whether there are statistics
         self.trained = isinstance(self.choices.method, TrainedMethod)
         self.lender = Lender(self.stored, self.work, self.files, self.dtype, self.device)
-        self.known = None  # ranks that can be told before any layer is taken apart
+        self.groups = groups_of(self.choices.method, self.shapes)
+        self.units = stacked_shapes(self.shapes, self.groups)
+        self.known = None  # ranks of units that can be told before any is taken apart
         if isinstance(self.choices.rule, Uniform):
-            self.known = uniform_ranks(self.shapes, self.budget, pivoted=self.pivoted)
+            self.known = uniform_ranks(self.units, self.budget, pivoted=self.pivoted)
+        tokens = 0 if self.windows is None else self.windows.numel()
+        self.parts = Dismantling(
+            self.stored, self.work, self.lender, self.files, self.groups, self.units, self.known,
+            self.choices, tokens, self.dtype, self.device,
+        )  # fmt: skip
 
     # Block after block ----------------------------------------------------------------------------
 
@@ -338,49 +344,9 @@ class _Run:
                 statistics = self.chain.statistics(block, layers, kinds, last=block == self.last)
         tokens = {name: each.tokens for name, each in statistics.items()}
         between = time.perf_counter()
-        whitened = bool(self.choices.method.components.needs)
-        owner = owners([work_of(*self.shapes[name], whitened) for name in names])
-        for name, who in zip(names, owner, strict=True):
-            if who == number():
-                give_back_memory()
-                self._take_apart(name, statistics.pop(name, None))
-            statistics.pop(name, None)
-        give_back_memory()
+        self.parts.block(names, statistics)
         seconds = {"statistics": between - begin, "decomposition": time.perf_counter() - between}
         return {"tokens": tokens, "seconds": seconds}
-
-    # One layer ------------------------------------------------------------------------------------
-
-    def _take_apart(self, name: str, statistics: Statistics | None) -> None:
-        """Write the factors of a layer, of as many components as it may come to."""
-        shape = self.shapes[name]
-        known = None if self.known is None else self.known[name]
-        if self.work.has(self.files[name]):
-            return
-        if known is not None and is_dense(shape, known, self.pivoted):
-            return
-        weight = self.stored.weight(name).to(self.device, self.dtype)
-        check_finite(f"{name}.weight", weight)
-        means = {} if statistics is None else statistics.means(cast(Tensor, self.windows).numel())
-        del statistics  # the sums that these are of: as large as they
-        basis = self.choices.method.components
-        spectrum = basis.spectrum(weight, means, name=f"{name}.weight")
-        if self.trained:
-            components = Components.of(spectrum, self.dtype)
-            del spectrum
-            self.lender.keep(name, components)
-            return
-        most = known or largest_rank(shape, self.pivoted)
-        tensors = {
-            "up": spectrum.up[:, :most], "sigma": spectrum.sigma, "down": spectrum.down[:most]
-        }  # fmt: skip
-        kept = means_file(self.files[name])
-        if isinstance(self.choices.method, FittedMethod) and not self.work.has(kept):
-            self.work.put_tensors(kept, means)
-        if isinstance(self.choices.rule, AdaCR):
-            alike = similarity(weight, means["gram"])
-            tensors["similarity"] = torch.tensor(alike, dtype=torch.float64)
-        self.work.put_tensors(self.files[name], tensors)
 
     # What becomes of the layers -------------------------------------------------------------------
 
@@ -393,10 +359,16 @@ class _Run:
                 self.pivoted, self._bench(), self.clock, self.notes, self.progress,
             )  # fmt: skip
             return training.outcome(method)
-        ranks = self._ranks()
-        ranks = {n: r for n, r in ranks.items() if not is_dense(self.shapes[n], r, self.pivoted)}
+        found = self._ranks()
+        ranks = {
+            name: found[group[0]]
+            for group in self.groups
+            if not is_dense(self.units[group[0]], found[group[0]], self.pivoted)
+            for name in group
+        }
+        ranks = {name: ranks[name] for name in self.targets if name in ranks}
         fits = Fits(
-            self.stored, self.work, self.targets, self.files, ranks, self.windows,
+            self.stored, self.work, self.targets, self.files, self.groups, ranks, self.windows,
             self.batch_size, self.dtype, self.device, self.progress,
         )  # fmt: skip
         follows = isinstance(method, SequentialMethod) and method.is_sequential(self.ratio)
@@ -413,20 +385,21 @@ class _Run:
         if self.known is not None:
             return self.known
         empty = torch.empty(0)
-        held = {name: self.work.get_tensors(file) for name, file in self.files.items()}
+        held = {unit: self.work.get_tensors(self.files[unit]) for unit in self.units}
         spectra = {name: Spectrum(empty, each["sigma"], empty) for name, each in held.items()}
         method, rule, bench = self.choices.method, self.choices.rule, self._bench()
         if isinstance(rule, AdaCR):
             bench.similarities = {name: float(each["similarity"]) for name, each in held.items()}
-        groups = [(name,) for name in self.targets]
-        return choose_ranks(bench, method, rule, groups, spectra, self.budget, self.pivoted, dict)
+        return choose_ranks(
+            bench, method, rule, self.groups, spectra, self.budget, self.pivoted, dict
+        )
 
     def _bench(self) -> Workbench:
         """What learning and rules ask; it knows which layers saw nothing."""
         bench = Workbench(
             self.model, self.targets, self.windows, batch_size=self.batch_size, seed=self.seed,
             progress=lambda total, title: progress_bar(total, title, self.progress),
-            source=dict(self.source), work=self.work,
+            source=dict(self.source), work=self.work, mean_of=self.parts.mean,
         )  # fmt: skip
         if self.reads:
             bench.note_unseen(name for name, (tokens, _) in self._seen().items() if not tokens)
@@ -436,15 +409,16 @@ class _Run:
 
     def write(self, target: Path, outcome: Outcome) -> Report:
         """Put the result into a folder: what became of the layers, and all else as it is."""
-        assembly = Assembly(self.stored, self.targets, outcome, self.pivoted, self.dtype)
+        assembly = Assembly(
+            self.stored, self.targets, self.groups, outcome, self.pivoted, self.dtype
+        )
         before, made = size_of(self.model), assembly.modules()
         replace_modules(self.model, made)
-        groups = [(name,) for name in self.targets]
         after, peak = size_of(self.model), self.clock.peak()
         report = Report(
             method=self.choices.method.name,
             ratio=self.ratio,
-            layers=layer_reports(self.targets, made, groups, outcome.scores),
+            layers=layer_reports(self.targets, made, self.groups, outcome.scores),
             model_params_before=before[0],
             model_params_after=after[0],
             model_bytes_before=before[1],

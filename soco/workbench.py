@@ -28,6 +28,9 @@ from soco.workfolder import WorkFolder
 Groups = Sequence[tuple[str, ...]]  # layers that share a basis, each under its first name
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 
+# Statistics that add up over the layers of a group.
+COMMON = frozenset({"gram", "stacked_gram"})
+
 # A probe measures on at most so many windows, and so many entries of logits (1 GB in float32).
 PROBE_WINDOWS = 8
 _PROBE_ENTRIES = 2**28
@@ -50,7 +53,8 @@ class Workbench:
     progress: Progress | None = None  # makes a progress bar of a total and a title
     keep: bool = True  # False: statistics go as soon as a decomposition has used them
     source: dict[str, Any] = field(default_factory=dict)  # of the calibration, for reports
-    similarities: Mapping[str, float] = field(default_factory=dict)  # by layer, if known already
+    similarities: Mapping[str, float] = field(default_factory=dict)  # by unit, if known already
+    mean_of: Callable[[str], tuple[Tensor, Tensor]] | None = None  # ``mean``, if that is elsewhere
     work: WorkFolder | None = None  # where spectra and the model's own text are kept to go on from
     seconds: dict[tuple, float] = field(
         default_factory=dict
@@ -176,6 +180,13 @@ class Workbench:
         if name not in self._statistics:
             return {}
         return self._statistics[name].means(self.tokens)
+
+    def mean(self, name: str) -> tuple[Tensor, Tensor]:
+        """The mean input of a layer, (in,), and what its weight makes of that, (out,); float32."""
+        if self.mean_of is not None:
+            return self.mean_of(name)
+        inputs = self.means(name)["mean"].float()
+        return inputs, weight_of(self.targets[name]).detach().float() @ inputs
 
     def spectra(self, components: Basis, groups: Groups) -> dict[str, Spectrum]:
         """Take every unit apart: name of its first layer to the spectrum of its stacked weights.
@@ -310,12 +321,7 @@ class Workbench:
         return ids[: min(PROBE_WINDOWS, most)]
 
     def _group_means(self, group: tuple[str, ...]) -> dict[str, Tensor]:
-        first = self.means(group[0])
-        if len(group) == 1:
-            return first
-        parts = [self.means(name) for name in group]  # of the inputs of all of them, one sum
-        common = {"gram", "stacked_gram"}.intersection(*parts)
-        return {kind: torch.stack([part[kind] for part in parts]).sum(0) for kind in common}
+        return common_means([self.means(name) for name in group])
 
     def _has(self, kinds: Collection[str]) -> bool:
         known = [self._statistics.get(name) for name in self.targets]
@@ -357,6 +363,14 @@ class _silent:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def common_means(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The statistics of several layers as those of one, of the inputs of all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    common = COMMON.intersection(*parts)
+    return {kind: torch.stack([part[kind] for part in parts]).sum(0) for kind in common}
 
 
 def similarity(weight: Tensor, gram: Tensor) -> float:

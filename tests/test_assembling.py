@@ -34,7 +34,8 @@ def written(tmp_path, pieces, pivoted=False, dtype=torch.float32):
     ranks = {n: p.weight.down.shape[0] for n, p in pieces.items() if isinstance(p.weight, Factors)}
     biased = {n for n in ranks if pieces[n].bias is not None and bias_of(targets[n]) is None}
     outcome = Outcome(ranks, lambda name: pieces.get(name, Piece()), frozenset(biased))
-    assembly = Assembly(stored, targets, outcome, pivoted, dtype)
+    groups = [(name,) for name in targets]
+    assembly = Assembly(stored, targets, groups, outcome, pivoted, dtype)
     layers = assembly.modules()
     assert {n: layer.rank for n, layer in layers.items()} == ranks
     replace_modules(stored.model, layers)

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import soco
-from soco import decomposition, keeping, streaming
+from soco import decomposition, dismantling, keeping
 from soco.allocators import ALLOCATORS
 from soco.cli import commands, comparing, demo, main, sources, streamed
 from soco.cli.messages import sentence
@@ -244,7 +244,7 @@ def test_a_streamed_model_is_the_same(run, place, more):
 
 def test_a_streamed_run_that_is_stopped_goes_on(run, place, monkeypatch):
     words = ["compress", "dense", "-o", "out", "--work", "kept", *STREAM]
-    take_apart, calls = streaming._Run._take_apart, []
+    take_apart, calls = dismantling.Dismantling._take_apart, []
 
     def stopping(self, *arguments):
         calls.append(arguments)
@@ -253,7 +253,7 @@ def test_a_streamed_run_that_is_stopped_goes_on(run, place, monkeypatch):
         take_apart(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming._Run, "_take_apart", stopping)
+        patch.setattr(dismantling.Dismantling, "_take_apart", stopping)
         code, out, err = run(*words)
     assert (code, out) == (130, "")
     assert err.splitlines()[-2:] == [
@@ -314,7 +314,6 @@ def test_a_training_that_is_stopped_goes_on(run, place, monkeypatch):
     ("words", "message"),
     [
         (["--method", "soco", "--effort", "best"], "surgeon and refine need the whole model"),
-        (["--method", "basis-sharing"], "method basis-sharing needs the whole model in memory"),
         (["--allocator", "lems"], "the allocator 'lems' runs the whole model"),
         (["--refine"], "--refine needs the whole model in memory: leave out --stream"),
         (["--surgeon"], "--surgeon needs the whole model"),

@@ -103,7 +103,8 @@ def learned_with_means(pivoted):
     original = SpectralLinear.__init__
 
     def given(self, weight, bias, spectrum, **options):
-        original(self, weight, bias, spectrum, mean=normal(weight.shape[1], seed=5), **options)
+        mean = normal(weight.shape[1], seed=5)
+        original(self, weight, bias, spectrum, mean=(mean, weight @ mean), **options)
 
     SpectralLinear.__init__ = given
     try:

@@ -43,7 +43,7 @@ def run(
     bench, method, ratio=0.4, rule=None, pivoted=False
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Ranks by unit and factors by layer."""
-    groups = groups_of(method, bench)
+    groups = groups_of(method, bench.shapes)
     bench.statistics(method.needs | {"gram"})
     spectra = bench.spectra(method.components, groups)
     budget = parameter_budget(bench.shapes, ratio)
@@ -72,13 +72,13 @@ def test_kinds():
 def test_groups_of_one_are_svd_llm():
     bench = bench_of()
     method = BasisSharing(size=1, refit_from=1.0)
-    assert groups_of(method, bench) == [(name,) for name in bench.targets]
+    assert groups_of(method, bench.shapes) == [(name,) for name in bench.targets]
     assert_same(run(bench, method)[1], run(bench, SVDLLM())[1], 0)
 
 
 def test_neighbours_share_and_writers_do_not():
     bench = bench_of(num_hidden_layers=5)
-    groups = groups_of(BasisSharing(), bench)
+    groups = groups_of(BasisSharing(), bench.shapes)
     assert sorted(name for group in groups for name in group) == sorted(bench.targets)
     by_first = {group[0]: group for group in groups}
     layer = "model.layers.{}.{}".format
@@ -87,7 +87,7 @@ def test_neighbours_share_and_writers_do_not():
         assert by_first[layer(4, kind)] == (layer(4, kind),)
     for kind in ("self_attn.o_proj", "mlp.down_proj"):
         assert by_first[layer(1, kind)] == (layer(1, kind),)
-    three = groups_of(BasisSharing(size=3), bench)
+    three = groups_of(BasisSharing(size=3), bench.shapes)
     assert max(len(group) for group in three) == 3
 
 
@@ -95,7 +95,7 @@ def test_a_shared_basis_is_one_tensor_within_the_budget():
     bench = bench_of(num_hidden_layers=4)
     method = BasisSharing(refit_from=1.0)
     ranks, factors = run(bench, method)
-    shapes = stacked_shapes(bench, groups_of(method, bench))
+    shapes = stacked_shapes(bench.shapes, groups_of(method, bench.shapes))
     spent = sum(layer_params(shapes[unit], rank) for unit, rank in ranks.items())
     assert spent <= parameter_budget(bench.shapes, 0.4)
     q = [factors[f"model.layers.{block}.self_attn.q_proj"] for block in range(4)]
@@ -219,7 +219,7 @@ def test_every_method_meets_the_budget(name, pivoted):
     method = METHODS[name]()
     budget = parameter_budget(bench.shapes, 0.5)
     ranks, factors = run(bench, method, 0.5, Energy(), pivoted)
-    shapes = stacked_shapes(bench, groups_of(method, bench))
+    shapes = stacked_shapes(bench.shapes, groups_of(method, bench.shapes))
     spent = sum(layer_params(shapes[unit], rank, pivoted) for unit, rank in ranks.items())
     assert 0 <= budget - spent < max(map(sum, shapes.values()))
     for layer, each in factors.items():
@@ -253,7 +253,7 @@ def test_experts_that_no_token_reached_get_what_uniform_ranks_give(rule):
     split_experts(model)
     bench = Workbench(model, find_linears(model), WINDOWS)
     method = KFACSVD()
-    groups = groups_of(method, bench)
+    groups = groups_of(method, bench.shapes)
     spectra = bench.spectra(method.components, groups)
     budget = parameter_budget(bench.shapes, 0.5)
     ranks = choose_ranks(bench, method, ALLOCATORS[rule](), groups, spectra, budget, False, dict)

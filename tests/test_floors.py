@@ -30,7 +30,7 @@ FLOORS = [
     },
     {"factorization", "installation", "preparation", "record", "verification"},
     {"assembling", "learning", "plots", "refitting", "resizing", "resuming"},
-    {"pipeline", "planning", "scoring"},
+    {"dismantling", "pipeline", "planning", "scoring"},
     {"comparison", "rendering", "streaming"},
     {"cli"},
     {"__main__", "bench"},

@@ -129,7 +129,7 @@ def test_stopped_and_going_on(results, count):
     ("key", "method"),
     [
         ("", "svd-llm"), (" back", "kfac-svd"), (" training", "soco"), (" fits", "adasvd"),
-        (" walk", "aa-svd"),
+        (" walk", "aa-svd"), (" bases", "basis-sharing"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("count", COUNTS)

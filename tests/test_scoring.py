@@ -54,6 +54,7 @@ def test_the_same_weights_as_in_memory(name, tmp_path):
         replace(FEW, basis="plain", written=0.0),
         replace(FEW, sampled=True, fisher_prior=3.0, written=0.0),
         replace(FEW, stages=CHOICE_STAGES, steps=1, fisher_warmup=4),
+        replace(FEW, deviation="mean"),
         SoCo.preset("fast", batch_size=2),
         SoCo.preset("paper", steps=6, batch_size=2, passes=None),
     ],

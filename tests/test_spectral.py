@@ -34,6 +34,7 @@ def make(
     bias=True,
     deviation=False,
     gram=None,
+    mean=None,
     device="cpu",
     dtype=torch.float32,
     **more,
@@ -41,6 +42,8 @@ def make(
     weight = normal(*shape, device=device, dtype=dtype)
     offset = normal(shape[0], seed=1, device=device, dtype=dtype) if bias else None
     spectrum = whitened_svd(weight, gram)
+    if mean is not None:
+        more["mean"] = (mean, weight @ mean)
     return SpectralLinear(weight, offset, spectrum, deviation=deviation, **more)
 
 

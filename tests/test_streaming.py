@@ -21,14 +21,24 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import soco
-from soco import chain, checkpoint, keeping, streaming
-from soco.methods import KFACSVD, SVDLLM, SoCo
+from soco import chain, checkpoint, dismantling, keeping, streaming
+from soco.methods import KFACSVD, SVDLLM, BasisSharing, SoCo
 from soco.streaming import compress_folder
-from soco.surgery import find_linears
+from soco.surgery import find_linears, low_rank_layers
 from soco.workfolder import WorkFolder, opened
 from tiny_models import NEEDS_5, tiny_model
 
 IDS = torch.randint(3, 96, (6, 16), generator=torch.Generator().manual_seed(0))
+
+
+class Greedy(BasisSharing):
+    """Would want the gradients of a group."""
+
+    @property
+    def needs(self):
+        return KFACSVD().needs
+
+
 STREAMED = [
     "llama", "llama-tied", "mistral", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "gptj", "bloom",
     "bert", "roberta",
@@ -215,6 +225,52 @@ def test_fits_behind_compressed_blocks(name, options, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "out"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ratio", [0.2, 0.5])  # from 0.4 on coefficients are fitted again
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": BasisSharing(size=3), "batch_size": 2},
+        {"method": BasisSharing(size=4, private=()), "allocator": "energy"},
+        {"allocator": "adacr"},
+        {"method": BasisSharing(size=1)},
+    ],
+    ids=["two", "three", "all", "adacr", "one"],
+)
+def test_bases_that_blocks_share(options, ratio, dtype, tmp_path):
+    """One of them comes to files of its own; there are five blocks, so that one is left over."""
+    model = dense(tmp_path / "dense", dtype=dtype, num_hidden_layers=5)
+    options = {"method": "basis-sharing"} | options
+    stream(tmp_path / "dense", tmp_path / "out", ratio, **options)
+    check_same(tmp_path / "out", model, ratio, **options)
+    shared = {layer.basis is not None for layer in low_rank_layers(model).values()}
+    assert shared == ({False} if options["method"] == BasisSharing(size=1) else {False, True})
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "out"]
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "phi3"])
+def test_shared_bases_of_other_models(name, ratio, tmp_path):
+    model = dense(tmp_path / "dense", name)
+    stream(tmp_path / "dense", tmp_path / "out", ratio, method="basis-sharing")
+    check_same(tmp_path / "out", model, ratio, method="basis-sharing")
+
+
+def test_only_what_waits_for_its_unit_is_kept(tmp_path, monkeypatch):
+    """Grams of a block wait in files until the last block of the group, and go then."""
+    dense(tmp_path / "dense", num_hidden_layers=6)
+    block, left = dismantling.Dismantling.block, []
+
+    def watching(self, names, statistics):
+        block(self, names, statistics)
+        left.append(len(list(self.work.path.glob("means-*"))))
+
+    monkeypatch.setattr(dismantling.Dismantling, "block", watching)
+    stream(tmp_path / "dense", tmp_path / "out", method=BasisSharing(size=3))
+    assert left == [5, 10, 0, 5, 10, 0]  # all but the two that write into the residual stream
+
+
 def test_shards_and_names_of_the_base_model(tmp_path):
     model = tiny_model("gpt2")
     model.transformer.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
@@ -229,7 +285,13 @@ def test_shards_and_names_of_the_base_model(tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "pivoted"),
-    [("svd-llm", False), ("kfac-svd", True), ("aa-svd", False), ("adasvd", True)],
+    [
+        ("svd-llm", False),
+        ("kfac-svd", True),
+        ("aa-svd", False),
+        ("adasvd", True),
+        ("basis-sharing", False),
+    ],  # fmt: skip
 )
 def test_a_trained_model(method, pivoted, model_dir, tmp_path):
     folder = model_dir("books-llama-1m")
@@ -342,8 +404,7 @@ def test_blocks_that_read_what_earlier_ones_gave(tmp_path, monkeypatch):
     [
         ({"method": "dobi-svd"}, "method dobi-svd needs the whole model in memory: stream soco"),
         ({"method": SoCo.preset("best")}, "surgeon and refine need the whole model"),
-        ({"method": SoCo(deviation="mean")}, "the deviation 'mean' needs the statistics of all"),
-        ({"method": "basis-sharing"}, "method basis-sharing needs the whole model"),
+        ({"method": Greedy()}, "method basis-sharing shares bases and asks for more than inputs"),
         ({"method": "asvd"}, "the allocator 'sensitivity' runs the whole model"),
         ({"method": "svd-surgeon"}, "surgeon and refine need the whole model"),
         ({"calibration": None}, "method svd-llm learns from text: give calibration="),
@@ -460,6 +521,7 @@ def stopped_runs(tmp_path, monkeypatch, by_run, **options):
     [
         ("svd-llm", 21, (4, 5, 11)), ("kfac-svd", 21, (4, 5, 11)), ("adasvd", 42, (4, 5, 11)),
         ("aa-svd", 42, (8, 9, 17)),  # a block that is fitted puts out six
+        ("basis-sharing", 42, (8, 9, 17)),
     ],
 )  # fmt: skip
 def test_stopped_at_every_file(method, files, by_run, tmp_path, monkeypatch):

@@ -112,6 +112,7 @@ def main():
             "streamed training": streamed(output, SoCo(steps=12)),
             "streamed fits": streamed(output, "adasvd", allocator="energy"),
             "streamed walk": streamed(output, "aa-svd", allocator="energy"),
+            "streamed bases": streamed(output, "basis-sharing", allocator="energy"),
             "apart": apart(output),
             "stopped": stopped(output / f"work-{processes.count()}"),
         }

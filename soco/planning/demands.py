@@ -31,6 +31,9 @@ def demands(setting: Setting, *, stream: bool) -> tuple[list[Demand], list[str]]
     notes: list[str] = []
     passes = passes_of(setting, notes)
     units = _units(setting)
+    if isinstance(setting.choices.method, SharingMethod):
+        name = setting.choices.method.name
+        notes.append(f"layers that share a basis in {name} are counted one by one")
     if stream:
         _note_fits(setting, notes)
         return _streamed(setting, passes, units), notes
@@ -46,8 +49,6 @@ def demands(setting: Setting, *, stream: bool) -> tuple[list[Demand], list[str]]
     if isinstance(method, TrainedMethod):
         found += training(setting, method, passes, stream=False)
     _note_fits(setting, notes)
-    if isinstance(method, SharingMethod):
-        notes.append(f"layers that share a basis in {method.name} are counted one by one")
     found.append(_factors(setting, sums))
     if setting.choices.refinement is not None:
         found.append(refinement(setting, setting.choices.refinement, passes))
