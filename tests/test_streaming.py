@@ -291,7 +291,7 @@ def test_shards_and_names_of_the_base_model(tmp_path):
         ("aa-svd", False),
         ("adasvd", True),
         ("basis-sharing", False),
-    ],  # fmt: skip
+    ],
 )
 def test_a_trained_model(method, pivoted, model_dir, tmp_path):
     folder = model_dir("books-llama-1m")
