@@ -149,6 +149,18 @@ def check_replaceable(target: Path) -> None:
             )
 
 
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder says of itself that soco compressed what is in it.
+
+    Raises:
+        ValueError: its config.json cannot be read.
+    """
+    if not (folder / CONFIG).is_file():
+        return False
+    described = read_json(folder / CONFIG).get("quantization_config")
+    return isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
+
+
 def load(
     directory: str | PathLike[str],
     *,

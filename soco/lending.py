@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from soco.memory import give_back_memory
+from soco.modules import LowRankLinear
 from soco.spectral import Components, SpectralLinear
 from soco.steps import frozen, with_forwards
 from soco.stored import StoredModel
@@ -38,7 +39,7 @@ class Lender:
 
     Args:
         stored: the model; nothing of it is in memory.
-        work: where components are.
+        work: where components are; None where there are none.
         files: layer to its file there (``keep``).
         dtype: to compute in.
         device: to compute on.
@@ -47,13 +48,13 @@ class Lender:
     def __init__(
         self,
         stored: StoredModel,
-        work: WorkFolder,
+        work: WorkFolder | None,
         files: Mapping[str, str],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """Nothing is read yet."""
-        self._stored, self._work, self._files = stored, work, files
+        self._stored, self._work, self._files = stored, cast(WorkFolder, work), files
         self._dtype, self._device = dtype, device
         self._blocks = transformer_blocks(stored.model)
         self._paths = block_paths(stored.model)
@@ -155,13 +156,27 @@ class Lender:
         return any(
             isinstance(module, SpectralLinear)
             or any(p is not None and p.is_meta and p.dim() > 1 for p in module._parameters.values())
-            for module in self._blocks[number].modules()
+            for _, module in self._modules(number)
         )
+
+    def _modules(self, number: int) -> Iterator[tuple[str, nn.Module]]:
+        """What a block runs, by name: its own modules, and what lies elsewhere of shared bases."""
+        own = set()
+        elsewhere = []
+        for name, module in self._blocks[number].named_modules(prefix=self._paths[number]):
+            own.add(module)
+            if isinstance(module, LowRankLinear) and module.basis is not None:
+                elsewhere.append(module.basis.down)
+            yield name, module
+        if elsewhere := {module for module in elsewhere if module not in own}:
+            for name, module in self._stored.model.named_modules():
+                if module in elsewhere:
+                    yield name, module
 
     def _state(self, number: int) -> tuple[Any, ...]:
         """What tells whether a block needs the same as when it began last."""
         found: list[Any] = [number]
-        for module in self._blocks[number].modules():
+        for _, module in self._modules(number):
             found.append(id(module))
             if isinstance(module, SpectralLinear):
                 found += [module.dense, module.computed, module.order._version]
@@ -184,7 +199,7 @@ class Lender:
     def _wants(self, number: int) -> list[Want]:
         """The modules of a block by name, and the components that spectral ones compute."""
         found = []
-        for name, module in self._blocks[number].named_modules(prefix=self._paths[number]):
+        for name, module in self._modules(number):
             chosen = None
             if isinstance(module, SpectralLinear) and not module.dense:
                 chosen = self._chosen(name, module)

@@ -194,7 +194,11 @@ class StoredModel:
 
 
 def empty_model(
-    folder: Path, entries: Mapping[str, Entry], usual_dtype: Callable[[], torch.dtype]
+    folder: Path,
+    entries: Mapping[str, Entry],
+    usual_dtype: Callable[[], torch.dtype],
+    *,
+    compressed: bool = False,
 ) -> tuple[Any, torch.dtype]:
     """The model that a folder's config.json describes, in evaluation mode and without values.
 
@@ -204,6 +208,7 @@ def empty_model(
         folder: holds config.json.
         entries: every tensor in its files; empty where there are none.
         usual_dtype: tells the dtype of the parameters where config.json does not.
+        compressed: whether it may be that of a compressed model; its layers are dense here.
 
     Returns:
         The model, and the dtype of its parameters.
@@ -212,7 +217,7 @@ def empty_model(
         ValueError: it describes no model of transformers, or one that is quantized or compressed.
     """
     described = read_json(folder / CONFIG)
-    if described.get("quantization_config") is not None:
+    if described.get("quantization_config") is not None and not compressed:
         raise ValueError(f"{folder} is quantized or compressed already: start from dense")
     check_counts(folder / CONFIG, described, entries)
     kind = architecture_of(folder, described)

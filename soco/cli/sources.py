@@ -130,18 +130,6 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path} cannot be written: {parent} is not a folder to write in")
 
 
-def is_compressed(folder: Path) -> bool:
-    """Whether a folder says of itself that soco compressed what is in it.
-
-    Raises:
-        ValueError: its config.json cannot be read.
-    """
-    if not (folder / CONFIG).is_file():
-        return False
-    described = read_json(folder / CONFIG).get("quantization_config")
-    return isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
-
-
 def open_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
     """Load any model, dense or compressed by soco, as the class that it was saved as.
 
