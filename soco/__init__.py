@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from soco.reporting import Report as Report
     from soco.reporting import report as report
     from soco.resizing import resize as resize
+    from soco.running import blockwise as blockwise
     from soco.streaming import compress_folder as compress_folder
     from soco.tasks import TaskScore as TaskScore
     from soco.tasks import TaskScores as TaskScores
@@ -51,6 +52,7 @@ __all__ = [
     "TaskScore",
     "TaskScores",
     "Verification",
+    "blockwise",
     "compare",
     "compress",
     "compress_folder",
@@ -83,6 +85,7 @@ _HOME = {  # public name to the file it lives in
     "TaskScore": "tasks",
     "TaskScores": "tasks",
     "Verification": "verification",
+    "blockwise": "running",
     "compare": "comparison",
     "compress": "pipeline",
     "compress_folder": "streaming",

@@ -288,6 +288,11 @@ def _variants(
     return variants
 
 
+def saved_as(model: "PreTrainedModel", name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What a tensor of a model comes to when it is saved: by its own name, or in several parts."""
+    return _as_saved(model, {name: tensor}) if _CONVERTS else {name: tensor}
+
+
 def _as_saved(model: "PreTrainedModel", state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names that transformers 5 saves them by."""
     from transformers.core_model_loading import revert_weight_conversion
@@ -300,7 +305,7 @@ def saved_name(model: "PreTrainedModel", name: str, tensor: Tensor) -> str:
 
     Its own name where it has none, or where it is saved as several tensors.
     """
-    found = list(_as_saved(model, {name: tensor}).items()) if _CONVERTS else []
+    found = list(saved_as(model, name, tensor).items())
     same = len(found) == 1 and found[0][1].shape == tensor.shape
     return found[0][0] if same else name
 

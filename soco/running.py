@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from soco.checkpoint import is_compressed
+from soco.checkpoint import CONFIG, is_compressed
+from soco.headers import read_json
 from soco.lending import Lender
 from soco.plugin import SocoConfig, SocoQuantizer
-from soco.sequential import stages
 from soco.stored import StoredModel, empty_model
-from soco.surgery import low_rank_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,12 +23,10 @@ class StoredCompressed(StoredModel):
 
     def _empty(self) -> tuple[Any, torch.dtype]:
         """With its compressed layers in place; names and shapes in the files were checked."""
-        model, dtype = empty_model(
-            self.folder, self.entries, self._dtype_of_files, compressed=True
-        )
-        described = model.config.quantization_config
-        described = described if isinstance(described, dict) else described.to_dict()
-        quantizer = SocoQuantizer(SocoConfig.from_dict(described), pre_quantized=True)
+        model, dtype = empty_model(self.folder, self.entries, self._dtype_of_files, compressed=True)
+        described = read_json(self.folder / CONFIG)["quantization_config"]
+        config = cast(SocoConfig, SocoConfig.from_dict(described))
+        quantizer = SocoQuantizer(config, pre_quantized=True)
         files = [str(file) for file in self.files]
         quantizer._process_model_before_weight_loading(model, files)
         quantizer._process_model_after_weight_loading(model)
@@ -46,6 +43,18 @@ def stored_model(folder: str | PathLike[str]) -> StoredModel:
     return (StoredCompressed if is_compressed(place) else StoredModel)(place)
 
 
+def compressed_model(folder: str | PathLike[str]) -> StoredModel:
+    """The same of a compressed model.
+
+    Raises:
+        ValueError: it is another one, too.
+    """
+    place = Path(folder)
+    if not is_compressed(place):
+        raise ValueError(f"{place} is not the folder of a model compressed by soco")
+    return StoredCompressed(place)
+
+
 @contextmanager
 def blockwise(
     folder: str | PathLike[str],
@@ -58,7 +67,7 @@ def blockwise(
     For what runs a model a few times over many tokens: ``soco.evaluate`` on a text, say, in large
     batches, since every batch reads all weights. The model cannot be trained or saved, and writing
     text costs a reading of all weights for every token. What is outside of the transformer blocks
-    (embeddings, head) stays in memory.
+    (embeddings, head) stays in memory. Experts of a mixture run one after the other.
 
     Args:
         folder: of a transformers model in safetensors, dense or compressed by soco.
@@ -69,10 +78,22 @@ def blockwise(
         A context manager that gives the model, frozen and in evaluation mode.
 
     Raises:
-        ValueError: something in the folder is broken or missing, or the model has weights in its
-            blocks that are stored in another way than it has them (fused experts).
+        ValueError: something in the folder is broken or missing; it is named.
     """
     stored = stored_model(folder)
+    with lent(stored, dtype=dtype, device=device) as model:
+        yield model
+
+
+@contextmanager
+def lent(
+    stored: StoredModel,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> Iterator["PreTrainedModel"]:
+    """``blockwise`` of a model that is at hand; its experts are layers from then on."""
+    stored.split_experts()
     stored.check_complete()
     lender = Lender(stored, None, {}, dtype or stored.dtype, torch.device(device))
     with lender.lent():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -20,8 +20,10 @@ from soco.contents import (
     check_counts,
     may_lack,
     reason_of,
+    saved_as,
     saved_name,
 )
+from soco.experts import split_experts
 from soco.headers import Entry, check_index, read_headers, read_json, weight_files
 from soco.ops import check_finite
 from soco.surgery import layout_of
@@ -33,6 +35,14 @@ _FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+
+
+class _Parts(NamedTuple):
+    """What a tensor is made of: parts one below the other, of which some are turned."""
+
+    keys: tuple[tuple[str, int | None], ...]  # in the files; of which entry, None: of all
+    transposed: bool
+    shape: tuple[int, ...]
 
 
 class StoredModel:
@@ -62,19 +72,50 @@ class StoredModel:
         self.model, self.dtype = self._empty()
         self._state = self.model.state_dict()
         self._prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        self._parts: dict[str, _Parts] = {}  # tensors that are no one tensor of the files
         self._read_buffers()
 
     def key(self, name: str) -> str | None:
         """What a tensor of the model is called in the files; None if they do not hold it.
 
         Its own name, with the base model's prefix or without, or the one that transformers saves it
-        by.
+        by. What has to be made of several tensors, or of a part of one, goes by its own name.
         """
-        variants = (name, f"{self._prefix}{name}", name.removeprefix(self._prefix))
-        found = next((key for key in variants if key in self.entries), None)
+        if name in self._parts:
+            return name
+        found = self._variant(name)
         if found is None and name in self._state:
             found = saved_name(self.model, name, self._state[name])
         return found if found in self.entries else None
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of what ``key`` gave."""
+        return self._parts[key].shape if key in self._parts else self.entries[key].shape
+
+    def split_experts(self) -> dict[str, nn.Module]:
+        """Put layers in the place of fused experts, whose weights are read one by one.
+
+        Returns:
+            Name to the fused module that stood there, for ``experts.join_experts``.
+
+        Raises:
+            ValueError: the files hold the experts in a way that is not known.
+        """
+        state = self._state
+        found = split_experts(self.model)
+        self._state = self.model.state_dict()
+        for name, fused in found.items():
+            transposed = bool(getattr(fused, "is_transposed", False))
+            for leaf in fused._parameters:
+                whole = state.get(f"{name}.{leaf}")
+                if whole is not None:
+                    self._parts |= self._of_experts(name, leaf, whole, transposed)
+        return found
+
+    def sources(self, prefix: str) -> list[str]:
+        """The keys in the files of all that is made of parts and whose name begins like that."""
+        parts = [parts for name, parts in self._parts.items() if name.startswith(prefix)]
+        return sorted({key for each in parts for key, _ in each.keys})
 
     def check_complete(self) -> None:
         """Refuse files that lack a tensor of the model.
@@ -94,7 +135,7 @@ class StoredModel:
             ValueError: it is not, or in another shape.
         """
         key = self.key(name)
-        if key is None or self.entries[key].shape != shape:
+        if key is None or self.shape(key) != shape:
             raise ValueError(
                 f"{self.folder} holds no {name} of shape {shape}, which its model has: load the "
                 f"model, and give that instead of the folder"
@@ -111,6 +152,8 @@ class StoredModel:
         Raises:
             ValueError: it is of another dtype.
         """
+        if key in self._parts:
+            return self._assembled(self._parts[key])
         entry = self.entries[key]
         if floating and entry.dtype not in _FLOATS:
             raise ValueError(f"{entry.file} holds {key} in {entry.dtype}, which is no float")
@@ -177,6 +220,67 @@ class StoredModel:
         finally:
             for module, leaf, parameter in empty:
                 module._parameters[leaf] = parameter
+
+    # Experts ----------------------------------------------------------------------------------
+
+    def _variant(self, name: str) -> str | None:
+        """A name as it is in the files, with the base model's prefix or without."""
+        variants = (name, f"{self._prefix}{name}", name.removeprefix(self._prefix))
+        return next((key for key in variants if key in self.entries), None)
+
+    def _of_experts(
+        self, name: str, leaf: str, whole: Tensor, transposed: bool
+    ) -> dict[str, "_Parts"]:
+        """What the layers of all experts are made of, for one of their fused parameters.
+
+        Transformers says what it saves the parameter as. It is given one in which every row has a
+        number, so that what comes out tells which rows of which expert it has.
+        """
+        experts, rows = whole.shape[:2]
+        numbers = torch.arange(experts * rows).view(experts, rows, *(1,) * (whole.dim() - 2))
+        found: list[list[tuple[int, str, int | None]]] = [[] for _ in range(experts)]
+        for saved, part in saved_as(
+            self.model, f"{name}.{leaf}", numbers.expand(whole.shape)
+        ).items():
+            key = self._variant(saved)
+            if key is None or self.entries[key].shape != tuple(part.shape):
+                raise self._unknown(name, saved, tuple(part.shape))
+            if part.dim() == whole.dim():
+                for expert in range(experts):
+                    found[expert].append((0, key, expert))
+                continue
+            having = part if part.dim() == 1 else part[:, 0]
+            expert, first = divmod(int(having[0]), rows)
+            if not torch.equal(having, torch.arange(len(having)) + having[0]):
+                raise self._unknown(name, saved, tuple(part.shape))
+            found[expert].append((first, key, None))
+        kind = "bias" if leaf.endswith("_bias") else "weight"
+        turned = transposed and kind == "weight"
+        shape = tuple(whole.shape[1:])[:: -1 if turned else 1]
+        return {
+            f"{name}.{expert}.{leaf.removesuffix('_bias')}.{kind}": _Parts(
+                tuple((key, index) for _, key, index in sorted(found[expert])), turned, shape
+            )
+            for expert in range(experts)
+        }
+
+    def _unknown(self, name: str, key: str, shape: tuple[int, ...]) -> ValueError:
+        return ValueError(
+            f"{self.folder} holds no {key} of shape {shape}, of which the experts {name} would be "
+            f"made: load the model, and give that instead of the folder"
+        )
+
+    def _assembled(self, parts: "_Parts") -> Tensor:
+        """A tensor made of its parts."""
+        found = []
+        for key, index in parts.keys:
+            with safe_open(self.entries[key].file, "pt") as file:
+                if index is None:
+                    found.append(file.get_tensor(key))
+                else:
+                    found.append(file.get_slice(key)[index])
+        whole = found[0] if len(found) == 1 else torch.cat(found)
+        return whole.mT if parts.transposed else whole
 
     def _read_buffers(self) -> None:
         """Buffers that are saved with the model; those that are not were computed."""

@@ -44,7 +44,7 @@ from soco.resuming import OWN_TEXT, drafts, forget_drafts, own_text
 from soco.scoring import Training
 from soco.sequential import stages
 from soco.stored import StoredModel
-from soco.surgery import find_linears, fused_experts, replace_modules, shape_of
+from soco.surgery import find_linears, fused_experts, shape_of
 from soco.workbench import Workbench
 from soco.workfolder import WorkFolder, opened, work_folder
 
@@ -147,7 +147,7 @@ def compress_folder(
     check_replaceable(target)
     place = work_folder(target, work)
     stored = StoredModel(folder)
-    targets = _check_model(stored, include, exclude)
+    targets, fused = _check_model(stored, include, exclude)
     notes: list[str] = []
     clock = Clock(torch.device(device))
     windows = None
@@ -185,8 +185,8 @@ def compress_folder(
             windows = _own_text(kept, Lender(stored, kept, {}, *where), read)
         source = calibration_source(calibration, windows, seed)
         run = _Run(
-            stored, targets, windows, source, choices, ratio, batch_size, seed, *where, kept, clock,
-            notes, progress,
+            stored, targets, fused, windows, source, choices, ratio, batch_size, seed, *where, kept,
+            clock, notes, progress,
         )  # fmt: skip
         run.all_blocks()
         outcome = run.outcome()
@@ -208,20 +208,19 @@ def _own_text(work: WorkFolder, lender: Lender, write: Callable[[WorkFolder], Te
 
 def _check_model(
     stored: StoredModel, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
-) -> dict[str, nn.Module]:
-    """The layers to compress; refuses models that are no chain of blocks."""
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The layers to compress, and fused experts that are layers now; refuses what is no chain."""
     model = stored.model
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} has an encoder and a decoder, and cannot be streamed")
-    if fused_experts(model):
-        raise ValueError(f"{kind} has fused experts, and cannot be streamed yet")
+    fused = stored.split_experts()
     targets = find_linears(model, include, exclude)
     for block, names in stages(model, targets):
         if block is model:
             raise ValueError(f"{names[0]} lies outside of the blocks, and cannot be streamed")
     stored.check_complete()
-    return targets
+    return targets, fused
 
 
 @dataclass
@@ -230,6 +229,7 @@ class _Run:
 
     stored: StoredModel
     targets: dict[str, nn.Module]
+    fused: dict[str, nn.Module]  # experts of which the model has layers instead
     windows: Tensor | None  # None: the method reads no text
     source: Mapping[str, Any]  # of these, for the report
     choices: Choices
@@ -410,10 +410,9 @@ class _Run:
     def write(self, target: Path, outcome: Outcome) -> Report:
         """Put the result into a folder: what became of the layers, and all else as it is."""
         assembly = Assembly(
-            self.stored, self.targets, self.groups, outcome, self.pivoted, self.dtype
+            self.stored, self.targets, self.fused, self.groups, outcome, self.pivoted, self.dtype
         )
-        before, made = size_of(self.model), assembly.modules()
-        replace_modules(self.model, made)
+        before, made = size_of(self.model), assembly.install()
         after, peak = size_of(self.model), self.clock.peak()
         report = Report(
             method=self.choices.method.name,
@@ -428,6 +427,7 @@ class _Run:
             peak_of=peak[1],
             calibration=dict(self.source),
             settings=self.choices.settings(),
+            left_dense=tuple(fused_experts(self.model)),
             warnings=tuple(self.notes),
             history=history_columns(list(outcome.history)),
             versions=versions(),

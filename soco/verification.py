@@ -1,7 +1,8 @@
 """Is a compressed model what was written, and is it the model that was compressed?"""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from soco.checkpoint import load
-from soco.data import token_windows
+from soco.data import cut_windows, token_ids
 from soco.evaluation import vocab_size
 from soco.folders import CHECKSUMS, checksums
 from soco.headers import read_json
 from soco.modules import CompressedLinear
 from soco.objectives import run_model
 from soco.ops import all_finite, check_finite
+from soco.running import compressed_model, lent
 from soco.steps import frozen
 from soco.stored import StoredModel
 from soco.surgery import context_length, is_linear, low_rank_layers, shape_of
@@ -43,7 +45,13 @@ class Verification:
     files: dict[str, str]  # name to "as written", "changed", "missing", or "not recorded"
     tokens: int  # that were run through the model
     layers: tuple[LayerCheck, ...] = ()  # where there is a dense model to compare with
-    problems: tuple[str, ...] = ()  # one sentence each; none: all is well
+    broken: tuple[str, ...] = ()  # files that changed, numbers that are none: one sentence each
+    far: tuple[str, ...] = ()  # layers that are no nearer to the dense ones than zeros are
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """All of these; none: all is well."""
+        return (*self.broken, *self.far)
 
     @property
     def ok(self) -> bool:
@@ -52,7 +60,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
-        return asdict(self)
+        return {**asdict(self), "problems": list(self.problems)}
 
     def summary(self) -> str:
         """A few lines."""
@@ -82,6 +90,7 @@ def verify(
     tokenizer: Any = None,
     samples: int = 4,
     seed: int = 0,
+    stream: bool = False,
 ) -> Verification:
     """Check a folder that soco wrote: its files, its numbers, and its layers.
 
@@ -93,11 +102,13 @@ def verify(
     Args:
         folder: of a compressed model.
         against: the folder of the dense model.
-        text: what is run, as ``soco.compress`` takes calibration; None: random tokens, which are
-            far from what layers are compressed for.
+        text: what is run, the beginning of what ``soco.compress`` takes as calibration; None:
+            random tokens, which are far from what layers are compressed for.
         tokenizer: needed where the text is text.
         samples: sequences of 128 tokens, or as long as the rows of a tensor.
-        seed: of their choice.
+        seed: of random tokens.
+        stream: whether the compressed model is not loaded, either: it runs with one block in memory
+            (``soco.blockwise``).
 
     Returns:
         What was found; ``problems`` is empty if all is well. A problem is a file that was changed
@@ -108,35 +119,79 @@ def verify(
             there or has another shape.
     """
     place = Path(folder)
-    model = load(place)
+    opened = _Stored(place) if stream else _Loaded(place)
     files = _files(place)
-    problems = [f"{name} is {state}" for name, state in files.items() if state in _BAD]
-    problems += [
+    broken = [f"{name} is {state}" for name, state in files.items() if state in _BAD]
+    nan = [
         f"{name} holds NaN or Inf"
-        for name, tensor in model.state_dict().items()
+        for name, tensor in opened.tensors()
         if tensor.is_floating_point() and not all_finite(tensor)
     ]
-    layers = low_rank_layers(model)
+    layers = low_rank_layers(opened.model)
     errors = None
     if against is not None:
-        stored = StoredModel(against)
-        _check_same_model(stored, layers)
-        errors = _Errors(stored, layers)
-    ids = _ids(model, text, tokenizer, samples, seed)
-    with frozen(model), torch.no_grad(), errors or nullcontext():
+        dense = StoredModel(against)
+        dense.split_experts()
+        _check_same_model(dense, layers)
+        errors = _Errors(dense, layers)
+    ids = _ids(opened.model, text, tokenizer, samples, seed)
+    if nan and stream:  # such a model is not lent
+        return Verification(str(place), files, 0, (), (*broken, *nan))
+    with opened.running() as model, frozen(model), torch.no_grad(), errors or nullcontext():
         output = run_model(model, ids)
     held = getattr(output, "logits", None)
     held = output[0] if held is None else held
-    if not all_finite(held) and not any("NaN" in problem for problem in problems):
-        problems.append("the outputs of the model hold NaN or Inf: it overflows in its dtype")
-    checks = () if errors is None else errors.checks()
-    problems += [
+    if not all_finite(held) and not nan:
+        nan = ["the outputs of the model hold NaN or Inf: it overflows in its dtype"]
+    checks = () if errors is None else errors.checks(opened.whole)
+    far = [
         f"{each.name} is no nearer to the dense layer than zeros are: its outputs are off by "
         f"{each.output_error:.0%}"
         for each in checks
         if each.output_error is not None and not each.output_error < 1
     ]
-    return Verification(str(place), files, ids.numel(), checks, tuple(problems))
+    return Verification(
+        str(place), files, ids.numel(), checks, (*broken, *nan), tuple(far)
+    )  # fmt: skip
+
+
+class _Loaded:
+    """A compressed model in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = load(folder)
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """All there are, by name."""
+        return self.model.state_dict().items()
+
+    def running(self) -> AbstractContextManager[nn.Module]:
+        """Inside, the model runs."""
+        return nullcontext(self.model)
+
+    def whole(self, layer: CompressedLinear) -> AbstractContextManager[None]:
+        """Inside, the layer has all of its values."""
+        return nullcontext()
+
+
+class _Stored:
+    """The same, not loaded: one block of it is in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._stored = compressed_model(folder)
+        self.model: nn.Module = self._stored.model
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        for key in self._stored.entries:
+            yield key, self._stored.read(key, floating=False)
+
+    def running(self) -> AbstractContextManager[nn.Module]:
+        return lent(self._stored)
+
+    def whole(self, layer: CompressedLinear) -> AbstractContextManager[None]:
+        wanted = {*layer.parameters(), *layer.down.parameters()}
+        names = [name for name, p in self.model.named_parameters() if p in wanted]
+        return self._stored.in_memory(names, self._stored.dtype, torch.device("cpu"))
 
 
 _BAD = ("changed", "missing")
@@ -177,10 +232,10 @@ def _ids(model: nn.Module, text: Any, tokenizer: Any, samples: int, seed: int) -
         return torch.randint(0, vocabulary, (samples, length), generator=generator)
     if isinstance(text, Tensor) and text.dim() == 2:
         length = text.shape[1]
-    return token_windows(
-        text, tokenizer, samples=samples, length=length, seed=seed, vocab_size=vocabulary,
-        name="verification",
+    ids = token_ids(
+        text, tokenizer, tokens=samples * length, vocab_size=vocabulary, name="verification"
     )  # fmt: skip
+    return cut_windows(ids, min(length, ids.shape[-1]), name="verification")[:samples]
 
 
 class _Errors:
@@ -213,17 +268,20 @@ class _Errors:
         return compare
 
     @torch.no_grad()
-    def checks(self) -> tuple[LayerCheck, ...]:
-        """Layer by layer."""
+    def checks(
+        self, whole: Callable[[CompressedLinear], AbstractContextManager[None]]
+    ) -> tuple[LayerCheck, ...]:
+        """Layer by layer, which ``whole`` brings into memory."""
         found = []
         for name, layer in self.layers.items():
             dense = self.stored.weight(name).float()
             check_finite(f"{self.stored.folder}: {name}.weight", dense)
-            gap = torch.linalg.norm(dense - layer.to_linear().weight.float())
+            with whole(layer):
+                gap = torch.linalg.norm(dense - layer.to_linear().weight.float())
             weight = float(gap / torch.linalg.norm(dense).clamp_min(1e-30))
             output = None
             if name in self.sums:
-                squared, whole = self.sums[name]
-                output = math.sqrt(squared / whole) if whole > 0 else math.sqrt(squared)
+                squared, total = self.sums[name]
+                output = math.sqrt(squared / total) if total > 0 else math.sqrt(squared)
             found.append(LayerCheck(name, layer.rank, weight, output))
         return tuple(found)

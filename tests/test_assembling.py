@@ -10,7 +10,7 @@ from soco.assembling import Assembly, Outcome, Piece
 from soco.checkpoint import mark_compressed
 from soco.linalg import Factors
 from soco.stored import StoredModel
-from soco.surgery import bias_of, find_linears, replace_modules, shape_of, weight_of
+from soco.surgery import bias_of, find_linears, shape_of, weight_of
 from test_streaming import dense
 
 
@@ -35,10 +35,9 @@ def written(tmp_path, pieces, pivoted=False, dtype=torch.float32):
     biased = {n for n in ranks if pieces[n].bias is not None and bias_of(targets[n]) is None}
     outcome = Outcome(ranks, lambda name: pieces.get(name, Piece()), frozenset(biased))
     groups = [(name,) for name in targets]
-    assembly = Assembly(stored, targets, groups, outcome, pivoted, dtype)
-    layers = assembly.modules()
+    assembly = Assembly(stored, targets, {}, groups, outcome, pivoted, dtype)
+    layers = assembly.install()
     assert {n: layer.rank for n, layer in layers.items()} == ranks
-    replace_modules(stored.model, layers)
     mark_compressed(stored.model, ranks, {}, biased)
     (tmp_path / "out").mkdir()
     assembly.write(tmp_path / "out", False)

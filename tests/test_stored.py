@@ -1,14 +1,16 @@
 """Models that stay in their folder: what is read, when, and what is refused."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from soco.experts import split_experts
 from soco.stored import StoredModel
-from tiny_models import NEEDS_5, tiny_model
+from tiny_models import MIXTURES, NEEDS_5, tiny_mixture, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -114,6 +116,38 @@ def test_names_that_transformers_saves_by(tmp_path):
     head = next(n for n, p in model.named_parameters() if p is model.get_output_embeddings().weight)
     assert found.key(head) is not None
     found.check_complete()
+
+
+@NEEDS_5
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_layers(name, tmp_path):
+    """As soco splits them in memory, whatever they are in the files."""
+    model = tiny_mixture(name)
+    model.save_pretrained(tmp_path / "model")
+    found = StoredModel(tmp_path / "model")
+    fused = found.split_experts()
+    assert fused.keys() == split_experts(model).keys()
+    found.check_complete()
+    experts = [n for n in model.state_dict() if n.startswith(tuple(f"{each}." for each in fused))]
+    assert experts
+    for key, tensor in model.state_dict().items():
+        held = found.read(found.require(key, tuple(tensor.shape)), floating=False)
+        assert torch.equal(held, tensor), key
+    for name in experts:
+        if name.endswith("weight"):
+            weight = found.weight(name.removesuffix(".weight"))
+            assert torch.equal(weight, model.state_dict()[name])
+    stored_as = {key for name in fused for key in found.sources(f"{name}.")}
+    assert stored_as <= found.entries.keys()
+    assert sum(found.entries[key].shape != () for key in stored_as) > 0
+    ours = sum(model.state_dict()[name].numel() for name in experts)
+    assert ours == sum(math.prod(found.entries[key].shape) for key in stored_as)
+
+
+def test_a_model_without_experts(tmp_path):
+    found, _ = stored(tmp_path)
+    assert found.split_experts() == {}
+    assert found.sources("model.") == []
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -26,7 +26,7 @@ from soco.methods import KFACSVD, SVDLLM, BasisSharing, SoCo
 from soco.streaming import compress_folder
 from soco.surgery import find_linears, low_rank_layers
 from soco.workfolder import WorkFolder, opened
-from tiny_models import NEEDS_5, tiny_model
+from tiny_models import MIXTURES, NEEDS_5, tiny_mixture, tiny_model
 
 IDS = torch.randint(3, 96, (6, 16), generator=torch.Generator().manual_seed(0))
 
@@ -350,6 +350,64 @@ def test_what_lies_outside_of_the_blocks_is_read_once(tmp_path, monkeypatch):
     assert seen.count("model.layers.3.mlp.up_proj.weight") == 2  # to run, and to be taken apart
 
 
+# Mixtures of experts ------------------------------------------------------------------------------
+
+FEW = SoCo(steps=4, fisher_warmup=1, batch_size=2)
+MIXED = {
+    "svd-llm": {"method": "svd-llm"},
+    "kfac-svd": {"method": "kfac-svd", "pivoted": True},
+    "aa-svd": {"method": "aa-svd"},
+    "soco": {"method": FEW},
+    "one block": {"method": "svd", "include": "*layers.0*"},
+    "no experts": {"method": "svd-llm", "exclude": "*experts*"},
+    "basis-sharing": {"method": "basis-sharing", "allocator": "energy"},
+}
+
+
+@NEEDS_5
+@pytest.mark.filterwarnings("ignore:.*saw no calibration token", "ignore:.*see other tokens")
+@pytest.mark.parametrize("case", MIXED)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures(name, case, tmp_path):
+    """Experts are stored one by one or fused, turned or not, and are layers here."""
+    model = tiny_mixture(name)
+    model.save_pretrained(tmp_path / "dense")
+    options = MIXED[case] | {"batch_size": 2}
+    stream(tmp_path / "dense", tmp_path / "out", **options)
+    check_same(tmp_path / "out", model, **options)
+    ours, theirs = soco.report(soco.load(tmp_path / "out")), soco.report(model)
+    assert ours.left_dense == theirs.left_dense
+    assert bool(ours.left_dense) == (case in ("one block", "no experts"))
+
+
+@NEEDS_5
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_that_stay_dense_with_other_numbers(name, tmp_path):
+    """They are written as layers, and compute what they compute in memory, where they are fused."""
+    model = tiny_mixture(name)
+    model.save_pretrained(tmp_path / "dense")
+    options: dict[str, Any] = {"method": FEW, "exclude": "*down_proj", "batch_size": 2}
+    stream(tmp_path / "dense", tmp_path / "out", 0.02, **options)
+    soco.compress(model, 0.02, calibration=IDS, samples=6, progress=False, **options)
+    with torch.no_grad():
+        assert torch.equal(
+            soco.load(tmp_path / "out", experts_implementation="eager")(input_ids=IDS).logits,
+            model(input_ids=IDS).logits,
+        )
+
+
+@NEEDS_5
+def test_experts_in_files_that_lack_one(tmp_path):
+    tiny_mixture("mixtral").save_pretrained(tmp_path / "dense")
+    key = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    edit(tmp_path / "dense", lambda held: held.pop(key))
+    with pytest.raises(
+        ValueError, match=rf"holds no {re.escape(key)} of shape .*, of which the ex"
+    ):
+        stream(tmp_path / "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # What is no chain of blocks -----------------------------------------------------------------------
 
 
@@ -357,7 +415,6 @@ def test_what_lies_outside_of_the_blocks_is_read_once(tmp_path, monkeypatch):
     ("name", "message"),
     [
         ("t5", "has an encoder and a decoder"),
-        pytest.param("mixtral", "has fused experts", marks=NEEDS_5),
         ("albert", "is no chain of blocks .* runs more than once"),
         ("mamba", "dt_proj is never called, because its module reads the weight itself"),
     ],

@@ -9,8 +9,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import soco
 from soco.folders import CHECKSUMS
+from soco.stored import StoredModel
 from soco.surgery import find_linears, low_rank_layers, weight_of
-from tiny_models import NEEDS_5, compress, compress_pivoted, compress_shared, tiny_model
+from tiny_models import (
+    MIXTURES,
+    NEEDS_5,
+    compress,
+    compress_pivoted,
+    compress_shared,
+    tiny_mixture,
+    tiny_model,
+)
 
 IDS = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
 
@@ -31,11 +40,12 @@ def edit(folder, change):
     save_file(held, file, metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("how", [compress, compress_pivoted, compress_shared])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_a_sound_folder(name, how, tmp_path):
+def test_a_sound_folder(name, how, stream, tmp_path):
     small, dense = folders(tmp_path, name, how, rank=12)
-    found = soco.verify(small, dense, text=IDS)
+    found = soco.verify(small, dense, text=IDS, stream=stream)
     assert found.problems == ()
     assert found.ok
     assert set(found.files.values()) == {"as written"}
@@ -50,6 +60,13 @@ def test_a_sound_folder(name, how, tmp_path):
         assert each.weight_error == pytest.approx(expected, rel=1e-4)
     assert json.loads(json.dumps(found.to_dict()))["files"] == found.files
     assert "all outputs finite" in found.summary()
+
+
+@pytest.mark.parametrize("how", [compress, compress_pivoted, compress_shared])
+def test_streamed_it_is_the_same(how, tmp_path):
+    small, dense = folders(tmp_path, how=how, rank=12, dtype=torch.float64)
+    options = {"text": IDS, "samples": 3}
+    assert soco.verify(small, dense, **options, stream=True) == soco.verify(small, dense, **options)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +102,9 @@ def test_without_a_dense_model_and_text(tmp_path):
     assert found.tokens == 4 * 64
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_file_that_was_changed(name, tmp_path):
+def test_a_file_that_was_changed(name, stream, tmp_path):
     small, dense = folders(tmp_path)
     file = small / name
     if name == "config.json":
@@ -95,9 +113,9 @@ def test_a_file_that_was_changed(name, tmp_path):
         data = bytearray(file.read_bytes())
         data[-3] ^= 1  # one bit of one number
         file.write_bytes(data)
-    found = soco.verify(small, dense, text=IDS)
+    found = soco.verify(small, dense, text=IDS, stream=stream)
     assert found.files[name] == "changed"
-    assert found.problems == (f"{name} is changed",)
+    assert found.problems == found.broken == (f"{name} is changed",)
 
 
 def test_files_that_are_missing_or_not_recorded(tmp_path):
@@ -112,23 +130,26 @@ def test_files_that_are_missing_or_not_recorded(tmp_path):
     assert set(found.files.values()) == {"not recorded"}
 
 
-def test_numbers_that_are_not_finite(tmp_path):
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.up.weight", "model.norm.weight"])
+def test_numbers_that_are_not_finite(key, stream, tmp_path):
     small, dense = folders(tmp_path)
-    key = "model.layers.1.mlp.up_proj.up.weight"
-    edit(small, lambda held: held[key][0, 0].fill_(float("nan")))
-    found = soco.verify(small, dense, text=IDS)
+    edit(small, lambda held: held[key].view(-1)[0].fill_(float("nan")))
+    found = soco.verify(small, dense, text=IDS, stream=stream)
     assert f"{key} holds NaN or Inf" in found.problems
 
 
-def test_outputs_that_overflow(tmp_path):
+@pytest.mark.parametrize("stream", [False, True])
+def test_outputs_that_overflow(stream, tmp_path):
     small, _ = folders(tmp_path, dtype=torch.float16)
     edit(small, lambda held: held["model.norm.weight"].fill_(60000))
     edit(small, lambda held: held["lm_head.weight"].fill_(60000))
-    found = soco.verify(small, text=IDS)
+    found = soco.verify(small, text=IDS, stream=stream)
     assert found.problems[-1].startswith("the outputs of the model hold NaN or Inf")
 
 
-def test_layers_that_changed_places(tmp_path):
+@pytest.mark.parametrize("stream", [False, True])
+def test_layers_that_changed_places(stream, tmp_path):
     """Of the same shapes: nothing else can see it."""
     small, dense = folders(tmp_path, rank=12)
     one, other = (f"model.layers.{i}.mlp.up_proj" for i in (0, 1))
@@ -140,9 +161,10 @@ def test_layers_that_changed_places(tmp_path):
 
     edit(small, swap)
     (small / CHECKSUMS).unlink()
-    assert soco.verify(small, text=IDS).ok
-    found = soco.verify(small, dense, text=IDS)
-    assert len(found.problems) == 2
+    assert soco.verify(small, text=IDS, stream=stream).ok
+    found = soco.verify(small, dense, text=IDS, stream=stream)
+    assert len(found.problems) == len(found.far) == 2
+    assert found.broken == ()
     for name, problem in zip((one, other), found.problems, strict=True):
         assert problem.startswith(f"{name} is no nearer to the dense layer than zeros are")
 
@@ -166,11 +188,48 @@ def test_a_dense_model_with_nan_is_named(tmp_path):
         soco.verify(small, tmp_path / "nan")
 
 
-def test_a_folder_that_does_not_load(tmp_path):
-    small, _ = folders(tmp_path)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_folder_that_does_not_load(stream, tmp_path):
+    small, dense = folders(tmp_path)
     edit(small, lambda held: held.pop("model.norm.weight"))
     with pytest.raises(ValueError, match=r"lacks model.norm.weight"):
-        soco.verify(small)
+        soco.verify(small, stream=stream)
+    with pytest.raises(ValueError, match=r"compressed by soco"):
+        soco.verify(dense, stream=stream)
+
+
+def test_the_beginning_of_a_text_is_run(tmp_path):
+    """Of a long one no more is read; of a short one all there is."""
+    small, dense = folders(tmp_path)
+    ids = IDS.flatten().repeat(10)
+    found = soco.verify(small, dense, text=ids, samples=2)
+    assert found.tokens == 2 * 64
+    known = soco.verify(small, dense, text=ids[:128].view(2, 64), samples=2)
+    assert known.layers == found.layers
+    assert soco.verify(small, text=ids[:20]).tokens == 20
+
+
+@NEEDS_5
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures(name, stream, tmp_path):
+    """Every expert is compared, however the dense model is stored."""
+    model = tiny_mixture(name)
+    model.save_pretrained(tmp_path / "dense")
+    soco.compress(model, 0.2, method="svd", progress=False)
+    soco.save(model, tmp_path / "small")
+    found = soco.verify(tmp_path / "small", tmp_path / "dense", text=IDS, stream=stream)
+    experts = [each for each in found.layers if ".experts." in each.name]
+    assert len(experts) > 3
+    for each in experts:
+        layer = low_rank_layers(model)[each.name]
+        stored = StoredModel(tmp_path / "dense")
+        stored.split_experts()
+        dense = stored.weight(each.name)
+        error = (dense - layer.to_linear().weight.detach()).norm() / dense.norm()
+        assert each.weight_error == pytest.approx(float(error), rel=1e-4)
+    assert {each.output_error is not None for each in experts} <= {True, False}
+    assert any(each.output_error for each in experts)
 
 
 @NEEDS_5

@@ -15,6 +15,7 @@ from soco.cli.options import (
     AllocatorOption,
     BasisOption,
     BatchSizeOption,
+    BlockwiseOption,
     CalibrationOption,
     CheckpointingOption,
     DeviationOption,
@@ -245,6 +246,7 @@ def evaluate(
     ] = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
+    stream: BlockwiseOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Measure perplexity on a text and the distance to the dense model, or answers to tasks."""
@@ -270,6 +272,7 @@ def evaluate(
         dtype=dtype.value,
         device=device,
         as_json=as_json,
+        stream=stream,
         quiet=quiet,
     )
 
@@ -452,11 +455,12 @@ def verify(
         typer.Option(metavar="FILE", help="What is run.", show_default="a story that soco brings"),
     ] = None,
     as_json: JsonOption = False,
+    stream: BlockwiseOption = False,
 ) -> None:
     """Check a compressed model: its files, its numbers, and its layers against the dense ones."""
     from soco.cli import commands
 
-    commands.verify(folder, against, text, as_json=as_json)
+    commands.verify(folder, against, text, as_json=as_json, stream=stream)
 
 
 @app.command()

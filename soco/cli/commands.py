@@ -7,6 +7,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
-from soco.checkpoint import CONFIG, export_dense, save
+from soco.checkpoint import CONFIG, export_dense, is_compressed, save
 from soco.choices import choose
 from soco.cli import demo
 from soco.cli.messages import console, quiet_libraries, say, shows_bars
@@ -28,7 +29,6 @@ from soco.cli.sources import (
     find_device,
     find_model,
     find_text,
-    is_compressed,
     open_dense,
     open_model,
     open_tokenizer,
@@ -46,8 +46,10 @@ from soco.processes import number
 from soco.reporting import Report, format_bytes
 from soco.reporting import report as report_of
 from soco.resizing import resize as resize_model
+from soco.running import blockwise, stored_model
 from soco.sizes import parse_bytes
 from soco.tasks import check_tasks, evaluate_tasks
+from soco.verification import Verification
 from soco.verification import verify as verify_model
 from soco.workfolder import PLAN, discard
 
@@ -107,8 +109,10 @@ def compress(wanted: Compression) -> None:
             _save_all(model, folders, tokenizer)
         else:
             save(model, wanted.output, tokenizer)
-        for folder in folders.values() or [wanted.output]:
-            _check_written(folder)
+        checks = [
+            check_written(folder, wanted.model, options.get("calibration"), tokenizer)
+            for folder in folders.values() or [wanted.output]
+        ]
         if work is not None:
             discard(work)
         seconds = time.perf_counter() - begin
@@ -120,6 +124,7 @@ def compress(wanted: Compression) -> None:
             out.print(
                 f"  {folder}: {_size_in(folder)}, {ratio:g} of the layers removed", markup=False
             )
+        tell_checks(checks[0], out)
         if dense is not None:
             if wide:
                 nn.Module.float(model)
@@ -128,15 +133,43 @@ def compress(wanted: Compression) -> None:
     tell_files(wanted, next(iter(folders.values()), wanted.output), options, out)
 
 
-def _check_written(folder: Path) -> None:
+def check_written(
+    folder: Path, model: str, text: Any, tokenizer: Any, *, stream: bool = False
+) -> Verification:
     """Load what was written once more, and run it: the disk may fail, and half precision overflow.
 
+    Args:
+        folder: of the compressed model.
+        model: the dense one, of which layers are compared where it lies in a folder.
+        text: that was learned from, of which the beginning is run; random tokens without.
+        tokenizer: of that text.
+        stream: whether one block of it has to be in memory at a time.
+
     Raises:
-        ValueError: there is a problem.
+        ValueError: files or numbers are broken.
     """
-    found = verify_model(folder, samples=1)
-    if found.problems:
-        raise ValueError(f"{folder} was written, and is broken: {found.problems[0]}")
+    dense = find_model(model)
+    options: dict[str, Any] = {"samples": 1, "stream": stream}
+    if text is not None and text != "self":
+        options |= {"text": text, "tokenizer": tokenizer}
+    try:
+        found = verify_model(folder, dense if Path(dense).is_dir() else None, **options)
+    except ValueError:  # the dense model may be stored in a way that only transformers knows
+        found = verify_model(folder, **options)
+    if found.broken:
+        raise ValueError(f"{folder} was written, and is broken: {found.broken[0]}")
+    return found
+
+
+def tell_checks(found: Verification, out: Console) -> None:
+    """One line on what the check of a written model found."""
+    told = "files as written, outputs finite"
+    errors = [each.output_error for each in found.layers if each.output_error is not None]
+    if errors:
+        told += f", {len(errors)} layers off by {min(errors):.0%} to {max(errors):.0%} in theirs"
+    if found.far:
+        told += f", {len(found.far)} of them by as much as without the layer"
+    out.print(f"{'checked':<18} {told}", markup=False)
 
 
 def _size_in(folder: Path) -> str:
@@ -245,6 +278,7 @@ def evaluate(
     dtype: str,
     device: str | None,
     as_json: bool,
+    stream: bool,
     quiet: bool,
 ) -> None:
     """``soco evaluate``: perplexity on a text and the distance to the dense model, and tasks."""
@@ -256,11 +290,17 @@ def evaluate(
     running = {"batch_size": batch_size, "progress": not quiet}
     values: dict[str, Any] = {"model": model, "text": text, "dense": dense}
     told = []
-    with quiet_libraries(bars=shows_bars(quiet)):
+    with quiet_libraries(bars=shows_bars(quiet)), ExitStack() as lent:
+
+        def opened(name: str) -> PreTrainedModel:
+            if stream:
+                return lent.enter_context(_streamed(name, dtype, place))
+            return _opened(name, dtype, place)
+
         if tasks is not None:
             check_tasks(tasks, data=task_options["data"], num_fewshot=task_options["num_fewshot"])
-        small = _opened(model, dtype, place)
-        large = None if dense is None else _opened(dense, dtype, place)
+        small = opened(model)
+        large = None if dense is None else opened(dense)
         tokenizer = open_tokenizer(model)
         if file is not None:
             found = evaluate_model(
@@ -294,6 +334,19 @@ def _opened(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
     if dtype == "auto" and computes_wide(model.dtype, device, _say_nothing):
         nn.Module.float(model)
     return model
+
+
+def _streamed(
+    name: str, dtype: str, device: torch.device
+) -> AbstractContextManager[PreTrainedModel]:
+    """The same model with one block in memory."""
+    folder = find_model(name)
+    if not Path(folder).is_dir():
+        raise ValueError(f"--stream reads folders, and {name} is none: download it first")
+    wanted = stored_model(folder).dtype if dtype == "auto" else getattr(torch, dtype)
+    if dtype == "auto" and computes_wide(wanted, device, _say_nothing):
+        wanted = torch.float32
+    return blockwise(folder, dtype=wanted, device=device)
 
 
 def _lines(found: Evaluation) -> str:
@@ -338,7 +391,9 @@ def export(folder: Path, output: Path) -> None:
     print(f"{output} holds the compressed model in dense form ({format_bytes(weights)} of weights)")
 
 
-def verify(folder: Path, against: str | None, text: str | None, *, as_json: bool) -> None:
+def verify(
+    folder: Path, against: str | None, text: str | None, *, as_json: bool, stream: bool
+) -> None:
     """``soco verify``: what was found, and exit code 2 if there is a problem."""
     _check_compressed(folder)
     dense = None if against is None else find_model(against)
@@ -348,7 +403,7 @@ def verify(folder: Path, against: str | None, text: str | None, *, as_json: bool
         tokenizer = _tokenizer(str(folder), needed=text is not None)
         found = verify_model(
             folder, dense, tokenizer=tokenizer,
-            text=None if tokenizer is None else find_text(text or DEMO),
+            text=None if tokenizer is None else find_text(text or DEMO), stream=stream,
         )  # fmt: skip
     print(json.dumps(found.to_dict(), indent=1) if as_json else found.summary())
     if found.problems:

@@ -255,6 +255,14 @@ StreamOption = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+BlockwiseOption = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Do not load the model: have one block of it in memory.",
+        rich_help_panel=RUNNING,
+    ),
+]
 WorkOption = Annotated[
     Path | None,
     typer.Option(

@@ -11,12 +11,11 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from soco.checkpoint import CONFIG, load
+from soco.checkpoint import CONFIG, is_compressed, load
 from soco.cli.messages import sentence
 from soco.contents import BROKEN, check_counts
 from soco.headers import INDEX, WEIGHTS, is_file, read_headers, read_json, weight_files
 from soco.ops import all_finite
-from soco.plugin import QUANT_METHOD
 
 DEMO = "demo"  # the name under which the shipped model and its text are known
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"

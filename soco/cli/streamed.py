@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from soco.choices import choose
-from soco.cli.commands import tell_files
+from soco.cli.commands import check_written, tell_checks, tell_files
 from soco.cli.messages import console, quiet_libraries, say
 from soco.cli.sources import (
     check_output,
@@ -73,10 +73,13 @@ def compress(wanted: Compression) -> None:
                 f"the memory of {device} is full: try a smaller --batch-size or --length, "
                 f"--micro-batch 1 with method soco, --dtype bfloat16 or --device cpu"
             ) from error
-    if number() > 0:
-        return
+        if number() > 0:
+            return
+        tell("looking at what was written")
+        checked = check_written(wanted.output, place, text, tokenizer, stream=True)
     out = console()
     seconds = time.perf_counter() - begin
     out.print(f"{wanted.model}, compressed and written in {seconds:.0f} s", style="bold")
     out.print(report.summary(), markup=False)
+    tell_checks(checked, out)
     tell_files(wanted, wanted.output, options, out)
