@@ -2,21 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from soco.calibration import KINDS, Statistics
 from soco.folders import replaced
-from soco.headers import Entry, read_headers, read_json
+from soco.headers import Entry, opened_tensors, read_headers, read_json
 
 RECORD, TENSORS = "statistics.json", "statistics.safetensors"
 FORMAT = 2  # 1: labels for gradients were drawn batch by batch
@@ -125,7 +123,7 @@ def _others(
         return {}
     entries = _entries(folder)
     read: dict[str, Tensor] = {}
-    with _opened(folder) as file:
+    with opened_tensors(folder / TENSORS) as file:
         for name in {name for each in parts.values() for name in each.values()}:
             if name not in entries:
                 raise ValueError(f"{folder / TENSORS} does not hold {name}")
@@ -140,15 +138,6 @@ def _entries(folder: Path) -> dict[str, Entry]:
     if not (folder / TENSORS).is_file():
         raise ValueError(f"{folder / TENSORS} is missing")
     return read_headers([folder / TENSORS])
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[Any]:
-    try:
-        with safe_open(folder / TENSORS, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{folder / TENSORS} is broken: {error}") from error
 
 
 def fetch(
@@ -187,7 +176,7 @@ def fetch(
     entries = _entries(folder)
     read: dict[str, Tensor] = {}
     found = {}
-    with _opened(folder) as file:
+    with opened_tensors(folder / TENSORS) as file:
         for layer, shape in shapes.items():
             described = layers[layer]
             parts = {}

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from soco.archive import fingerprint
 from soco.diagnosis import versions
-from soco.headers import is_file, read_headers, read_json
+from soco.headers import is_file, opened_tensors, read_headers, read_json
 from soco.keeping import clear, result
 from soco.linalg import SVD, truncated_svd, work_of
 from soco.ops import check_finite
@@ -88,7 +87,7 @@ class Decomposition(Mapping[str, SVD]):
 
     def __getitem__(self, name: str) -> SVD:
         """The triplets of a layer, in the dtype they were written in."""
-        with safe_open(self.folder / self.layers[name].file, "pt") as file:
+        with opened_tensors(self.folder / self.layers[name].file) as file:
             return SVD(*(file.get_tensor(f"{name}.{part}") for part in SVD._fields))
 
     def __iter__(self) -> Iterator[str]:

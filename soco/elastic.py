@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from soco.folders import SPECTRUM
-from soco.headers import read_headers
+from soco.headers import opened_tensors, read_headers
 from soco.linalg import Factors
 from soco.ops import all_finite
 from soco.ranks import allocate, check_ratio, parameter_budget
@@ -201,19 +200,16 @@ class ElasticSpectrum:
                 f"ratios can be resized (soco compress --ratios)"
             )
         entries = read_headers([file])
-        try:
-            with safe_open(str(file), "pt") as held:
-                described = _described(file, (held.metadata() or {}).get("soco"))
-                layers = {}
-                for name, layout in described["layouts"].items():
-                    parts = {
-                        part: held.get_tensor(key)
-                        for part in _SHAPES
-                        if (key := f"{name}.{part}") in entries
-                    }
-                    layers[name] = _checked(file, name, layout, parts, len(described["ratios"]))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is broken: {error}") from error
+        with opened_tensors(file) as held:
+            described = _described(file, (held.metadata() or {}).get("soco"))
+            layers = {}
+            for name, layout in described["layouts"].items():
+                parts = {
+                    part: held.get_tensor(key)
+                    for part in _SHAPES
+                    if (key := f"{name}.{part}") in entries
+                }
+                layers[name] = _checked(file, name, layout, parts, len(described["ratios"]))
         known = {f"{n}.{part}" for n, layer in layers.items() for part in layer.tensors()}
         for key in entries.keys() - known:
             raise ValueError(f"{file} holds {key}, which belongs to no layer that it describes")

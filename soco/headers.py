@@ -1,10 +1,13 @@
 """What the safetensors files of a model folder say they hold, read without reading the tensors."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
+
+from safetensors import SafetensorError, safe_open
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -139,7 +142,9 @@ def _read_header(file: Path) -> dict[str, Entry]:
         raise ValueError(f"{file} is not a safetensors file: {error}") from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{file} is not a safetensors file: its header is no JSON object")
-    tensors.pop("__metadata__", None)
+    told = tensors.pop("__metadata__", {})
+    if not (isinstance(told, dict) and all(isinstance(value, str) for value in told.values())):
+        raise ValueError(f"{file} is not a safetensors file: its metadata must be text by name")
     held = size - 8 - length  # bytes of tensors
     entries, end = {}, 0
     for name, entry in sorted(tensors.items(), key=_begin):
@@ -155,6 +160,20 @@ def _read_header(file: Path) -> dict[str, Entry]:
     if end != held:
         raise ValueError(f"{file} is broken: {held - end} bytes belong to no tensor")
     return entries
+
+
+@contextmanager
+def opened_tensors(file: Path) -> Iterator[Any]:
+    """A safetensors file whose tensors are read one by one, as ``safetensors.safe_open`` gives it.
+
+    Raises:
+        ValueError: it is broken.
+    """
+    try:
+        with safe_open(file, "pt") as held:
+            yield held
+    except SafetensorError as error:
+        raise ValueError(f"{file} is broken: {error}") from error
 
 
 def _begin(item: tuple[str, object]) -> tuple[int, int]:

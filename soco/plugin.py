@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
@@ -14,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 from soco.contents import check_contents, find_entries, is_own_class
 from soco.experts import Experts, find_experts, fuse_experts, is_fused, split_experts
-from soco.headers import Entry
+from soco.headers import Entry, opened_tensors
 from soco.modules import CompressedLinear, LowRankLinear, PivotedLinear, share_basis
 from soco.surgery import (
     bias_of,
@@ -425,7 +424,7 @@ def _stored_pivots(entries: Mapping[str, Entry], key: str, rank: int) -> torch.T
     entry = entries.get(key)
     if entry is None or entry.shape != (rank,) or entry.dtype != "I64":
         return torch.full((rank,), -1)
-    with safe_open(entry.file, framework="pt") as file:
+    with opened_tensors(entry.file) as file:
         return file.get_tensor(key).clone()  # the file may be written anew
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from soco.contents import (
@@ -24,7 +23,7 @@ from soco.contents import (
     saved_name,
 )
 from soco.experts import split_experts
-from soco.headers import Entry, check_index, read_headers, read_json, weight_files
+from soco.headers import Entry, check_index, opened_tensors, read_headers, read_json, weight_files
 from soco.ops import check_finite
 from soco.surgery import layout_of
 
@@ -157,7 +156,7 @@ class StoredModel:
         entry = self.entries[key]
         if floating and entry.dtype not in _FLOATS:
             raise ValueError(f"{entry.file} holds {key} in {entry.dtype}, which is no float")
-        with safe_open(entry.file, "pt") as file:
+        with opened_tensors(entry.file) as file:
             return file.get_tensor(key)
 
     def weight(self, name: str) -> Tensor:
@@ -274,7 +273,7 @@ class StoredModel:
         """A tensor made of its parts."""
         found = []
         for key, index in parts.keys:
-            with safe_open(self.entries[key].file, "pt") as file:
+            with opened_tensors(self.entries[key].file) as file:
                 if index is None:
                     found.append(file.get_tensor(key))
                 else:

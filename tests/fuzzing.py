@@ -3,10 +3,10 @@
     python tests/fuzzing.py --count 20000 --output fuzz.json
 
 breaks the config, the headers and the index of small models at random, one to three times each,
-and opens every folder as ``soco.load``, ``soco compress``, ``soco.decompose`` and
-``soco.Decomposition`` do. Anything but a model or a ValueError is a failure: another exception, a
-crash, more than 20 seconds, or an allocation of more than 1 GB. ``tests/test_fuzzing.py`` runs a
-few hundred.
+and opens every folder as ``soco.load``, ``soco compress``, ``soco.decompose``, ``soco.verify``,
+``soco.blockwise`` and ``soco.Decomposition`` do. Anything but a model or a ValueError is a
+failure: another exception, a crash, more than 20 seconds, or an allocation of more than 1 GB.
+``tests/test_fuzzing.py`` runs a few hundred.
 """
 
 import argparse
@@ -35,6 +35,7 @@ import soco
 from soco.cli.sources import open_dense
 from soco.decomposition import Decomposition, decompose
 from soco.diagnosis import commit_of, describe_machine
+from soco.running import lent, stored_model
 from soco.stored import StoredModel
 from tiny_models import tiny_model
 
@@ -55,6 +56,9 @@ def make(folder: Path) -> dict[str, Callable[[Path], object]]:
         model = tiny_model(kind)
         model.save_pretrained(folder / f"dense-{name}", max_shard_size="20KB")
         opened[f"dense-{name}"] = StoredModel
+        if kind != "gpt2":
+            opened[f"blocks-{name}"] = by_blocks
+            shutil.copytree(folder / f"dense-{name}", folder / f"blocks-{name}")
         opened[f"whole-{name}"] = lambda path: open_dense(str(path), "auto", torch.device("cpu"))
         shutil.copytree(folder / f"dense-{name}", folder / f"whole-{name}")
         if name == "llama":
@@ -63,13 +67,42 @@ def make(folder: Path) -> dict[str, Callable[[Path], object]]:
             soco.save(model, folder / "whole")
             soco.save(model, folder / "shards", max_shard_size="20KB")
             opened |= {"whole": soco.load, "shards": soco.load}
+            opened |= {"verified": verified, "verified-blocks": verified_by_blocks}
+            for each in ("verified", "verified-blocks"):
+                shutil.copytree(folder / "whole", folder / each)
             decompose(folder / "dense-llama", folder / "parts", kept=0.5, progress=False)
             opened["parts"] = lambda path: dict(Decomposition(path))
         if name == "gpt2":
             soco.compress(model, 0.4, method="svd", pivoted=True, progress=False)
             soco.save(model, folder / "pivoted")
             opened["pivoted"] = soco.load
+            opened["blocks-pivoted"] = by_blocks
+            shutil.copytree(folder / "pivoted", folder / "blocks-pivoted")
+        if name == "mixture":
+            soco.compress(model, 0.4, method="svd", progress=False)
+            soco.save(model, folder / "experts")
+            opened["experts"] = soco.load
+            opened["blocks-experts"] = by_blocks
+            shutil.copytree(folder / "experts", folder / "blocks-experts")
     return opened
+
+
+def by_blocks(path: Path) -> None:
+    """A model that is lent, and every tensor of it read once."""
+    stored = stored_model(path)
+    with lent(stored) as model:
+        for name in model.state_dict():
+            key = stored.key(name)
+            if key is not None:
+                stored.read(key, floating=False)
+
+
+def verified(path: Path) -> None:
+    soco.verify(path, samples=1)
+
+
+def verified_by_blocks(path: Path) -> None:
+    soco.verify(path, samples=1, stream=True)
 
 
 # Mutations ----------------------------------------------------------------------------------------

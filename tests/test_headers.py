@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from soco.headers import check_index, read_headers, read_json, weight_files
+from soco.headers import check_index, opened_tensors, read_headers, read_json, weight_files
 
 TENSORS = {
     "a.weight": torch.zeros(2, 3),
@@ -74,6 +74,27 @@ def read_order(file):
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     header.pop("__metadata__")
     return [(key, entry["data_offsets"][1]) for key, entry in header.items()]
+
+
+@pytest.mark.parametrize("told", [["pt"], "pt", None, {"format": 1}, {"format": {}}])
+def test_metadata_that_is_no_text_by_name(told, file):
+    """Which the library refuses only when the first tensor is read."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length]) | {"__metadata__": told}
+    changed = json.dumps(header).encode()
+    file.write_bytes(len(changed).to_bytes(8, "little") + changed + data[8 + length :])
+    with pytest.raises(ValueError, match="its metadata must be text by name"):
+        read_headers([file])
+
+
+def test_tensors_are_read_one_by_one(file):
+    with opened_tensors(file) as held:
+        for name, tensor in TENSORS.items():
+            assert torch.equal(held.get_tensor(name), tensor)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors is broken: "), opened_tensors(file):
+        pass
 
 
 def test_bytes_too_many(file):
