@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from soco.archive import fingerprint
 from soco.diagnosis import versions
+from soco.experts import experts_apart
 from soco.headers import is_file, opened_tensors, read_headers, read_json
 from soco.keeping import clear, result
 from soco.linalg import SVD, truncated_svd, work_of
@@ -125,7 +126,8 @@ def decompose(
     files out; the triplets are the same bit for bit.
 
     Args:
-        source: a transformers model, or the folder of one.
+        source: a transformers model, or the folder of one; the experts of a mixture are layers of
+            their own ("model.layers.0.mlp.experts.3.down_proj").
         output: folder to write; one that is there is replaced, but only if it holds a
             decomposition.
         kept: the fraction of the components of each layer, above 0 and at most 1; at least one.
@@ -330,11 +332,13 @@ def _open(
 ) -> tuple[dict[str, Read], dict[str, tuple[int, int]], dict[str, str]]:
     """How to read each layer's weight, its shape (out, in), and what shows that it was changed."""
     if isinstance(source, nn.Module):
-        layers = find_linears(source, include, exclude)
+        with experts_apart(source):  # the layers of experts stay, on the memory of the fused ones
+            layers = find_linears(source, include, exclude)
         reads = {n: (lambda module=m: weight_of(module).detach()) for n, m in layers.items()}
         shapes = {name: shape_of(module) for name, module in layers.items()}
         return reads, shapes, fingerprint(source)
     stored = StoredModel(source)
+    stored.split_experts()
     layers = find_linears(stored.model, include, exclude)
     for name in layers:
         stored.require_weight(name)  # before anything is computed

@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from soco.data import cut_windows, token_ids
 from soco.objectives import TokenDistribution, last_hidden_state, objective_for, run_model
+from soco.processes import add_up, gathered, own
+from soco.processes import count as processes
 from soco.surgery import sequence_length
 
 # Entries of the logits (tokens x vocabulary) that are taken to float64 at a time: 128 MB.
@@ -81,6 +83,8 @@ def evaluate(
     log likelihood of all predictions. The models run in the dtype they have; probabilities are
     taken from their logits in float64.
 
+    Several processes (``soco.together``) share the batches.
+
     KL and top-1 agreement are means over the same predictions. A model that does not predict the
     next token has no perplexity: masked language models and encoder-decoders (which get the text on
     both sides) have KL and top-1 over all tokens; encoders, and all models without a head for
@@ -126,14 +130,17 @@ def evaluate(
         by_states = dense is not None and not causal and not (predicts_tokens and encodes)
         sums = _Sums()
         with _bar(len(chosen), progress) as bar:
-            for batch in chosen.split(size):
+            batches = chosen.split(size)
+            for number in own(len(batches)):
+                batch = batches[number]
                 if predicts_tokens:
                     scored = batch[:, 1:] if causal else batch
                     others = None if dense is None else _logits(dense, batch, scored.shape[1])
                     sums.add_predictions(_logits(model, batch, scored.shape[1]), scored, others)
                 if dense is not None and by_states:
                     sums.add_states(_states(model, batch), _states(dense, batch))
-                bar.update(len(batch))
+                bar.update(len(batch) * processes())
+        sums.gather()
         seconds = time.perf_counter() - start
     tokens = chosen.numel() - (len(chosen) if causal else 0)
     compared = dense is not None
@@ -194,6 +201,16 @@ class _Sums:
         self.squared_distance += (states.double() - dense).square().sum().item()
         count = torch.tensor(dense.numel(), dtype=torch.float64)
         self.moments += torch.stack([count, dense.sum().cpu(), dense.square().sum().cpu()])
+
+    def gather(self) -> None:
+        """The sums over all processes, each of which ran some of the batches."""
+        mine = (self.surprise, self.divergence, self.agreements, self.squared_distance)
+        parts = list(zip(*gathered(mine), strict=True))
+        self.surprise, self.divergence, self.squared_distance = (
+            sum(parts[place]) for place in (0, 1, 3)
+        )
+        self.agreements = sum(parts[2])
+        add_up(self.moments)
 
     def distance(self) -> float:
         """The squared distance of the states as a fraction of the dense ones' variance."""

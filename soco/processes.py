@@ -57,6 +57,17 @@ def together() -> Iterator[None]:
             _store = None
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside ``together``: what one process does while the others do not take part."""
+    global _together
+    before, _together = _together, False
+    try:
+        yield
+    finally:
+        _together = before
+
+
 def _start() -> None:
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
     if missing:

@@ -16,7 +16,7 @@ from soco.decomposition import CONTENTS, Decomposition, decompose
 from soco.linalg import SVD
 from soco.surgery import find_linears, weight_of
 from soco.workfolder import WorkFolder
-from tiny_models import tiny_model
+from tiny_models import NEEDS_5, tiny_mixture, tiny_model
 
 
 def product(svd):
@@ -41,6 +41,30 @@ def test_a_model_and_its_folder_give_the_same(name, tmp_path):
     check(found, model)
     for layer, svd in Decomposition(tmp_path / "a").items():
         assert all(torch.equal(a, b) for a, b in zip(svd, found[layer], strict=True))
+
+
+@NEEDS_5
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_layers(name, tmp_path):
+    """From memory and from a folder; the model stays as it is."""
+    model = tiny_mixture(name)
+    model.save_pretrained(tmp_path / "model")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    one = decompose(model, tmp_path / "one", kept=0.5, progress=False)
+    other = decompose(tmp_path / "model", tmp_path / "other", kept=0.5, progress=False)
+    assert list(one) == list(other)
+    expert = "model.layers.1.mlp.experts.3.down_proj"
+    assert expert in one
+    for layer in one:
+        for ours, theirs in zip(one[layer], other[layer], strict=True):
+            assert torch.equal(ours, theirs)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    weight = model.state_dict()["model.layers.1.mlp.experts.down_proj"][3]
+    weight = weight.T if name == "gpt_oss" else weight
+    values = torch.linalg.svdvals(weight)
+    torch.testing.assert_close(one[expert].S, values[: len(one[expert].S)])
 
 
 def test_a_folder_in_shards_with_the_names_of_the_base_model(tmp_path):

@@ -115,6 +115,18 @@ def test_methods_up_to_rounding(results, key, count):
     assert distance(weights, others) < 1e-5
 
 
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("key", ["measured", "in one batch", "encoder measured"])
+def test_evaluation_up_to_rounding_in_float64(results, key, count):
+    """Batches are shared; of one batch one process has all."""
+    one, other = (results[n][0][key] for n in (1, count))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        near = pytest.approx(value, rel=1e-12) if isinstance(value, float) else value
+        assert other[name] == near, name
+    assert (one["kl"] or one["distance"]) > 0
+
+
 @pytest.mark.parametrize("count", [1, *COUNTS])
 def test_stopped_and_going_on(results, count):
     """Bit for bit what an undisturbed run of as many processes gives."""
@@ -207,6 +219,18 @@ def test_ctrl_c_is_told_once(dense):
     assert err.count("soco: stopped: the same command goes on from here") == 1
     assert "soco/cli" not in err  # the traceback there is the launcher's
     assert not (place / "out").exists()
+
+
+def test_a_demo_by_several(tmp_path):
+    """They compress, and then one of them compares, while the others have left."""
+    words = ["--steps", "2", "--samples", "4", "--length", "32", "--ratio", "0.5", "-o", "out"]
+    ran = launch(tmp_path, 2, "-m", "soco", "compress", "demo", *words)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("SVD-LLM, ranks by energy") == 1
+    measure = ["evaluate", "out", "--text", "demo", "--windows", "3", "--length", "32", "--json"]
+    ran = launch(tmp_path, 2, "-m", "soco", *measure)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["tokens"] == 3 * 31  # told once
 
 
 # ---- alone --------------------------------------------------------------------------------------

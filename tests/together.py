@@ -65,6 +65,32 @@ def apart(folder):
     return {name: svd._asdict() for name, svd in found.items()}, len(list(out.iterdir())), left
 
 
+def measured(**options):
+    """A model far from the dense one, on a text of five windows."""
+    model = tiny_model("llama", seed=3)
+    found = soco.evaluate(
+        model, text(5), dense=tiny_model("llama"), length=12, progress=False, **options
+    )  # fmt: skip
+    return {**found.to_dict(), "seconds": 0.0}
+
+
+def encoded():
+    model = tiny_model("bert", seed=3)
+    found = soco.evaluate(
+        model.bert, text(5), dense=tiny_model("bert").bert, length=12, batch_size=1
+    )
+    return {**found.to_dict(), "seconds": 0.0}
+
+
+def lonely():
+    """What one process does, while the others do not take part."""
+    with processes.alone():
+        assert (processes.count(), processes.number()) == (1, 0)
+        if processes.first_to("be alone"):
+            compressed("svd-llm")
+            measured()
+
+
 def stopped(folder):
     """Stopped where a second state of statistics, training, and refinement is written; going on."""
     keeping.EVERY, save, stops = 0.0, keeping.Keeper.save, []
@@ -114,8 +140,12 @@ def main():
             "streamed walk": streamed(output, "aa-svd", allocator="energy"),
             "streamed bases": streamed(output, "basis-sharing", allocator="energy"),
             "apart": apart(output),
+            "measured": measured(batch_size=1),
+            "in one batch": measured(batch_size=8),
+            "encoder measured": encoded(),
             "stopped": stopped(output / f"work-{processes.count()}"),
         }
+        lonely()
     assert processes.count() == 1
     torch.save(found, output / f"{found['numbers'][1]}-{found['numbers'][0]}.pt")
 

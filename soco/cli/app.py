@@ -259,22 +259,24 @@ def evaluate(
             if given is None and value is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for {needed}")
     from soco.cli import commands
+    from soco.cli.shared import one_voice
 
-    commands.evaluate(
-        model,
-        text,
-        dense,
-        tasks=tasks,
-        task_options={"data": task_data, "limit": limit, "num_fewshot": num_fewshot},
-        length=length,
-        windows=windows,
-        batch_size=batch_size,
-        dtype=dtype.value,
-        device=device,
-        as_json=as_json,
-        stream=stream,
-        quiet=quiet,
-    )
+    with one_voice():
+        commands.evaluate(
+            model,
+            text,
+            dense,
+            tasks=tasks,
+            task_options={"data": task_data, "limit": limit, "num_fewshot": num_fewshot},
+            length=length,
+            windows=windows,
+            batch_size=batch_size,
+            dtype=dtype.value,
+            device=device,
+            as_json=as_json,
+            stream=stream,
+            quiet=quiet,
+        )
 
 
 @app.command()

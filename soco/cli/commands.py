@@ -42,7 +42,7 @@ from soco.headers import read_json
 from soco.installation import size_of
 from soco.methods import Method, SoCo
 from soco.pipeline import compress as compress_model
-from soco.processes import number
+from soco.processes import alone, number
 from soco.reporting import Report, format_bytes
 from soco.reporting import report as report_of
 from soco.resizing import resize as resize_model
@@ -128,7 +128,8 @@ def compress(wanted: Compression) -> None:
         if dense is not None:
             if wide:
                 nn.Module.float(model)
-            rows = demo.compare(dense, model, tokenizer, options, tell)
+            with alone():
+                rows = demo.compare(dense, model, tokenizer, options, tell)
             demo.show(rows, options["length"], out)
     tell_files(wanted, next(iter(folders.values()), wanted.output), options, out)
 
