@@ -4,6 +4,8 @@
         --output benchmarks/results/streaming-memory.json
     python benchmarks/streaming.py memory --method soco --layers 8,16 --hidden 1024 --inner 2816 \
         --samples 16 --threads 2 --output benchmarks/results/streaming-soco.json
+    python benchmarks/streaming.py memory --layers 8,16 --hidden 1024 --inner 896 --experts 8 \
+        --threads 2 --output benchmarks/results/streaming-experts.json
     python benchmarks/streaming.py killed --layers 8 --hidden 512 --inner 1408 --kills 20 \
         --threads 2 --output benchmarks/results/streaming-killed.json
 
@@ -16,8 +18,9 @@ Streamed, soco makes six steps. With ``--trained`` it is soco with effort best, 
 trained model, that is killed. A state of a training is kept every 5 seconds in either.
 
 Every run is a process of its own, whose peak memory (resident, mapped files among it) is written
-down. A killed run gets SIGKILL after a random time and is started again, until it ends; then its
-weights are compared with those of a run that nobody disturbed, bit for bit.
+down, before and after ``soco.verify`` has looked at what came of it. A killed run gets SIGKILL
+after a random time and is started again, until it ends; then its weights are compared with those of
+a run that nobody disturbed, bit for bit.
 """
 
 import argparse
@@ -35,8 +38,9 @@ from typing import Any
 import torch
 from protocol import write_record
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from soco.contents import saved_as
 from soco.memory import peak_memory
 
 VOCABULARY = 32000
@@ -44,19 +48,27 @@ BATCH = 8  # sequences at a time
 
 
 def make(
-    folder: Path, layers: int, hidden: int, inner: int, dtype: torch.dtype = torch.bfloat16
-) -> int:
-    """A random model, written tensor by tensor; returns the bytes of its weights."""
-    config = LlamaConfig(
+    folder: Path, layers: int, hidden: int, inner: int, dtype: torch.dtype = torch.bfloat16,
+    experts: int = 0,
+) -> int:  # fmt: skip
+    """A random model, written file by file; returns the bytes of its weights."""
+    options: dict[str, Any] = dict(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         vocab_size=VOCABULARY, num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 512), architectures=["LlamaForCausalLM"],
-        dtype=dtype, tie_word_embeddings=False,
+        num_key_value_heads=max(1, hidden // 512), dtype=dtype, tie_word_embeddings=False,
     )  # fmt: skip
+    if experts:
+        kind, config = MixtralForCausalLM, MixtralConfig(num_local_experts=experts, **options)
+    else:
+        kind, config = LlamaForCausalLM, LlamaConfig(**options)
+    config.architectures = [kind.__name__]
     with torch.device("meta"):
-        shapes = {
-            name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()
-        }
+        model = kind(config)
+    shapes = {
+        saved: tuple(part.shape)
+        for name, tensor in model.state_dict().items()
+        for saved, part in saved_as(model, name, tensor).items()
+    }
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     parts: dict[str, list[str]] = {}
@@ -87,6 +99,7 @@ def stream(
     from soco import keeping
     from soco.methods import SoCo
     from soco.streaming import compress_folder
+    from soco.verification import verify
 
     keeping.EVERY = 5.0
     trained = SoCo(steps=6, fisher_warmup=1, batch_size=4, micro_batch=2)
@@ -101,12 +114,19 @@ def stream(
         folder, output, 0.5, method=trained if method == "soco" else method, calibration=ids,
         samples=samples, batch_size=BATCH,
     )  # fmt: skip
-    return {
+    found = {
         "removed": report.removed,
         "seconds": round(time.perf_counter() - begin, 1),
         "phases": report.seconds,
         "peak_process_bytes": peak_memory(),
         "of_them_before": before,
+    }
+    begin = time.perf_counter()
+    checked = verify(output, folder, text=ids[:1, :128], samples=1, stream=True)
+    return found | {
+        "broken": list(checked.broken),
+        "seconds_of_check": round(time.perf_counter() - begin, 1),
+        "peak_process_bytes_after_check": peak_memory(),
     }
 
 
@@ -147,7 +167,9 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for layers in arguments.layers:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             folder = Path(scratch) / "dense"
-            size = make(folder, layers, arguments.hidden, arguments.inner)
+            size = make(
+                folder, layers, arguments.hidden, arguments.inner, experts=arguments.experts
+            )
             command = _command(arguments, folder, Path(scratch) / "compressed")
             told = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
             told_of = {"method": arguments.method, "layers": layers, "bytes": size}
@@ -205,7 +227,7 @@ def killed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _sizes(arguments: argparse.Namespace) -> dict[str, int]:
-    names = ("hidden", "inner", "samples", "length")
+    names = ("hidden", "inner", "experts", "samples", "length")
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -225,6 +247,7 @@ def main() -> None:
     parser.add_argument("--layers", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--inner", type=int, default=1408)
+    parser.add_argument("--experts", type=int, default=0, help="of a mixture; 0: it is none")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
