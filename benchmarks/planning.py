@@ -3,6 +3,7 @@
     python benchmarks/planning.py --output benchmarks/results/planning.json
     python benchmarks/planning.py --only soco-streamed \
         --output benchmarks/results/planning-soco.json
+    python benchmarks/planning.py --experts --output benchmarks/results/planning-experts.json
 
 Every compression is a process of its own. Its peak of resident memory is written down phase by
 phase (VmHWM, mapped files among it, counted anew at the beginning of each), and is compared with
@@ -58,7 +59,7 @@ class Phases:
 def once(folder: Path, output: Path, case: dict[str, Any]) -> dict[str, Any]:
     """What this process needs for a compression."""
     import soco
-    from soco import chain, guard, scoring, streaming
+    from soco import chain, dismantling, guard, scoring, streaming
     from soco.cli.sources import open_dense
 
     torch.set_num_threads(case["threads"])
@@ -77,7 +78,7 @@ def once(folder: Path, output: Path, case: dict[str, Any]) -> dict[str, Any]:
     if case["stream"]:
         for name in ("statistics", "pass_on", "turn", "back"):
             phases.watch(chain.Chain, name, "statistics")
-        phases.watch(streaming._Run, "_take_apart", "decomposition")
+        phases.watch(dismantling.Dismantling, "_take_apart", "decomposition")
         phases.watch(streaming._Run, "write", "writing")
         phases.watch(streaming.Workbench, "written", "written text")
         phases.watch(scoring, "learn_scores", "training")
@@ -154,16 +155,29 @@ def cases(threads: int) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def compare(scratch: Path | None, threads: int, only: str | None) -> list[dict[str, Any]]:
+def mixtures(threads: int) -> Iterator[dict[str, Any]]:
+    """The same for a mixture of experts."""
+    model = {"layers": 4, "hidden": 512, "inner": 704, "experts": 8, "dtype": "bfloat16"}
+    common = {"batch_size": 8, "threads": threads, "steps": 3, "samples": 24}
+    for method in ("svd-llm", "kfac-svd", "soco"):
+        yield {**model, "method": method, "stream": False, "length": 128, **common}
+        yield {**model, "method": method, "stream": True, "length": 256, **common}
+
+
+def compare(
+    scratch: Path | None, threads: int, only: str | None, *, experts: bool
+) -> list[dict[str, Any]]:
     """A plan and a run for every case, or for those of a method."""
     rows = []
-    for case in cases(threads):
+    for case in (mixtures if experts else cases)(threads):
         if only not in (None, f"{case['method']}{'-streamed' if case['stream'] else ''}"):
             continue
         with tempfile.TemporaryDirectory(dir=scratch) as place:
             folder, alone = Path(place) / "dense", Path(place) / "alone"
             dtype = getattr(torch, case["dtype"])
-            size = make(folder, case["layers"], case["hidden"], case["inner"], dtype)
+            size = make(
+                folder, case["layers"], case["hidden"], case["inner"], dtype, case.get("experts", 0)
+            )
             alone.mkdir()
             (alone / "config.json").write_bytes((folder / "config.json").read_bytes())
             told = [json.loads(_run("plan", alone, case))]
@@ -192,6 +206,7 @@ def main() -> None:
     parser.add_argument("one", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", help="a method, -streamed behind it where it is that")
+    parser.add_argument("--experts", action="store_true", help="a mixture instead")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--scratch", type=Path, help="where the models are made")
     arguments = parser.parse_args()
@@ -202,7 +217,7 @@ def main() -> None:
         found = planned(place, case) if what == "plan" else once(place, Path(output[0]), case)
         print(json.dumps(found))
         return
-    rows = compare(arguments.scratch, arguments.threads, arguments.only)
+    rows = compare(arguments.scratch, arguments.threads, arguments.only, experts=arguments.experts)
     write_record(arguments.output, arguments.scratch or Path(tempfile.gettempdir()), rows)
 
 

@@ -43,21 +43,31 @@ def _fuzzed(parts: list[dict]) -> str:
 
 def _streamed(rows: list[dict]) -> str:
     lines = [
-        "| method | layers | hidden, inner | weights | seconds | peak |",
-        "|---|--:|---|--:|--:|--:|",
+        "| method | layers | hidden, inner | weights | seconds | peak | after `soco verify` |",
+        "|---|--:|---|--:|--:|--:|--:|",
     ]
     return "\n".join(
         [
             *lines,
             *(
                 f"| {row.get('method', 'svd-llm')} | {row['layers']} | "
-                f"{row['hidden']}, {row['inner']} | "
+                f"{row['hidden']}, {_inner(row)} | "
                 f"{format_bytes(row['bytes'])} | {row['seconds']:.0f} | "
-                f"{format_bytes(row['peak_process_bytes'])} |"
+                f"{format_bytes(row['peak_process_bytes'])} | {_after(row)} |"
                 for row in rows
             ),
         ]
     )
+
+
+def _inner(row: dict) -> str:
+    experts = row.get("experts")
+    return f"{experts} experts of {row['inner']}" if experts else str(row["inner"])
+
+
+def _after(row: dict) -> str:
+    peak = row.get("peak_process_bytes_after_check")
+    return "-" if peak is None else format_bytes(peak)
 
 
 def _killed(part: dict, row: dict) -> str:

@@ -85,7 +85,7 @@ class Experts(nn.Module):
         total = torch.zeros_like(hidden_states)
         chosen = top_k_index.T.reshape(-1)  # in the order in which the fused module takes them
         order = chosen.argsort(stable=True)
-        counts = chosen.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
+        counts = self.counts(chosen)
         parts = order[: sum(counts)].split(counts)
         for expert, slots in zip(self.children(), parts, strict=True):
             if len(slots) > 0:
@@ -93,6 +93,10 @@ class Experts(nn.Module):
                 y = expert(hidden_states[rows]) * top_k_weights[rows, places, None]
                 total.index_add_(0, rows, y.to(total.dtype))
         return total
+
+    def counts(self, chosen: Tensor) -> list[int]:
+        """How many tokens go to each expert, of the numbers of experts that were chosen."""
+        return chosen.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:

@@ -1,6 +1,7 @@
 """soco.planning: numbers worked by hand, what folders and arguments do, memory as it is."""
 
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -12,12 +13,15 @@ from transformers import LlamaConfig
 
 from soco.calibration import OF_GRADIENTS
 from soco.choices import choose
+from soco.experts import experts_apart, find_experts
 from soco.methods import SoCo
 from soco.planning import Plan, demands, duration, learning, plan
 from soco.planning.rates import Rates, measured_rates
 from soco.planning.setting import Demand, Passes, Setting
 from soco.planning.tracing import KEPT, Trace, Work, without_values
 from soco.refinement import Refinement
+from soco.surgery import find_linears, shape_of
+from tiny_models import MIXTURES, NEEDS_5, tiny_mixture
 
 TINY: dict[str, Any] = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -43,6 +47,38 @@ def test_parameters_and_disk_by_hand(tmp_path):
     after = found.params_after - found.params + found.target_params
     assert block - 80 < after <= block  # half, but for less than a rank
     assert (found.dtype, found.work_bytes) == ("bfloat16", 0)
+
+
+@NEEDS_5
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures(name, stream, tmp_path):
+    """Their experts are layers, which are sent as many tokens each; all passes are planned."""
+    model = tiny_mixture(name)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    for method in ("kfac-svd", "soco"):
+        found = plan(tmp_path, 0.4, method=method, stream=stream, **FEW)
+        assert found.notes == ()
+        assert found.params == sum(p.numel() for p in model.parameters())
+        with experts_apart(model):
+            layers = find_linears(model)
+        assert found.target_params == sum(math.prod(shape_of(m)) for m in layers.values())
+        by_name = {phase.name: phase for phase in found.phases}
+        assert by_name["statistics"].peak_bytes > found.base_bytes + found.dense_bytes // 4
+        if method == "soco":
+            assert by_name["training"].cpu_seconds > by_name["statistics"].cpu_seconds > 0
+
+
+def test_tokens_of_experts_are_shared_evenly():
+    model = tiny_mixture("mixtral")
+    with experts_apart(model):
+        experts = next(iter(find_experts(model).values()))
+        chosen = torch.zeros(10, dtype=torch.long)
+        assert experts.counts(chosen) == [10, 0, 0, 0]
+        with without_values(model.to("meta")):
+            assert experts.counts(chosen) == [3, 3, 2, 2]
+        assert experts.counts(chosen) == [10, 0, 0, 0]
 
 
 def test_phases_of_each_way(tmp_path):

@@ -15,6 +15,7 @@ from soco.allocators import Allocator
 from soco.choices import Choices, check_streamed, choose
 from soco.contents import CONFIG
 from soco.data import positive
+from soco.experts import split_experts
 from soco.installation import size_of
 from soco.memory import give_back_memory, resident_memory
 from soco.methods import Method
@@ -175,6 +176,7 @@ def plan(
     samples, batch_size = positive("samples", samples), positive("batch_size", batch_size)
     gpus = positive("gpus", gpus)
     empty, stored = _empty(model)
+    split_experts(empty)
     length = sequence_length(empty, length)
     computed = dtype or stored
     targets = find_linears(empty, include, exclude)

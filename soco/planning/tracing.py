@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from soco.experts import Experts
 from soco.observing import InputSums
 
 # glibc has chunks up to this size in its heaps, and keeps up to twice as much at the end of one
@@ -176,11 +177,28 @@ def without_values(model: nn.Module) -> Iterator[None]:
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
         try:
-            yield
+            with _even_experts():
+                yield
         finally:
             for module, parameters, buffers in held:
                 module._parameters.update(parameters)
                 module._buffers.update(buffers)
+
+
+@contextmanager
+def _even_experts() -> Iterator[None]:
+    """Inside, every expert is sent as many tokens as the others: without values none is chosen."""
+
+    def counts(self: Experts, chosen: Tensor) -> list[int]:
+        each, rest = divmod(chosen.numel(), self.num_experts)
+        return [each + (expert < rest) for expert in range(self.num_experts)]
+
+    own = Experts.counts
+    Experts.counts = counts
+    try:
+        yield
+    finally:
+        Experts.counts = own
 
 
 def inputs_of(
