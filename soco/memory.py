@@ -2,9 +2,12 @@
 
 import contextlib
 import ctypes
+import os
 import resource
 import sys
 from pathlib import Path
+
+_KERNELS = "32"  # of oneDNN's, in a process that streams
 
 
 def give_back_memory() -> None:
@@ -14,6 +17,18 @@ def give_back_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def bound_caches() -> None:
+    """Let oneDNN keep few of the kernels that it makes, unless the environment says how many.
+
+    It makes one for every number of rows that a product in half precision has, and keeps 1024 of
+    them, half a megabyte each, in each of two caches. The experts of a mixture are sent another
+    number of tokens every time, so that memory grows from block to block. Where half precision has
+    been multiplied in this process before, it is too late.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _KERNELS)
 
 
 def resident_memory() -> int:

@@ -11,6 +11,7 @@ import torch
 from soco.checkpoint import CONFIG, is_compressed
 from soco.headers import read_json
 from soco.lending import Lender
+from soco.memory import bound_caches
 from soco.plugin import SocoConfig, SocoQuantizer
 from soco.stored import StoredModel, empty_model
 
@@ -93,6 +94,7 @@ def lent(
     device: str | torch.device = "cpu",
 ) -> Iterator["PreTrainedModel"]:
     """``blockwise`` of a model that is at hand; its experts are layers from then on."""
+    bound_caches()
     stored.split_experts()
     stored.check_complete()
     lender = Lender(stored, None, {}, dtype or stored.dtype, torch.device(device))

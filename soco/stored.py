@@ -44,6 +44,15 @@ class _Parts(NamedTuple):
     shape: tuple[int, ...]
 
 
+def _rows_in(part: Tensor, *, weights: bool) -> range:
+    """Which rows a part of numbered rows has, if they are whole and in their order; else none."""
+    columns = (part[..., 0], part[..., -1]) if weights else (part,)
+    first = int(columns[0].flatten()[0]) if part.numel() else 0
+    found = range(first, first + columns[0].numel())
+    ordered = torch.tensor(found, dtype=torch.long)
+    return found if all(torch.equal(each.flatten(), ordered) for each in columns) else range(0)
+
+
 class StoredModel:
     """A transformers model whose parameters lie in safetensors files and are read one by one.
 
@@ -220,7 +229,7 @@ class StoredModel:
             for module, leaf, parameter in empty:
                 module._parameters[leaf] = parameter
 
-    # Experts ----------------------------------------------------------------------------------
+    # Experts --------------------------------------------------------------------------------------
 
     def _variant(self, name: str) -> str | None:
         """A name as it is in the files, with the base model's prefix or without."""
@@ -244,15 +253,19 @@ class StoredModel:
             key = self._variant(saved)
             if key is None or self.entries[key].shape != tuple(part.shape):
                 raise self._unknown(name, saved, tuple(part.shape))
-            if part.dim() == whole.dim():
+            held = _rows_in(part, weights=whole.dim() == 3)
+            expert, first = divmod(held.start, rows)
+            if len(held) == experts * rows and part.dim() == whole.dim():
                 for expert in range(experts):
                     found[expert].append((0, key, expert))
-                continue
-            having = part if part.dim() == 1 else part[:, 0]
-            expert, first = divmod(int(having[0]), rows)
-            if not torch.equal(having, torch.arange(len(having)) + having[0]):
+            elif held and first + len(held) <= rows:
+                found[expert].append((first, key, None))
+            else:
                 raise self._unknown(name, saved, tuple(part.shape))
-            found[expert].append((first, key, None))
+        for parts in found:
+            held = [self.entries[key].shape[0] for _, key, index in parts if index is None]
+            if sum(held) != rows and (held or not parts):
+                raise self._unknown(name, leaf, tuple(whole.shape))
         kind = "bias" if leaf.endswith("_bias") else "weight"
         turned = transposed and kind == "weight"
         shape = tuple(whole.shape[1:])[:: -1 if turned else 1]

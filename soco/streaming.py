@@ -27,7 +27,7 @@ from soco.installation import layer_reports, size_of
 from soco.keeping import clear, result
 from soco.lending import Lender
 from soco.linalg import Spectrum
-from soco.memory import give_back_memory
+from soco.memory import bound_caches, give_back_memory
 from soco.methods import FittedMethod, Method, SequentialMethod, TrainedMethod
 from soco.preparation import (
     calibration_source,
@@ -134,6 +134,7 @@ def compress_folder(
     Warns:
         UserWarning: the calibration has less than was asked for, or layers saw too little of it.
     """
+    bound_caches()
     choices = choose(
         method, allocator, effort=effort, preset=preset, seed=seed, pivoted=pivoted
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 import ctypes
 import mmap
+import os
+import subprocess
 import sys
 
 import pytest
@@ -59,3 +61,46 @@ def test_elsewhere_nothing_happens(monkeypatch):
 def test_without_proc_the_most_so_far_is_told(monkeypatch):
     monkeypatch.setattr(memory.Path, "exists", lambda self: False)
     assert resident_memory() == peak_memory() > 2**24
+
+
+KERNELS = """
+import sys, torch
+from soco.memory import bound_caches, give_back_memory, resident_memory
+if sys.argv[1] == "bound":
+    bound_caches()
+weight = torch.randn(256, 256, dtype=torch.bfloat16)
+torch.nn.functional.linear(torch.randn(7, 256, dtype=torch.bfloat16), weight)
+give_back_memory()
+before = resident_memory()
+for rows in range(33, 433):
+    torch.nn.functional.linear(torch.randn(rows, 256, dtype=torch.bfloat16), weight)
+give_back_memory()
+print(resident_memory() - before)
+"""
+
+
+def test_kernels_for_many_numbers_of_rows_are_not_kept(monkeypatch, tmp_path):
+    """As the experts of a mixture ask for them."""
+    for name in CACHES:
+        monkeypatch.delenv(name, raising=False)
+
+    def grown(how):
+        command = [sys.executable, "-c", KERNELS, how]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return int(ran.stdout.splitlines()[-1])
+
+    free = grown("free")
+    if free < 2**26:
+        pytest.skip(f"this machine keeps {free:,} bytes")
+    assert grown("bound") < free / 2
+
+
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+
+def test_what_the_environment_says_of_caches_counts(monkeypatch):
+    monkeypatch.setenv(CACHES[0], "7")
+    monkeypatch.setenv(CACHES[1], "")  # to be put back afterwards
+    monkeypatch.delenv(CACHES[1])
+    memory.bound_caches()
+    assert [os.environ[name] for name in CACHES] == ["7", "32"]

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from soco import stored as stored_module
 from soco.experts import split_experts
-from soco.stored import StoredModel
+from soco.headers import Entry
+from soco.stored import StoredModel, _rows_in
 from tiny_models import MIXTURES, NEEDS_5, tiny_mixture, tiny_model
 
 CPU = torch.device("cpu")
@@ -142,6 +144,55 @@ def test_experts_are_layers(name, tmp_path):
     assert sum(found.entries[key].shape != () for key in stored_as) > 0
     ours = sum(model.state_dict()[name].numel() for name in experts)
     assert ours == sum(math.prod(found.entries[key].shape) for key in stored_as)
+
+
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [
+        (slice(0, 3), range(3)), (slice(2, 6), range(2, 6)), (slice(0, 0), range(0)),
+        ([1, 0], range(0)), ([0, 2], range(0)),
+    ],
+)  # fmt: skip
+def test_rows_in_their_order(part, rows):
+    numbers = torch.arange(6)[:, None].expand(6, 4)
+    assert _rows_in(numbers[part], weights=True) == rows
+    assert _rows_in(numbers[part][:, 0], weights=False) == rows
+    if len(rows) > 1:
+        assert _rows_in(numbers[part].T, weights=True) == range(0)  # turned
+
+
+@NEEDS_5
+@pytest.mark.parametrize("turn", ["rows", "two experts", "columns", "half"])
+def test_experts_that_are_stored_in_another_way(turn, tmp_path, monkeypatch):
+    """What transformers may come to one day is refused, and not read wrongly."""
+    tiny_mixture("gpt_oss").save_pretrained(tmp_path / "model")
+    saved = stored_module.saved_as
+
+    def other(model, name, tensor):
+        parts = saved(model, name, tensor)
+        if turn == "rows":
+            parts = {key: part.flip(1) for key, part in parts.items()}
+        elif turn == "columns":
+            parts = {key: part.mT.reshape(part.shape) for key, part in parts.items()}
+        elif turn == "half":  # of each expert
+            parts = {
+                f"{key}.{expert}": part[expert, : part.shape[1] // 2]
+                for key, part in parts.items()
+                for expert in range(len(part))
+            }
+        else:
+            halves = tensor.flatten(0, 1).chunk(2)
+            parts = {f"{name}.{half}": part for half, part in enumerate(halves)}
+        entries = {key: Entry(tmp_path, "F32", tuple(part.shape)) for key, part in parts.items()}
+        found.entries = {**found.entries, **entries}
+        return parts
+
+    found = StoredModel(tmp_path / "model")
+    monkeypatch.setattr(stored_module, "saved_as", other)
+    with pytest.raises(
+        ValueError, match=r"of which the experts model\.layers\.0\.mlp\.experts would"
+    ):
+        found.split_experts()
 
 
 def test_a_model_without_experts(tmp_path):
