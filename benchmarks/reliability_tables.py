@@ -150,4 +150,5 @@ def _way(row: dict) -> str:
 
 
 def _model(row: dict) -> str:
-    return f"{row['layers']}, {row['hidden']}, {row['dtype']}"
+    experts = f" ({row['experts']} experts)" if row.get("experts") else ""
+    return f"{row['layers']}, {row['hidden']}{experts}, {row['dtype']}"

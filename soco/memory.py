@@ -7,7 +7,7 @@ import resource
 import sys
 from pathlib import Path
 
-_KERNELS = "32"  # of oneDNN's, in a process that streams
+_KERNELS = "32"  # of oneDNN's
 
 
 def give_back_memory() -> None:
@@ -24,8 +24,9 @@ def bound_caches() -> None:
 
     It makes one for every number of rows that a product in half precision has, and keeps 1024 of
     them, half a megabyte each, in each of two caches. The experts of a mixture are sent another
-    number of tokens every time, so that memory grows from block to block. Where half precision has
-    been multiplied in this process before, it is too late.
+    number of tokens every time, so that these are never used again, and memory grows from block to
+    block. (Of other models kernels are used again: to make one takes some milliseconds.) Where half
+    precision has been multiplied in this process before, it is too late.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, _KERNELS)

@@ -94,8 +94,8 @@ def lent(
     device: str | torch.device = "cpu",
 ) -> Iterator["PreTrainedModel"]:
     """``blockwise`` of a model that is at hand; its experts are layers from then on."""
-    bound_caches()
-    stored.split_experts()
+    if stored.split_experts():
+        bound_caches()
     stored.check_complete()
     lender = Lender(stored, None, {}, dtype or stored.dtype, torch.device(device))
     with lender.lent():

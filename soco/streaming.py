@@ -134,7 +134,6 @@ def compress_folder(
     Warns:
         UserWarning: the calibration has less than was asked for, or layers saw too little of it.
     """
-    bound_caches()
     choices = choose(
         method, allocator, effort=effort, preset=preset, seed=seed, pivoted=pivoted
     )  # fmt: skip
@@ -216,6 +215,8 @@ def _check_model(
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} has an encoder and a decoder, and cannot be streamed")
     fused = stored.split_experts()
+    if fused:
+        bound_caches()
     targets = find_linears(model, include, exclude)
     for block, names in stages(model, targets):
         if block is model:

@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
+import soco
 from soco import memory
 from soco.memory import give_back_memory, peak_memory, reset_peak, resident_memory
+from tiny_models import NEEDS_5, tiny_model
 
 
 def written(size):
@@ -96,6 +98,22 @@ def test_kernels_for_many_numbers_of_rows_are_not_kept(monkeypatch, tmp_path):
 
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+
+@NEEDS_5
+def test_of_mixtures_alone(monkeypatch, tmp_path):
+    """Of other models kernels are used again, and are not made for nothing."""
+    called = []
+    for place in ("streaming", "running", "preparation"):
+        monkeypatch.setattr(f"soco.{place}.bound_caches", lambda place=place: called.append(place))
+    for name in ("llama", "mixtral"):
+        model = tiny_model(name)
+        model.save_pretrained(tmp_path / name)
+        soco.prepare(model, progress=False)
+        soco.compress_folder(tmp_path / name, tmp_path / "out", 0.4, method="svd", progress=False)
+        with soco.blockwise(tmp_path / name):
+            pass
+        assert called == ([] if name == "llama" else ["preparation", "streaming", "running"])
 
 
 def test_what_the_environment_says_of_caches_counts(monkeypatch):
