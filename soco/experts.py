@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from soco.memory import bound_caches
 from soco.surgery import low_rank_layers, transformer_blocks
 
 _BIAS = "_bias"  # what the name of a fused bias has after that of its weight
@@ -224,10 +225,14 @@ def fuse_experts(model: nn.Module) -> None:
 def experts_split(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
     """Inside, the experts are split; on any error, Ctrl-C among them, they are fused as before.
 
+    From the first time on this process keeps few of oneDNN's kernels (``memory.bound_caches``).
+
     Yields:
         What ``split_experts`` returned, for ``join_experts``, which is left to the caller.
     """
     found = _fused(model)
+    if found:
+        bound_caches()
     try:
         yield split_experts(model)
     except BaseException:

@@ -16,7 +16,6 @@ from soco.calibration import uncalled
 from soco.data import positive, token_windows
 from soco.experts import experts_split
 from soco.guard import unchanged_on_error
-from soco.memory import bound_caches
 from soco.processes import from_first, number
 from soco.sampling import sample_from_model
 from soco.steps import Step, frozen
@@ -75,9 +74,7 @@ def prepare(
     positive("batch_size", batch_size)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number, at least 0, got {seed!r}")
-    with experts_split(model) as fused:
-        if fused:
-            bound_caches()
+    with experts_split(model):
         with frozen(model):  # or dropout would draw from the caller's random numbers
             targets = _targets(model, include, exclude)
         windows = None
