@@ -167,7 +167,7 @@ def tell_checks(found: Verification, out: Console) -> None:
     told = "files as written, outputs finite"
     errors = [each.output_error for each in found.layers if each.output_error is not None]
     if errors:
-        told += f", {len(errors)} layers off by {min(errors):.0%} to {max(errors):.0%} in theirs"
+        told += f"; of {len(errors)} layers {min(errors):.0%} to {max(errors):.0%} off"
     if found.far:
         told += f", {len(found.far)} of them by as much as without the layer"
     out.print(f"{'checked':<18} {told}", markup=False)
