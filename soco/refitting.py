@@ -50,6 +50,10 @@ class Fits:
     device: torch.device
     progress: bool | None
 
+    def __post_init__(self) -> None:
+        """What follows from that."""
+        self._group_of = {name: group for group in self.groups for name in group}
+
     def one_by_one(self, method: FittedMethod) -> None:
         """Every layer for itself, by one of the processes: its factors at its rank."""
         names = list(self.ranks)
@@ -86,7 +90,7 @@ class Fits:
         """A layer's part of its unit's spectrum cut off at its rank; None: it has no factors."""
         if name not in self.ranks:
             return None
-        group = next(group for group in self.groups if name in group)
+        group = self._group_of[name]
         up, down = self._spectrum(group[0]).truncate(self.ranks[name])
         rows = [shape_of(self.targets[other])[0] for other in group]
         return Factors(up.split(rows)[group.index(name)], down)

@@ -11,7 +11,6 @@ import torch
 from soco.checkpoint import CONFIG, is_compressed
 from soco.headers import read_json
 from soco.lending import Lender
-from soco.memory import bound_caches
 from soco.plugin import SocoConfig, SocoQuantizer
 from soco.stored import StoredModel, empty_model
 
@@ -94,8 +93,7 @@ def lent(
     device: str | torch.device = "cpu",
 ) -> Iterator["PreTrainedModel"]:
     """``blockwise`` of a model that is at hand; its experts are layers from then on."""
-    if stored.split_experts():
-        bound_caches()
+    stored.split_experts()
     stored.check_complete()
     lender = Lender(stored, None, {}, dtype or stored.dtype, torch.device(device))
     with lender.lent():

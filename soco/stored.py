@@ -24,6 +24,7 @@ from soco.contents import (
 )
 from soco.experts import split_experts
 from soco.headers import Entry, check_index, opened_tensors, read_headers, read_json, weight_files
+from soco.memory import bound_caches
 from soco.ops import check_finite
 from soco.surgery import layout_of
 
@@ -103,6 +104,8 @@ class StoredModel:
     def split_experts(self) -> dict[str, nn.Module]:
         """Put layers in the place of fused experts, whose weights are read one by one.
 
+        From the first time on this process keeps few of oneDNN's kernels (``memory.bound_caches``).
+
         Returns:
             Name to the fused module that stood there, for ``experts.join_experts``.
 
@@ -111,6 +114,8 @@ class StoredModel:
         """
         state = self._state
         found = split_experts(self.model)
+        if found:
+            bound_caches()
         self._state = self.model.state_dict()
         for name, fused in found.items():
             transposed = bool(getattr(fused, "is_transposed", False))

@@ -27,7 +27,7 @@ from soco.installation import layer_reports, size_of
 from soco.keeping import clear, result
 from soco.lending import Lender
 from soco.linalg import Spectrum
-from soco.memory import bound_caches, give_back_memory
+from soco.memory import give_back_memory
 from soco.methods import FittedMethod, Method, SequentialMethod, TrainedMethod
 from soco.preparation import (
     calibration_source,
@@ -215,8 +215,6 @@ def _check_model(
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} has an encoder and a decoder, and cannot be streamed")
     fused = stored.split_experts()
-    if fused:
-        bound_caches()
     targets = find_linears(model, include, exclude)
     for block, names in stages(model, targets):
         if block is model:
@@ -263,7 +261,6 @@ class _Run:
         self.files = {name: f"layer-{i}.safetensors" for i, name in enumerate(self.targets)}
         self.pivoted = self.choices.pivoted
         self.reads = bool(self.choices.needs)  # whether there are statistics
-        self.trained = isinstance(self.choices.method, TrainedMethod)
         self.lender = Lender(self.stored, self.work, self.files, self.dtype, self.device)
         self.groups = groups_of(self.choices.method, self.shapes)
         self.units = stacked_shapes(self.shapes, self.groups)

@@ -104,7 +104,7 @@ CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 def test_of_mixtures_alone(monkeypatch, tmp_path):
     """Of other models kernels are used again, and are not made for nothing."""
     called = []
-    for place in ("streaming", "running", "experts"):
+    for place in ("stored", "experts"):
         monkeypatch.setattr(f"soco.{place}.bound_caches", lambda place=place: called.append(place))
     for name in ("llama", "mixtral"):
         model = tiny_model(name)
@@ -113,7 +113,7 @@ def test_of_mixtures_alone(monkeypatch, tmp_path):
         soco.compress_folder(tmp_path / name, tmp_path / "out", 0.4, method="svd", progress=False)
         with soco.blockwise(tmp_path / name):
             pass
-        assert called == ([] if name == "llama" else ["experts", "streaming", "running"])
+        assert called == ([] if name == "llama" else ["experts", "stored", "stored"])
 
 
 def test_what_the_environment_says_of_caches_counts(monkeypatch):
