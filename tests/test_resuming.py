@@ -282,3 +282,14 @@ def test_damaged_work_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{state.name} is damaged"):
         compress(STEPS, work)
     assert json.loads((work / PLAN).read_text())["method"] == "soco"
+
+
+@pytest.mark.parametrize(
+    "options", [dict(method=TRAINED), dict(method="svd-llm", calibration="self", length=12)]
+)
+def test_drafts_go_when_a_text_is_whole(options, tmp_path):
+    """Batch by batch it was kept; then there is one file of it."""
+    compress(**options, work=tmp_path / "work")
+    texts = [path.name for path in (tmp_path / "work").iterdir() if "text-" in path.name]
+    assert not [name for name in texts if name.endswith(".pt")]
+    assert len([path for path in (tmp_path / "work").glob("*text*.safetensors")]) == 1

@@ -162,7 +162,7 @@ def test_rows_in_their_order(part, rows):
 
 
 @NEEDS_5
-@pytest.mark.parametrize("turn", ["rows", "two experts", "columns", "half"])
+@pytest.mark.parametrize("turn", ["rows", "two experts", "columns", "half", "one"])
 def test_experts_that_are_stored_in_another_way(turn, tmp_path, monkeypatch):
     """What transformers may come to one day is refused, and not read wrongly."""
     tiny_mixture("gpt_oss").save_pretrained(tmp_path / "model")
@@ -174,6 +174,12 @@ def test_experts_that_are_stored_in_another_way(turn, tmp_path, monkeypatch):
             parts = {key: part.flip(1) for key, part in parts.items()}
         elif turn == "columns":
             parts = {key: part.mT.reshape(part.shape) for key, part in parts.items()}
+        elif turn == "one":  # the first expert's rows, of all that are stored one by one
+            parts = {
+                f"{key}.{expert}": part[expert].flip(0) if expert == 0 else part[expert]
+                for key, part in parts.items()
+                for expert in range(len(part))
+            }
         elif turn == "half":  # of each expert
             parts = {
                 f"{key}.{expert}": part[expert, : part.shape[1] // 2]
