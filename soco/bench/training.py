@@ -8,7 +8,7 @@ from torch import Tensor
 
 from soco import ops
 from soco.bench.timing import CPU, Run, copies_for, side_by_side
-from soco.linalg import Factors, subspace, truncated_svd
+from soco.linalg import Factors, cusolver, subspace, truncated_svd
 
 
 def measure_spectral(
@@ -97,6 +97,8 @@ def measure_svd(
             ways[f"torch.linalg.svd, {driver}"] = lambda driver=driver: _first(
                 torch.linalg.svd(weight, full_matrices=False, driver=driver), rank
             )
+        if cusolver.svd(weight) is not None:
+            ways["cuSOLVER gesvdp"] = lambda: _first(cusolver.svd(weight), rank)
     errors = {}
     for name, way in ways.items():
         U, S, Vh = way()

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from soco import ops
+from soco.linalg import cusolver
 from soco.linalg.checks import times_power_of_two, to_unit_range
 from soco.linalg.factors import SVD
-from soco.linalg.parallel import side_by_side, workers_for
+from soco.linalg.parallel import STREAMS, on_streams, side_by_side, workers_for
 
 # A Gram matrix in float64 knows a singular value s to some eps (s_1 / s)^2 of itself. Down to this
 # fraction of the largest one that is good enough (3e-10 of itself measured at n = 200, residuals
@@ -40,11 +41,18 @@ def exact(weight: Tensor, rank: int, name: str) -> SVD:
 
 
 def _each(matrices: Tensor, take_apart: Callable[[Tensor], SVD]) -> SVD:
-    """The decompositions of a batch; on the CPU several at once, where that is worth it."""
-    workers = workers_for(min(matrices.shape[-2:]), len(matrices))
-    if matrices.device.type != "cpu" or workers < 2:
-        return take_apart(matrices)
-    parts = side_by_side(take_apart, matrices.split(1), workers)
+    """The decompositions of a batch, several at once where that is worth it."""
+    side, one_by_one = min(matrices.shape[-2:]), matrices.split(1)
+    if matrices.is_cuda:
+        streams = workers_for(side, len(matrices), STREAMS)
+        if side <= cusolver.MOST_ROWS or streams < 2:
+            return take_apart(matrices)
+        parts = on_streams(take_apart, one_by_one, matrices.device, streams)
+    else:
+        workers = workers_for(side, len(matrices))
+        if workers < 2:
+            return take_apart(matrices)
+        parts = side_by_side(take_apart, one_by_one, workers)
     return SVD(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -170,16 +178,31 @@ def single_excess(values: Tensor, rank: int) -> Tensor:
 
 
 def directly(matrices: Tensor, rank: int, name: str) -> SVD:
-    """By the solver that squares nothing: gesdd on the CPU, QR iteration (gesvd) on CUDA."""
+    """By a solver that squares nothing.
+
+    That is gesdd on the CPU; on CUDA the polar decomposition, and where it loses anything, QR
+    iteration (gesvd).
+    """
+    U, S, Vh = _by_polar(matrices, name) if matrices.is_cuda else _by_torch(matrices, name)
+    return SVD(U[..., :rank], S[..., :rank], Vh[..., :rank, :])
+
+
+def _by_polar(matrices: Tensor, name: str) -> SVD:
+    """One after the other by cuSOLVER's polar decomposition, those it is not good for by torch."""
+    found = [cusolver.svd(matrix) or _by_torch(matrix, name) for matrix in matrices]
+    return SVD(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+
+def _by_torch(matrices: Tensor, name: str) -> SVD:
     driver = "gesvd" if matrices.is_cuda else None
     try:
-        U, S, Vh = torch.linalg.svd(matrices, full_matrices=False, driver=driver)
+        return SVD(*torch.linalg.svd(matrices, full_matrices=False, driver=driver))
     except LinAlgError as error:
         raise LinAlgError(f"no SVD of {name} converged: {error}") from error
-    return SVD(U[..., :rank], S[..., :rank], Vh[..., :rank, :])
 
 
 def eigh_descending(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, the largest first, and their vectors."""
-    values, vectors = torch.linalg.eigh(symmetric)
+    found = cusolver.eigh(symmetric) if cusolver.takes_batch(symmetric) else None
+    values, vectors = torch.linalg.eigh(symmetric) if found is None else found
     return values.flip(-1), vectors.flip(-1)

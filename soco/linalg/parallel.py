@@ -1,12 +1,15 @@
-"""Several matrices at once on the CPU, where one alone leaves threads without work."""
+"""Several matrices at once, where one alone leaves threads, or a GPU, without work."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import islice
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 # From so many rows or columns on, several matrices are quicker on a thread of the CPU each than one
 # after the other on all of them.
@@ -14,9 +17,13 @@ WORTH_A_THREAD = 512
 # What the matrices that are worked on together may take beside what they are, in bytes: each about
 # six times its smaller side squared, in float64.
 MOST_BYTES = 4 * 2**30
+# Streams of a GPU: an eigensolver has stretches of small kernels, and waits for the host between
+# them. How many pay has not been measured.
+STREAMS = 4
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 
 def work_of(rows: int, columns: int, whitened: bool) -> float:
@@ -63,3 +70,46 @@ def side_by_side(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the number is the process's in part
+
+
+def on_streams(
+    work: Callable[[Tensor], Tensors], items: Iterable[Tensor], device: torch.device, streams: int
+) -> Iterator[Tensors]:
+    """``map(work, items)`` on a GPU, several at once: a thread of the host and a stream each.
+
+    Without gradients. What is given has to be there until the last result is; results may be used
+    on the stream that is current here, like any tensors made there.
+
+    Args:
+        work: from a tensor to tensors.
+        items: on the device, all of them taken at once.
+        device: CUDA.
+        streams: that run side by side, at most ``STREAMS``.
+    """
+    work = torch.no_grad()(work)  # a mode of the thread
+    here = torch.cuda.current_stream(device)
+    free: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
+    for stream in _streams_of(device)[:streams]:
+        free.put(stream)
+
+    def beside(item: Tensor) -> Tensors:
+        stream = free.get()
+        try:
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                found = work(item)
+            here.wait_stream(stream)
+            for part in found:
+                part.record_stream(here)  # its memory is the other stream's
+            return found
+        finally:
+            free.put(stream)
+
+    with ThreadPoolExecutor(streams) as pool:
+        yield from pool.map(beside, items)
+
+
+@cache
+def _streams_of(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    """The same ones each time: to every stream belong tens of MB of cuBLAS's."""
+    return tuple(torch.cuda.Stream(device) for _ in range(STREAMS))

@@ -50,8 +50,10 @@ def truncated_svd(
       singular value is above 0.002 of the largest; true of most weights as they are.
     - The same in float64, where every kept singular value is above 1e-6 of the largest.
     - ``torch.linalg.svd`` in float64, which squares nothing: for matrices without full rank, say.
+      On CUDA cuSOLVER's polar decomposition, where it is as good.
 
-    On the CPU the matrices of a batch are taken apart side by side, on a thread each.
+    The matrices of a batch are taken apart side by side: on a thread each on the CPU; on CUDA by
+    one call up to 512 rows or columns, on a stream each above.
 
     ``randomized`` is :func:`randomized_svd` without its estimate. ``auto`` takes that where it was
     quicker in measurements (docs/performance.md), and ``exact`` elsewhere: from 512 rows and
