@@ -64,7 +64,7 @@ def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     batch, n, _ = symmetric.shape
     kind = _REAL[symmetric.dtype]
-    vectors = symmetric.contiguous().clone()  # overwritten; symmetric, so any order of entries
+    vectors = symmetric.clone(memory_format=torch.contiguous_format)  # overwritten
     values = vectors.new_empty(batch, n)
     info = torch.full((batch,), -1, dtype=torch.int32, device=vectors.device)
     matrices = (
@@ -108,7 +108,7 @@ def svd(matrix: Tensor) -> SVD | None:
         return None if found is None else SVD(found.Vh.mT, found.S, found.U.mT)
     rows, columns = matrix.shape
     kind = _REAL[matrix.dtype]
-    taken = matrix.contiguous().clone()  # overwritten
+    taken = matrix.clone(memory_format=torch.contiguous_format)  # overwritten
     S, U, Vh = taken.new_empty(rows), taken.new_empty(rows, rows), torch.empty_like(taken)
     info = torch.full((1,), -1, dtype=torch.int32, device=taken.device)
     parts = (
