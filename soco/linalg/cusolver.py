@@ -143,10 +143,11 @@ def library() -> ctypes.CDLL | None:
 
     torch loads it with the first function of torch.linalg that runs on a GPU, so one is run.
     """
-    if not torch.cuda.is_available():
+    maps = Path("/proc/self/maps")  # of Linux
+    if not (torch.cuda.is_available() and maps.is_file()):
         return None
     torch.linalg.eigvalsh(torch.eye(2, device="cuda"))
-    places = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    places = {line.split()[-1] for line in maps.read_text().splitlines()}
     found = sorted(place for place in places if Path(place).name.startswith("libcusolver.so"))
     return opened(found[0]) if found else None
 
