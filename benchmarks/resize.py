@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--models", nargs="*", default=["babyllama105", "stories260K"])
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.2, 0.4, 0.6])
-    parser.add_argument("--others", nargs="*", type=float, default=[0.212, 0.336, 0.515])
+    parser.add_argument("--others", nargs="*", type=float, default=[0.208, 0.33, 0.49])
     parser.add_argument("--steps", type=int, default=SoCo().steps)
     parser.add_argument("--spacing", type=float, default=SoCo().spacing)
     arguments = parser.parse_args()

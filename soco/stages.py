@@ -100,7 +100,7 @@ class TrainingSettings:
     stages: tuple[Stage, ...] = STAGES
     steps: int = 240  # optimizer steps over all stages
     later_steps: int | None = None  # over all stages of a second and later budget; None: half
-    spacing: float | None = 0.125  # ratios of one training get others between them, so that none is
+    spacing: float | None = 0.085  # ratios of one training get others between them, so that none is
     # larger than the one before by more than this fraction of it; None: those given, alone
     written: float = 0.5  # sequences that the dense model writes itself, to be trained on beside
     # the calibration's, as a multiple of those; models that do not generate text have none
