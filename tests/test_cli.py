@@ -156,7 +156,9 @@ def test_names_and_defaults_in_help_are_those_of_the_library(run):
     assert all(hasattr(torch, dtype.value) for dtype in Dtype if dtype is not Dtype.auto)
     out = " ".join(run("compress", "--help")[1].split())
     assert SoCo().learning_rate is None
-    for value in (SoCo().steps, "measured", f"all {SoCo().batch_size}", SoCo().basis):
+    settings = SoCo()
+    said = settings.steps, "measured", f"all {settings.batch_size}", settings.basis
+    for value in (*said, settings.spacing):
         assert f"[default: ({value})]" in out
 
 

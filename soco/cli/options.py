@@ -317,7 +317,7 @@ SpacingOption = Annotated[
         help="With --ratios: train for others between them, so that none is larger than the one "
         "before by more than this fraction of it, and soco resize is close everywhere; a large "
         "number: for none, which is quicker.",
-        show_default="0.125",
+        show_default="0.085",
         rich_help_panel=TRAINING,
     ),
 ]
