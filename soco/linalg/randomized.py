@@ -11,10 +11,12 @@ from soco import ops
 from soco.linalg.checks import times_power_of_two, to_unit_range
 from soco.linalg.exact import exact
 from soco.linalg.factors import SVD
+from soco.linalg.halves import Halves, pay
 
 # Columns (batch, n, columns), and whether this is the last pass -> orthonormal ones, and whether
 # that failed (batch,), bool.
 Orthonormalizer = Callable[..., tuple[Tensor, Tensor]]
+EXACT = 2  # of the last iterations are all in the matrices' own dtype
 SAFETY = 3.0  # what the gain to come is multiplied by
 ENOUGH = 3  # power iterations from which on an error can be estimated
 
@@ -68,7 +70,9 @@ def find_range(
     """Subspace iteration from a Gaussian sketch: Q, then those of ``A A^T Q`` again and again.
 
     Orthonormal by a Cholesky decomposition after every product; matrices for which that fails go
-    through Householder's QR. On a GPU nothing waits for it before that.
+    through Householder's QR. On a GPU nothing waits for it before that, and in float32 products are
+    made of three in bfloat16, but for those of the last two iterations: these mend what was lost,
+    and it is from them that the error is told.
 
     Args:
         matrices: (batch, out, in), with entries up to 1.
@@ -99,15 +103,17 @@ def _iterate(
     """``find_range`` by one way to make columns orthonormal."""
     Q, failed = orthonormal(ops.gaussian_sketch(matrices, columns, seed))
     captured: list[Tensor] = []
+    halves = Halves.of(matrices) if power_iterations > EXACT and pay(matrices) else None
     for iteration in range(power_iterations):
-        Z = matrices.mT @ Q  # (batch, in, columns)
+        rough = halves if iteration < power_iterations - EXACT else None
+        Z = _times(matrices.mT, rough and rough.mT, Q)  # (batch, in, columns)
         if kept is not None and iteration >= max(power_iterations, ENOUGH) - 2:
             wide = Z.double()
             gram = (wide.mT @ wide).nan_to_num(0.0, 0.0, 0.0)  # where it failed
             captured.append(torch.linalg.eigvalsh(gram)[..., -kept:].clamp(min=0).sum(-1))
         Z, bad = orthonormal(Z)
         failed = failed | bad
-        Q, bad = orthonormal(matrices @ Z)
+        Q, bad = orthonormal(_times(matrices, rough, Z))
         failed = failed | bad
     Q, bad = orthonormal(Q, True)
     # Columns that depend on each other up to rounding may pass, and become zero.
@@ -115,6 +121,11 @@ def _iterate(
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     orthonormal_enough = gram.abs().amax((-2, -1)) < 1e3 * torch.finfo(Q.dtype).eps
     return Range(Q, failed | bad | ~orthonormal_enough, captured)
+
+
+def _times(matrices: Tensor, halves: Halves | None, columns: Tensor) -> Tensor:
+    """The product, by the halves of the matrices if there are any."""
+    return matrices @ columns if halves is None else halves @ Halves.of(columns)
 
 
 def estimated_excess(captured: list[Tensor], energy: Tensor, eps: float) -> Tensor:
