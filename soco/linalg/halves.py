@@ -36,8 +36,8 @@ class Halves(NamedTuple):
 def pay(matrices: Tensor) -> bool:
     """Whether these matrices are where three products in bfloat16 are quicker than one.
 
-    By its data sheet a GPU from compute capability 8.0 on multiplies bfloat16 with sums in float32 at
-    15 times the rate of float32 (A100: 312 and 19.5 TFLOP/s, H200: 989 and 67). Not measured here.
+    By data sheets a GPU from compute capability 8.0 on multiplies bfloat16, with sums in float32,
+    15 times as fast as float32 (A100: 312 and 19.5 TFLOP/s, H200: 989 and 67). Not measured here.
     """
     return (
         matrices.is_cuda
