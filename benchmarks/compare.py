@@ -76,7 +76,7 @@ def main() -> None:
         (arguments.work, "WORK"), (arguments.data, "DIR"), (arguments.output, "benchmarks/results"),
     ):  # fmt: skip
         made = made.replace(str(folder), called)
-    made += f" (soco {soco.__version__}, commit {commit()})"  # now: records are files of it, too
+    made += f" (soco {soco.__version__}, commit {commit()})"
     for name in arguments.models:
         folder = arguments.data / "models" / name
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -1,6 +1,7 @@
 """What all records have in common: texts, sizes, and how the place they were made at is called."""
 
 import json
+import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,12 +23,19 @@ TEXTS = {
     "books-llama-6m": BOOKS,
     "books-llama-1m": BOOKS,
 }
+RECORDS = "benchmarks/results"
 LENGTH, SAMPLES, WINDOWS = 256, 256, 100  # tokens of a window; calibration and evaluation windows
 
 
 def commit() -> str | None:
-    """The commit this runs from, marked when files were changed since."""
-    return commit_of(Path(__file__).parents[1])
+    """The commit this runs from, marked when files other than records were changed since."""
+    root = Path(__file__).parents[1]
+    found = commit_of(root)
+    if found is None:
+        return None
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RECORDS}"]
+    changed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    return found.removesuffix("-dirty") + ("-dirty" if changed else "")
 
 
 def write_record(
@@ -41,7 +49,7 @@ def write_record(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "command": command.replace(str(data), "DIR").replace(
-            str(output), f"benchmarks/results/{output.name}"
+            str(output), f"{RECORDS}/{output.name}"
         ),
         **({} if kind is None else {"kind": kind}),
         "rows": rows,
