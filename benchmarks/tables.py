@@ -38,8 +38,9 @@ from protocol import TEXTS
 from reliability_tables import reliability
 
 from soco import plots
+from soco.evaluation import small
 from soco.record import Comparison
-from soco.rendering import about, across, notes, number, small
+from soco.rendering import about, across, notes, number
 from soco.reporting import format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -56,12 +56,24 @@ class Evaluation:
         ]
         if self.kl is not None and self.top1 is not None:
             parts.append(
-                f"KL to the dense model {self.kl:.4f} nats per token, "
+                f"KL to the dense model {small(self.kl)} nats per token, "
                 f"same first choice for {self.top1:.2%}"
             )
         if self.distance is not None:
             parts.append(f"relative squared distance of the hidden states {self.distance:.4g}")
         return "; ".join(parts)
+
+
+def small(value: float) -> str:
+    """Three decimals, and of what is below 0.1 three digits.
+
+    >>> small(1.23456), small(0.4), small(0.0312345), small(0.00123456), small(2e-10), small(0.0)
+    ('1.235', '0.400', '0.0312', '0.00123', '2.00e-10', '0.000')
+    """
+    if 0 < value < 1e-4:
+        return f"{value:.2e}"
+    decimals = 2 - math.floor(math.log10(value)) if 0 < value < 0.1 else 3
+    return f"{value:.{decimals}f}"
 
 
 def evaluate(

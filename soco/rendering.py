@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from soco import plots
+from soco.evaluation import small
 from soco.record import Comparison, Row, exceeds
 from soco.reporting import format_bytes, format_percent
 
@@ -97,7 +98,7 @@ def columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
     """Title and cell of each column of ``ratio_table`` that this comparison has something for."""
     every = (
         ("perplexity", "perplexity", number),
-        ("KL", "kl", lambda value: f"{value:.4f}"),
+        ("KL", "kl", small),
         ("top-1", "top1", lambda value: f"{value:.1%}"),
         ("distance", "distance", lambda value: f"{value:.4g}"),
         ("kept parameters", "kept_params", lambda value: f"{value:,}"),
@@ -232,18 +233,6 @@ def notes(comparison: Comparison) -> list[str]:
         named = dict.fromkeys(row["method"] for row in rows)
         found.append(f"Warning of {', '.join(named)}: {text}.")
     return found
-
-
-def small(value: float) -> str:
-    """Three decimals, and of what is below 0.1 three digits.
-
-    >>> small(1.23456), small(0.4), small(0.0312345), small(0.00123456), small(2e-10), small(0.0)
-    ('1.235', '0.400', '0.0312', '0.00123', '2.00e-10', '0.000')
-    """
-    if 0 < value < 1e-4:
-        return f"{value:.2e}"
-    decimals = 2 - math.floor(math.log10(value)) if 0 < value < 0.1 else 3
-    return f"{value:.{decimals}f}"
 
 
 def number(value: float) -> str:

@@ -36,6 +36,7 @@ from soco.cli.options import (
 )
 from soco.comparison import DEFAULT_METHODS, OPTIONS
 from soco.elastic import ElasticSpectrum
+from soco.evaluation import small
 from soco.folders import SPECTRUM
 from soco.methods import METHODS, SoCo
 from soco.methods.soco import EFFORTS, PRESETS
@@ -561,7 +562,7 @@ def test_evaluate(run, place):
     assert {**told, "seconds": 0} == {**streamed, "seconds": 0}
     lines = run(*words)[1].splitlines()
     assert lines[0] == f"perplexity   {found.perplexity:.4f}"
-    assert lines[1] == f"KL to dense  {found.kl:.4f} nats per token"
+    assert lines[1] == f"KL to dense  {small(found.kl or 0)} nats per token"
 
 
 def test_evaluate_by_dtype(run, place):
@@ -865,7 +866,7 @@ def test_demo(run, tmp_path, monkeypatch):
     table = {row[0]: row[1:] for row in rows if len(row) == 5}
     assert list(table) == ["dense", "SoCo", "SVD-LLM, uniform ranks", "SVD, ranks by energy"]
     assert table["dense"][0] == "737,280"
-    assert table["dense"][2:] == ["0.0000", "100.0%"]
+    assert table["dense"][2:] == ["0.000", "100.0%"]
     assert float(table["SoCo"][2]) < float(table["SVD-LLM, uniform ranks"][2])
     assert all(int(row[0].replace(",", "")) <= 368_640 for row in list(table.values())[1:])
     proposed = next(line for line in out.splitlines() if line.startswith("  soco evaluate"))

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from soco import evaluation, surgery
-from soco.evaluation import Evaluation, evaluate
+from soco.evaluation import Evaluation, evaluate, small
 
 VOCAB = 50
 SIZES = {
@@ -296,3 +296,19 @@ def test_result_reads_well():
         "perplexity 4.1200 over 25,500 tokens in 100 windows of 256, float32, 3.1 s; "
         "KL to the dense model 0.0123 nats per token, same first choice for 97.56%"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.23456, "1.235"),
+        (0.1, "0.100"),
+        (0.0312345, "0.0312"),
+        (0.00123456, "0.00123"),
+        (0.000123456, "0.000123"),
+        (2.16789e-11, "2.17e-11"),
+        (0.0, "0.000"),
+    ],
+)
+def test_small_numbers_have_three_digits(value, text):
+    assert small(value) == text

@@ -35,7 +35,7 @@ from soco.cli.sources import (
 )
 from soco.cli.wanted import Compression
 from soco.diagnosis import diagnose
-from soco.evaluation import Evaluation
+from soco.evaluation import Evaluation, small
 from soco.evaluation import evaluate as evaluate_model
 from soco.folders import SPECTRUM, carry_over
 from soco.headers import read_json
@@ -355,7 +355,7 @@ def _lines(found: Evaluation) -> str:
     windows = f"{found.windows:,} window{'s' if found.windows != 1 else ''}"
     rows = [
         ("perplexity", None if found.perplexity is None else f"{found.perplexity:.4f}"),
-        ("KL to dense", None if found.kl is None else f"{found.kl:.4f} nats per token"),
+        ("KL to dense", None if found.kl is None else f"{small(found.kl)} nats per token"),
         ("same choice", None if found.top1 is None else f"{found.top1:.2%} of first choices"),
         ("distance", None if found.distance is None else f"{found.distance:.4g} of the variance"),
         ("measured on", f"{found.tokens:,} tokens, {windows} of {found.length:,}"),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from soco.cli.sources import DEMO_TEXT
 from soco.data import token_windows
-from soco.evaluation import Evaluation, evaluate
+from soco.evaluation import Evaluation, evaluate, small
 from soco.pipeline import compress
 from soco.reporting import report
 from soco.sampling import sample_from_model
@@ -114,7 +114,7 @@ def show(rows: Iterable[Row], length: int, console: Console) -> None:
             title,
             f"{params:,}",
             "-" if found.perplexity is None else f"{found.perplexity:,.2f}",
-            "-" if found.kl is None else f"{found.kl:.4f}",
+            "-" if found.kl is None else small(found.kl),
             "-" if found.top1 is None else f"{found.top1:.1%}",
             style="bold" if title == "SoCo" else None,
         )
