@@ -17,7 +17,7 @@ from soco.linalg import cusolver, exact, parallel, truncated_svd
 
 DTYPES = [torch.float32, torch.float64]
 MOODS = ["well", "no handle", "no stream", "refuses size", "refuses call", "not converged",
-         "wrong", "NaN"]  # fmt: skip
+         "wrong", "NaN", "unordered", "negative"]  # fmt: skip
 STREAM = 0xABC0
 
 
@@ -117,7 +117,7 @@ def test_what_goes_wrong_is_no_result(library, mood):
     library.set_mood(MOODS.index(mood))
     matrices = symmetric(3, 8, 8)
     good = mood == "well"
-    assert (cusolver.eigh(matrices) is not None) is good
+    assert (cusolver.eigh(matrices) is not None) is (good or mood == "negative")  # as they may be
     assert (cusolver.svd(matrices[0]) is not None) is good
     library.set_mood(0)  # and afterwards all is well again
     assert cusolver.eigh(matrices) is not None
@@ -135,7 +135,8 @@ def test_one_unit_in_a_thousand_is_beyond_the_tolerance(library):
     matrices = vectors * values[:, None] @ vectors.mT
     assert cusolver._is_decomposition(matrices, vectors, values, vectors)
     assert not cusolver._is_decomposition(matrices, vectors, values * 1.001, vectors)
-    assert not cusolver._is_decomposition(matrices, vectors * 1.001, values / 1.002, vectors)
+    assert not cusolver._is_decomposition(matrices, vectors * 1.001, values / 1.001, vectors)
+    assert not cusolver._is_decomposition(matrices, vectors, values / 1.001, vectors * 1.001)
 
 
 def test_a_device_without_room_for_the_workspace_is_no_result(library, monkeypatch):
@@ -177,7 +178,10 @@ def test_a_matrix_without_full_rank_is_left_to_torch(library, monkeypatch):
     matrices = normal(3, 12, 9)
     matrices[1, :, 4] = 0
     assert cusolver.svd(matrices[1]) is None
+    by_torch, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **o: by_torch.append(a) or svd(*a, **o))
     found = exact._by_polar(matrices, "weight")
+    assert len(by_torch) == 1
     torch.testing.assert_close(found.U * found.S[:, None] @ found.Vh, matrices)
     identity = torch.eye(9, dtype=torch.float64).expand(3, 9, 9)
     torch.testing.assert_close(found.U.mT @ found.U, identity)
@@ -192,11 +196,14 @@ def test_the_exact_way_takes_what_the_library_gives_or_does_without(library, mon
     expected = truncated_svd(weights, 10)
     asked = []
     monkeypatch.setattr(cusolver, "takes_batch", lambda gram: asked.append(gram.shape) or True)
-    for mood in ("well", "wrong"):
+    by_torch, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: by_torch.append(gram) or eigh(gram))
+    for mood, times in (("well", 0), ("wrong", 1)):
         library.set_mood(MOODS.index(mood))
         for found, part in zip(truncated_svd(weights, 10), expected, strict=True):
             torch.testing.assert_close(found, part, rtol=1e-4, atol=1e-4)
-    assert (3, 40, 40) in asked
+        assert len(by_torch) == times
+    assert asked == [(3, 40, 40)] * 2
 
 
 def test_which_matrices_go_to_the_batched_solver():

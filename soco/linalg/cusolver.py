@@ -84,7 +84,8 @@ def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor] | None:
             and not bool(info.any())  # waits, so the buffers may go
         )  # fmt: skip
     vectors = vectors.mT  # columns there are rows here
-    if not done or not _is_decomposition(symmetric, vectors, values, vectors):
+    ascending = done and bool((values[:, :-1] <= values[:, 1:]).all())
+    if not ascending or not _is_decomposition(symmetric, vectors, values, vectors):
         return None
     return values, vectors
 

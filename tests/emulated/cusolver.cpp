@@ -10,7 +10,18 @@
 namespace {
 
 // How the next calls go: well, or as the name says.
-enum Mood { kWell, kNoHandle, kNoStream, kRefusesSize, kRefusesCall, kNotConverged, kWrong, kNaN };
+enum Mood {
+  kWell,
+  kNoHandle,
+  kNoStream,
+  kRefusesSize,
+  kRefusesCall,
+  kNotConverged,
+  kWrong,
+  kNaN,
+  kUnordered,
+  kNegative
+};
 
 constexpr int kInvalid = 3, kInternal = 7;
 constexpr int kHandle = 0x50c0, kOptions = 0x0c05;
@@ -114,6 +125,10 @@ void eigen(T* a, int64_t n, T* w) {
     for (int64_t i = 0; i < n; ++i) a[i + j * n] = static_cast<T>(v[i + order[j] * n]);
   }
   if (mood == kWrong) w[n - 1] *= T(1.01);
+  if (mood == kUnordered) {
+    std::swap(w[0], w[1]);
+    for (int64_t i = 0; i < n; ++i) std::swap(a[i], a[i + n]);
+  }
   if (mood == kNaN) w[0] = std::nan("");
 }
 
@@ -138,6 +153,15 @@ void decompose(T* a, int64_t m, int64_t n, T* s, T* u, T* v) {
     }
   }
   if (mood == kWrong) s[0] *= T(1.01);
+  if (mood == kUnordered) {
+    std::swap(s[0], s[1]);
+    for (int64_t i = 0; i < m; ++i) std::swap(u[i], u[i + m]);
+    for (int64_t i = 0; i < n; ++i) std::swap(v[i], v[i + n]);
+  }
+  if (mood == kNegative) {
+    s[n - 1] = -s[n - 1];
+    for (int64_t i = 0; i < m; ++i) u[i + (n - 1) * m] = -u[i + (n - 1) * m];
+  }
   if (mood == kNaN) u[0] = std::nan("");
 }
 
