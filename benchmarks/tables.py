@@ -11,9 +11,9 @@ model between the ``compare`` markers of docs/methods.md, a short one of all mod
 ``results`` markers of README.md, docs/images/compare-MODEL.png, and docs/images/readme.png with the
 methods of the short table on the first model.
 
-    python benchmarks/tables.py benchmarks/results/resize.json
+    python benchmarks/tables.py benchmarks/results/resize*.json
 
-writes the table between the markers of that name in docs/methods.md.
+writes the tables between the markers of those names in docs/methods.md.
 
     cd benchmarks/results; python ../tables.py lowrank-cpu-*.json lowrank-compiled.json \
         decode.json model-*.json svd-w*.json svd-llama-2.json batched-svd-*.json \
