@@ -392,7 +392,7 @@ def test_streaming_takes_a_folder(fails):
     [
         (["--spacing", "0.45"], [0.2, 0.282843, 0.4, 0.489898, 0.6]),
         (["--spacing", "1"], [0.2, 0.4, 0.6]),
-        ([], [0.2 * 2 ** (i / 6) for i in range(6)] + [0.4 * 1.5 ** (i / 4) for i in range(5)]),
+        ([], [0.2 * 2 ** (i / 9) for i in range(9)] + [0.4 * 1.5 ** (i / 5) for i in range(6)]),
     ],
 )
 def test_several_sizes_of_one_training(run, place, words, stations):
