@@ -71,18 +71,8 @@ def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor] | None:
         _VECTORS, _UPPER, c_int64(n), kind, c_void_p(vectors.data_ptr()), c_int64(n),
         kind, c_void_p(values.data_ptr()), kind,
     )  # fmt: skip
-    device, host = c_size_t(), c_size_t()
-    with _handle(solver, symmetric.device) as handle:
-        done = handle is not None and (
-            solver.cusolverDnXsyevBatched_bufferSize(
-                *handle, *matrices, byref(device), byref(host), c_int64(batch)
-            ) == 0
-            and (buffers := _buffers(device, host, vectors.device)) is not None
-            and solver.cusolverDnXsyevBatched(
-                *handle, *matrices, *buffers.arguments, c_void_p(info.data_ptr()), c_int64(batch)
-            ) == 0
-            and not bool(info.any())  # waits, so the buffers may go
-        )  # fmt: skip
+    many = (c_int64(batch),)
+    done = _call(solver, "cusolverDnXsyevBatched", matrices, info, many, many)
     vectors = vectors.mT  # columns there are rows here
     ascending = done and bool((values[:, :-1] <= values[:, 1:]).all())
     if not ascending or not _is_decomposition(symmetric, vectors, values, vectors):
@@ -118,19 +108,8 @@ def svd(matrix: Tensor) -> SVD | None:
         kind, c_void_p(Vh.data_ptr()), c_int64(columns),
         kind, c_void_p(U.data_ptr()), c_int64(rows), kind,
     )  # fmt: skip
-    device, host, perturbation = c_size_t(), c_size_t(), c_double()
-    with _handle(solver, matrix.device) as handle:
-        done = handle is not None and (
-            solver.cusolverDnXgesvdp_bufferSize(
-                *handle, *parts, byref(device), byref(host)
-            ) == 0
-            and (buffers := _buffers(device, host, taken.device)) is not None
-            and solver.cusolverDnXgesvdp(
-                *handle, *parts, *buffers.arguments, c_void_p(info.data_ptr()),
-                byref(perturbation),
-            ) == 0
-            and not bool(info.any())
-        )  # fmt: skip
+    perturbation = c_double()  # not looked at: the result is
+    done = _call(solver, "cusolverDnXgesvdp", parts, info, (), (byref(perturbation),))
     U = U.mT  # rows there are columns here
     ordered = done and bool((S[:-1] >= S[1:]).all() & (S >= 0).all())
     if not ordered or not _is_decomposition(matrix, U, S, Vh.mT):
@@ -160,6 +139,39 @@ def opened(path: str) -> ctypes.CDLL | None:
     except OSError:
         return None
     return found if all(hasattr(found, name) for name in _NAMES) else None
+
+
+def _call(
+    solver: ctypes.CDLL,
+    name: str,
+    arguments: tuple[object, ...],
+    info: Tensor,
+    size_last: tuple[object, ...],
+    last: tuple[object, ...],
+) -> bool:
+    """Ask a function for its workspace, and call it; whether all went well.
+
+    Args:
+        solver: the library.
+        name: of the function; that of the one that tells sizes has ``_bufferSize`` behind it.
+        arguments: what both take behind handle and options.
+        info: int32, on the device, where the function says of each matrix whether it failed.
+        size_last: what the one that tells sizes takes behind them.
+        last: what the function takes behind ``info``.
+    """
+    with _handle(solver, info.device) as handle:
+        if handle is None:
+            return False
+        sizes = c_size_t(), c_size_t()
+        asked = getattr(solver, f"{name}_bufferSize")
+        if asked(*handle, *arguments, *map(byref, sizes), *size_last) != 0:
+            return False
+        buffers = _buffers(*sizes, info.device)
+        if buffers is None:
+            return False
+        place = c_void_p(info.data_ptr())
+        status = getattr(solver, name)(*handle, *arguments, *buffers.arguments, place, *last)
+        return status == 0 and not bool(info.any())  # waits, so the buffers may go
 
 
 @contextmanager
