@@ -11,7 +11,8 @@ model between the ``compare`` markers of docs/methods.md, a short one of all mod
 ``results`` markers of README.md, docs/images/compare-MODEL.png, and docs/images/readme.png with the
 methods of the short table on the first model.
 
-    python benchmarks/tables.py benchmarks/results/resize*.json
+    python benchmarks/tables.py benchmarks/results/resize.json \
+        benchmarks/results/resize-stories260K.json
 
 writes the tables between the markers of those names in docs/methods.md.
 
