@@ -64,7 +64,8 @@ def measured(name: str, weight: torch.Tensor, part: int) -> dict[str, Any]:
         randomized.pay = lambda matrices, pays=pays: pays
         (U, S, Vh), estimate = randomized_svd(weight, rank)
         error = (weight.double() - U.double() * S.double() @ Vh.double()).norm()
-        found[way] = {"excess": float(error / least - 1), "estimate": float(estimate)}
+        told = float(estimate) if estimate.isfinite() else None  # None: unknown
+        found[way] = {"excess": float(error / least - 1), "estimate": told}
     print(found, flush=True)
     return found
 
