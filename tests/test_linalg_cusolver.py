@@ -17,7 +17,7 @@ from soco.linalg import cusolver, exact, parallel, truncated_svd
 
 DTYPES = [torch.float32, torch.float64]
 MOODS = ["well", "no handle", "no stream", "refuses size", "refuses call", "not converged",
-         "wrong", "NaN", "unordered", "negative"]  # fmt: skip
+         "wrong", "NaN", "unordered", "negative", "says no"]  # fmt: skip
 STREAM = 0xABC0
 
 

@@ -20,7 +20,8 @@ enum Mood {
   kWrong,
   kNaN,
   kUnordered,
-  kNegative
+  kNegative,
+  kSaysNo
 };
 
 constexpr int kInvalid = 3, kInternal = 7;
@@ -226,7 +227,7 @@ int cusolverDnXsyevBatched(void* handle, void* params, int jobz, int uplo, int64
     }
     info[k] = mood == kNotConverged && k == batch - 1 ? 3 : 0;
   }
-  return 0;
+  return mood == kSaysNo ? kInternal : 0;
 }
 
 int cusolverDnXgesvdp_bufferSize(void* handle, void* params, int jobz, int econ, int64_t m,
@@ -265,7 +266,7 @@ int cusolverDnXgesvdp(void* handle, void* params, int jobz, int econ, int64_t m,
   }
   *perturbation = 0;
   *info = mood == kNotConverged ? 3 : 0;
-  return 0;
+  return mood == kSaysNo ? kInternal : 0;
 }
 
 }  // extern "C"
