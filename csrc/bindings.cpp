@@ -55,7 +55,7 @@ using PassedMember =
 // The weights of a group, to be run on many inputs. Whoever makes it keeps them where they are.
 soco::LowRankGroup make_plan(uintptr_t down, uintptr_t down_scale,
                              const std::vector<PassedMember>& members, uintptr_t bias, int64_t in,
-                             Dtype dtype, Dtype weight_dtype, bool gated) {
+                             Dtype dtype, Dtype weight_dtype, bool gated, bool dependent) {
   soco::LowRankGroup group{};
   group.down = unpass<const void*>(down);
   group.down_scale = unpass<const float*>(down_scale);
@@ -68,6 +68,7 @@ soco::LowRankGroup make_plan(uintptr_t down, uintptr_t down_scale,
   group.dtype = dtype;
   group.weight_dtype = weight_dtype;
   group.gated = gated;
+  group.dependent = dependent;
   return group;
 }
 

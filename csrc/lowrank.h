@@ -39,6 +39,7 @@ struct LowRankGroup {
   Dtype dtype;         // of x and y
   Dtype weight_dtype;  // the same, or int8 or float8
   bool gated;          // two members of one out: y = silu(first) * second
+  bool dependent;      // for CUDA: the launch is a dependent one (sm_90 and newer; see decode.cuh)
 };
 
 namespace cpu {

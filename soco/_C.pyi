@@ -22,6 +22,7 @@ class LowRankPlan:
         dtype: Dtype,
         weight_dtype: Dtype,
         gated: bool,
+        dependent: bool,
         /,
     ) -> None:
         """Each of members is up, stride, up_scale, sources, rank, rows and out."""

@@ -100,6 +100,7 @@ class Emulation:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         library.guarded.restype = library.memory_of.restype = c_void_p
+        library.read_ahead.restype = c_int64
         self.at_the_beginning = False  # where arrays have a page that must not be touched
         self.counter = c_uint32(0)
         self.machine()
@@ -159,6 +160,7 @@ class Emulation:
         *,
         residual: Tensor | None = None,
         barrier: bool = True,
+        dependent: bool = False,
         shift: int = 0,
         steps: Sequence[int] | None = None,
         **options: Any,
@@ -166,7 +168,7 @@ class Emulation:
         """``soco.ops.low_rank_group``, with and without a counter.
 
         ``shift``: bytes that x begins behind a multiple of 16; ``steps``: elements between rows of
-        each of ``ups``.
+        each of ``ups``; ``dependent``: what the stream ran before has yet to write x and residual.
         """
         weights = Weights(down, ups, **options)
         count, tokens = len(ups), len(x)
@@ -189,15 +191,22 @@ class Emulation:
             z = memory.space(tokens * ranks * sum_dtype(x).itemsize)
             size = y.numel() * y.element_size()
             result = memory.space(size)
+            if dependent:
+                for place, tensor in ((given_x, x), (given_residual, residual)):
+                    if place and tensor is not None:
+                        late = c_size_t(tensor.numel() * tensor.element_size())
+                        self.library.written_late(c_void_p(place), late)
             self.library.low_rank_group(
                 c_void_p(given_x), c_void_p(given_down),
                 c_void_p(memory.copy(weights.down_scale)), members, c_int(count),
                 c_void_p(memory.copy(weights.bias)), c_void_p(given_residual), c_void_p(z),
                 c_void_p(result), byref(self.counter) if barrier else None, c_int64(tokens),
                 c_int64(x.shape[1]), _code(x), _code(down), c_bool(weights.gated),
+                c_bool(dependent),
             )  # fmt: skip
             ctypes.memmove(y.data_ptr(), result, size)
         assert self.library.forgotten() == 0, "threads ended with copies on their way"
+        assert self.library.hasty() == 0, "threads read what the stream had yet to write"
         return y
 
 

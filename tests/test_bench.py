@@ -91,8 +91,9 @@ def test_ranks_keep_the_fraction():
 def test_all_ways_compute_the_same(dtype):
     weights = Weights([(64, 128), (32, 128)], 0.8, dtype, CPU, dense=True)
     x = torch.randn(3, 128).to(dtype)
-    names = ["pairs", "grouped", "soco", "int8", "float8", "torch int8", "compiled"]
+    names = ["pairs", "grouped", "soco", "int8", "float8", "torch int8", "compiled", "dependent"]
     made = ways(weights, x, names)
+    assert "dependent" not in made  # on a CPU
     assert set(made) >= {"pairs", "grouped", "soco", "int8", "float8", "compiled"}
     with torch.inference_mode():
         expected = torch.cat(list(made["pairs"](1)), -1)

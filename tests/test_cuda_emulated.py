@@ -4,6 +4,7 @@ The order in which their threads run is drawn anew in every run; what they must 
 process.
 """
 
+import itertools
 import re
 import shutil
 
@@ -179,6 +180,54 @@ def test_counter_is_ready_for_the_next_grid(cuda):
         assert (cuda.counter.value - before) % 2**32 == 2**31
 
 
+@pytest.mark.parametrize("weights", [None, *EIGHT])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ALIGNED)
+def test_dependent_launch(cuda, name, dtype, weights):
+    """What the stream ran before writes x and the residual when the kernel waits for it."""
+    args = weighted(made(*ALIGNED[name], dtype=dtype), weights)
+    expected = cuda.low_rank_group(**args)
+    assert cuda.library.dependent_launches() == 0
+    assert cuda.library.read_ahead() == cuda.library.released() == 0
+    for blocks in (1, 3, 8):
+        cuda.machine(blocks, multiprocessors=blocks)
+        assert torch.equal(cuda.low_rank_group(**args, dependent=True), expected)
+        assert cuda.launches() == cuda.library.dependent_launches() == 1
+        assert cuda.library.released() == blocks
+        rows = [len(args["down"]) * block // blocks for block in range(blocks + 1)]
+        row = args["down"][0].numel() * args["down"].element_size()
+        asked = [min((b - a) * row, 64 * 1024) for a, b in itertools.pairwise(rows)]
+        assert cuda.library.read_ahead() == sum(asked)
+
+
+def test_dependent_launch_asks_for_a_part_of_large_weights(cuda):
+    args = made(1, 4096, [(32, 8, False)], dtype=torch.bfloat16)
+    expected = cuda.low_rank_group(**args)
+    for blocks, asked in [(2, 2 * 64 * 1024), (8, 32 * 4096 * 2)]:
+        cuda.machine(multiprocessors=blocks)
+        assert torch.equal(cuda.low_rank_group(**args, dependent=True), expected)
+        assert cuda.library.read_ahead() == asked
+
+
+def test_dependent_launch_of_fewer_tokens_at_a_time(cuda):
+    """Launches of one call wait for each other: they share the memory of z."""
+    args = made(15, 64, [(512, 40, False)], dtype=torch.bfloat16)
+    expected = cuda.low_rank_group(**args)
+    cuda.machine(shared=56 * 1024)
+    assert torch.equal(cuda.low_rank_group(**args, dependent=True), expected)
+    assert cuda.launches() == cuda.library.dependent_launches() == 4
+
+
+def test_older_gpus_have_no_dependent_launch(cuda):
+    args = made(*ALIGNED["qkv"], dtype=torch.bfloat16)
+    expected = cuda.low_rank_group(**args)
+    cuda.machine(major=8)
+    assert torch.equal(cuda.low_rank_group(**args, dependent=True), expected)
+    assert cuda.launches() == 1
+    assert cuda.library.dependent_launches() == 0
+    assert cuda.library.read_ahead() == 0
+
+
 def test_rows_that_lie_apart(cuda):
     """What is between them is NaN."""
     args = made(3, 64, [(16, 24, False), (32, 50, True)], dtype=torch.bfloat16)
@@ -289,6 +338,11 @@ def test_error_beside_the_cpu_kernel(cuda, dtype, weights):
 MISTAKES = {  # what of decode.cuh is left out, or becomes something else
     "the barrier of the grid": ("if (thread == 0) grid_barrier(task.barrier);", ""),
     "the wait for copies": ("wait_for_copies<31>();", "wait_for_copies<32>();"),
+    "the wait for the stream": ("wait_for_stream();", ""),
+    "a wait of one thread": (
+        "      wait_for_stream();",
+        "      if (thread == 0) wait_for_stream();",
+    ),
 }
 
 
@@ -308,8 +362,8 @@ def test_emulation_shows_mistakes(mistake, tmp_path, library):
     for seed in range(4):
         wrong.machine(seed)
         try:
-            found.append(wrong.low_rank_group(**args))
-        except AssertionError as error:  # copies on their way
+            found.append(wrong.low_rank_group(**args, dependent=True))
+        except AssertionError as error:  # copies on their way, or begun too soon
             found.append(error)
     assert any(not isinstance(y, torch.Tensor) or not torch.equal(y, expected) for y in found)
 

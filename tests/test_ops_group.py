@@ -1,5 +1,6 @@
 """soco.ops.low_rank_group against plain torch, on every device there is."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -187,6 +188,47 @@ def test_in_cuda_graphs(device):
                 graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(y, e) for y, e in zip(outputs, expected, strict=True))
+
+
+@torch.no_grad()
+def test_dependent_launches(device):
+    """Behind kernels that write the input, one after the other and in a graph."""
+    if device == "cpu":
+        pytest.skip("dependent launches are of CUDA")
+    args = made(4, 1024, [(256, 1024, True)], device, torch.bfloat16)
+    plain, early = prepared(args), prepared(args, dependent=True)
+    inputs = [randn(4, 1024, seed=70 + i, device=device, dtype=torch.bfloat16) for i in range(20)]
+    expected = [plain(plain(x * 2) / 64) for x in inputs]
+    for _ in range(50):
+        assert all(
+            torch.equal(early(early(x * 2) / 64), y) for x, y in zip(inputs, expected, strict=True)
+        )
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [early(early(x * 2) / 64) for x in inputs]
+    for _ in range(50):
+        for y in found:
+            y.zero_()
+        graph.replay()
+        assert all(torch.equal(y, e) for y, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("1", True)])
+def test_dependent_launches_are_asked_for(monkeypatch, value, expected):
+    plans = []
+    monkeypatch.setattr(layers, "LowRankPlan", lambda *args: plans.append(args[-1]))
+    monkeypatch.delenv("SOCO_DEPENDENT_LAUNCH", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SOCO_DEPENDENT_LAUNCH", value)
+    args = made(3, 10, [(4, 7, False)])
+    weights = layers.Weights(args["down"], args["ups"])
+    layers.plan_of(weights, torch.float32)
+    assert plans == [expected]
+    for given in (False, True):
+        group = ops.PreparedGroup(args["down"], args["ups"], torch.float32, dependent=given)
+        assert plans.pop() == given
+        again = pickle.loads(pickle.dumps(group))
+        assert again.dependent == plans.pop() == given
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,7 +23,8 @@ bool fits(const LowRankGroup& g) {
 
 struct Device {
   int blocks, shared;  // multiprocessors; bytes of shared memory a block may have
-  bool able;
+  bool able;           // to launch cooperatively, and to run the kernel
+  bool ahead;          // to launch dependently
 };
 
 int attribute(cudaDeviceAttr which) {
@@ -34,10 +35,10 @@ int attribute(cudaDeviceAttr which) {
 }
 
 Device device() {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
   return {attribute(cudaDevAttrMultiProcessorCount),
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
-              attribute(cudaDevAttrCooperativeLaunch) != 0};
+          major >= 8 && attribute(cudaDevAttrCooperativeLaunch) != 0, major >= 9};
 }
 
 // Places the parts of shared memory. `most` columns of y are computed by one block.
@@ -81,16 +82,18 @@ bool launch_cooperatively(const Task<T, W>& task, int blocks, void* stream) {
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, task.at.total),
         "low_rank_group");
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(task.at.total);
   config.stream = as_stream(stream);
-  config.attrs = &together;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = task.dependent ? 2 : 1;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, task);
   if (status == cudaErrorCooperativeLaunchTooLarge) {
     cudaGetLastError();  // it is dealt with
@@ -107,6 +110,7 @@ bool run(const LowRankGroup& g, void* stream) {
   Task<T, W> task{};
   task.all = members_of(g);
   task.gated = g.gated;
+  task.dependent = g.dependent && gpu.ahead;
   task.columns = task.all.width;
   for (int m = 0; m < task.all.count; ++m) {
     const Member& member = g.members[m];

@@ -12,6 +12,11 @@
 // them, and their sums are added in order. So a sum runs in an order that depends on the number of
 // inputs alone. z is float32; the second product takes it apart into two numbers of 16 bits, a high
 // and a low part, so it is not rounded between the two products.
+//
+// A dependent launch (programmatic dependent launch, sm_90 and newer) begins while what the stream
+// ran before still ends. Until that has ended nothing is read: only the cache is asked for the
+// weights that the block begins with. The next grid may begin when all blocks have allowed it, so
+// it never takes the place of a block that others wait for.
 #pragma once
 #include <type_traits>
 
@@ -23,7 +28,8 @@ namespace soco::cuda::decoding {
 
 constexpr int kTiles = 3;  // that share one reading of x in the first product
 constexpr int kSums = kTokens * kRows;
-constexpr int kMostSlots = 32;  // of the ring; fewer where shared memory is small
+constexpr int kMostSlots = 32;         // of the ring; fewer where shared memory is small
+constexpr int64_t kAhead = 64 * 1024;  // bytes that a block asks for: what memory gives in 2 us
 
 __host__ __device__ constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -50,7 +56,7 @@ struct Task {
   uint32_t* barrier;
   int64_t in, columns;  // of y
   int tokens, slots;
-  bool gated;
+  bool gated, dependent;
   Layout at;
 };
 
@@ -100,6 +106,10 @@ class Worker {
         mine(lines_of(given.in * static_cast<int64_t>(sizeof(W)), warp)) {}
 
   __device__ void run() {
+    if (task.dependent) {
+      if (thread == 0) ask_for_weights();
+      wait_for_stream();
+    }
     begin_first();
     int slot = 1;
     for (; slot < task.slots && stage == kFirst; ++slot) copy_next();
@@ -110,6 +120,7 @@ class Worker {
     first_product();  // and a barrier of the block
     if (thread == 0) grid_barrier(task.barrier);
     __syncthreads();
+    if (task.dependent) let_next_begin();
     for (int p = 0; p < part_count; ++p) {
       if (p > 0) __syncthreads();  // nobody reads the z of the part before any longer
       load_z(part(p));
@@ -200,6 +211,14 @@ class Worker {
       if (here.rows == 0) here.row = 0;
       if (here.rows > member.rows - here.row) here.rows = static_cast<int>(member.rows) - here.row;
     }
+  }
+
+  // The rows of down that the block begins with, into the cache.
+  __device__ void ask_for_weights() const {
+    const int64_t bytes = (to - from) * task.in * static_cast<int64_t>(sizeof(W));
+    if (bytes > 0)
+      read_ahead(task.down + from * task.in,
+                 static_cast<uint32_t>(bytes < kAhead ? bytes : kAhead));
   }
 
   // ---- copies

@@ -108,6 +108,31 @@ __device__ __forceinline__ void grid_barrier(uint32_t* counter) {
   } while (((before ^ now) & 0x80000000u) == 0);
 }
 
+// Asks for global memory to be brought into the cache that all blocks share, and waits for nothing.
+// `global` and `bytes` are multiples of 16.
+__device__ __forceinline__ void read_ahead(const void* global, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+
+// In a grid that was launched as a dependent one: waits until what its stream ran before has ended,
+// and all that it wrote can be seen. In others it returns at once.
+__device__ __forceinline__ void wait_for_stream() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next grid of the stream, if it is a dependent one, may begin when every block has said so.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Four floats that another block wrote.
 __device__ __forceinline__ float4 load_fresh(const float* four) {
   return __ldcg(reinterpret_cast<const float4*>(four));

@@ -49,7 +49,8 @@ def lowrank(
             "--ways",
             help="What is timed, by commas: dense, pairs (two linear layers each), grouped (one "
             "first product for all), compiled (pairs under torch.compile), soco, pivoted (the same "
-            "ranks in fewer parameters), int8, float8, 'torch int8'.",
+            "ranks in fewer parameters), int8, float8, 'torch int8', dependent (soco by dependent "
+            "launches, on GPUs from sm_90 on).",
         ),
     ] = WAYS,
     device: Device = None,
@@ -66,7 +67,7 @@ def lowrank(
             ways, "ways",
             (
                 "dense", BASELINE, "grouped", "compiled", "soco", "pivoted", "int8", "float8",
-                "torch int8",
+                "torch int8", "dependent",
             ),
         )  # fmt: skip
         rows = measure(

@@ -65,6 +65,12 @@ def ways(weights: Weights, x: Tensor, names: Sequence[str]) -> dict[str, Run]:
         "grouped": lambda i: _grouped(x, weights.downs[i], weights.ups[i], weights.ranks),
         "soco": lambda i: ours[i](x),
     }
+    if "dependent" in names and has_dependent_launches(device):
+        early = [
+            ops.PreparedGroup(down, up, dtype, dependent=True)
+            for down, up in zip(weights.downs, weights.ups, strict=True)
+        ]
+        made["dependent"] = lambda i: early[i](x)
     if weights.dense:
         made["dense"] = lambda i: [linear(x, weight) for weight in weights.dense[i]]
     if "pivoted" in names:
@@ -82,6 +88,11 @@ def ways(weights: Weights, x: Tensor, names: Sequence[str]) -> dict[str, Run]:
     if "torch int8" in names and device.type == "cpu" and dtype == torch.bfloat16 and even:
         made["torch int8"] = _torch_int8(weights, x)
     return {name: made[name] for name in names if name in made}
+
+
+def has_dependent_launches(device: torch.device) -> bool:
+    """Whether a kernel may begin before the one before it has ended: from sm_90 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _pairs(x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor]) -> list[Tensor]:

@@ -169,6 +169,9 @@ class PreparedGroup:
             are contiguous.
         ups: the same.
         dtype: of the inputs.
+        dependent: launch the CUDA kernel so that it may begin while what the stream ran before
+            still ends (programmatic dependent launch, sm_90 and newer); None: if
+            ``SOCO_DEPENDENT_LAUNCH=1`` is in the environment.
         options: ``sources``, ``bias``, ``down_scale``, ``up_scales`` and ``gated``.
 
     Raises:
@@ -176,14 +179,16 @@ class PreparedGroup:
     """
 
     def __init__(
-        self, down: Tensor, ups: Sequence[Tensor], dtype: torch.dtype, **options: Any
-    ) -> None:
+        self, down: Tensor, ups: Sequence[Tensor], dtype: torch.dtype, *,
+        dependent: bool | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         weights = Weights(down, ups, **options)
         self.weights, self.dtype, self.device = weights, dtype, down.device
+        self.dependent = dependent
         empty = down.new_empty((0, *down.shape[1:]), dtype=dtype)
         _check(empty, None, weights)
         self._in, self._width = down.shape[1], weights.width
-        self._plan, self._kept = plan_of(weights, dtype)
+        self._plan, self._kept = plan_of(weights, dtype, dependent)
         self._run = runner("low_rank_group", self.device.type)
         self._most = most_tokens(self.device.type, dtype, down.dtype)
         self._ranks = 0 if self.device.type == "cpu" else len(down)  # the core has memory there
@@ -217,11 +222,11 @@ class PreparedGroup:
 
     def __reduce__(self) -> Any:
         """How to make it again from its weights."""
-        return _prepared, (self.dtype, self.weights)
+        return _prepared, (self.dtype, self.weights, self.dependent)
 
 
-def _prepared(dtype: torch.dtype, weights: Weights) -> PreparedGroup:
-    return PreparedGroup(dtype=dtype, **weights._asdict())
+def _prepared(dtype: torch.dtype, weights: Weights, dependent: bool | None) -> PreparedGroup:
+    return PreparedGroup(dtype=dtype, dependent=dependent, **weights._asdict())
 
 
 def _is_watched(device: str) -> bool:

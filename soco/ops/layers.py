@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -149,7 +150,18 @@ def compute(run: Run, x: Tensor, weights: Weights, residual: Tensor | None = Non
     return y
 
 
-def plan_of(weights: Weights, dtype: torch.dtype) -> tuple[LowRankPlan, list[Tensor | None]]:
+def dependent_launches() -> bool:
+    """Whether CUDA kernels may begin while what the stream ran before still ends.
+
+    That is asked for by ``SOCO_DEPENDENT_LAUNCH=1`` in the environment: programmatic dependent
+    launches, which GPUs have from sm_90 on.
+    """
+    return os.environ.get("SOCO_DEPENDENT_LAUNCH", "0") == "1"
+
+
+def plan_of(
+    weights: Weights, dtype: torch.dtype, dependent: bool | None = None
+) -> tuple[LowRankPlan, list[Tensor | None]]:
     """The weights as the core sees them, and the tensors to be kept for as long as that is used."""
     count = len(weights.ups)
     down, down_scale, bias = (
@@ -166,6 +178,7 @@ def plan_of(weights: Weights, dtype: torch.dtype) -> tuple[LowRankPlan, list[Ten
     plan = LowRankPlan(
         address(down), address(down_scale), members, address(bias), weights.down.shape[1],
         DTYPES[dtype], WEIGHT_DTYPES[weights.down.dtype], weights.gated,
+        dependent_launches() if dependent is None else dependent,
     )  # fmt: skip
     return plan, [down, down_scale, bias, *ups, *scales, *sources]
 

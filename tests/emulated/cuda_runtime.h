@@ -6,6 +6,9 @@
 // and then stands still for a while, so that a barrier that is missing shows as a wrong result.
 // Blocks of a cooperative launch run at the same time, each in a thread of the system; others run
 // one after the other. Shared memory begins as NaN.
+//
+// What a stream ran before may be written late: a dependent launch sees NaN in its place until one
+// of its threads waits for the stream; threads that copy before they wait are counted.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -19,6 +22,7 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <thread>
 #include <vector>
@@ -56,8 +60,26 @@ struct Machine {
   uint64_t seed = 0;
   int launches = 0;   // counted
   int forgotten = 0;  // threads that ended with copies on their way
+  int dependent = 0;  // launches
+  int hasty = 0;      // threads that copied, or ended, before they waited for the stream
+  int released = 0;   // blocks that let the next grid begin
+  int64_t ahead = 0;  // bytes that were read ahead
 };
 inline Machine machine;
+
+// What the stream ran before, and has not been seen to write yet.
+struct Late {
+  void* at;
+  std::vector<unsigned char> bytes;
+};
+inline std::vector<Late> late;
+inline std::mutex late_lock;
+
+inline void write_late() {
+  const std::lock_guard<std::mutex> hold(late_lock);
+  for (const Late& one : late) memcpy(one.at, one.bytes.data(), one.bytes.size());
+  late.clear();
+}
 
 // Memory between two pages that must not be touched: it ends where the one begins, or begins where
 // the other ends. It is all ones: NaN in any floating-point type.
@@ -100,6 +122,7 @@ struct Fiber {
   bool spins = false;  // waits for another block
   std::vector<Copy> copies;
   int sets = 0;
+  bool waited = false;  // for the stream
 };
 
 struct Warp {
@@ -118,6 +141,7 @@ struct Block {
   Fiber* now = nullptr;
   std::mt19937_64 random;
   std::function<void()> kernel;
+  bool dependent = false, released = false;
 };
 inline thread_local Block* block = nullptr;
 
@@ -159,6 +183,7 @@ inline Warp& warp() { return block->warps[number() / 32]; }
 inline void enter() {
   Block& b = *block;
   b.kernel();
+  if (b.dependent && !b.now->waited) __atomic_add_fetch(&machine.hasty, 1, __ATOMIC_RELAXED);
   if (!b.now->copies.empty()) __atomic_add_fetch(&machine.forgotten, 1, __ATOMIC_RELAXED);
   b.now->done = true;
   switch_away();
@@ -213,9 +238,11 @@ inline void run_block(Block& b) {
   block = nullptr;
 }
 
-inline void launch(dim3 grid, dim3 size, size_t shared, bool together,
+inline void launch(dim3 grid, dim3 size, size_t shared, bool together, bool dependent,
                    const std::function<void()>& kernel) {
   ++machine.launches;
+  machine.dependent += dependent;
+  if (!dependent) write_late();
   std::vector<Block> blocks(static_cast<size_t>(grid.x) * grid.y * grid.z);
   std::vector<std::thread> threads;
   for (size_t i = 0; i < blocks.size(); ++i) {
@@ -227,6 +254,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared, bool together,
     b.shared.reset(new Guarded(shared, false));
     b.random.seed(machine.seed + 7919 * i);
     b.kernel = kernel;
+    b.dependent = dependent;
     if (together)
       threads.emplace_back(run_block, std::ref(b));
     else
@@ -302,11 +330,15 @@ enum cudaDeviceAttr {
   cudaDevAttrCooperativeLaunch
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
-  struct {
+  union {
     int cooperative;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -346,9 +378,14 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int byte
 template <typename... Parameters, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Args&&... args) {
-  const bool together = config->numAttrs > 0 && config->attrs->val.cooperative != 0;
+  bool together = false, dependent = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == cudaLaunchAttributeCooperative)
+      together = config->attrs[i].val.cooperative != 0;
+    else
+      dependent = config->attrs[i].val.programmaticStreamSerializationAllowed != 0;
   if (together && emulated::machine.refuses) return cudaErrorCooperativeLaunchTooLarge;
-  emulated::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, together,
+  emulated::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, together, dependent,
                    [&] { kernel(static_cast<Parameters>(args)...); });
   return cudaSuccess;
 }

@@ -15,11 +15,22 @@ void* memory_of(void* guarded) { return static_cast<emulated::Guarded*>(guarded)
 void release(void* guarded) { delete static_cast<emulated::Guarded*>(guarded); }
 
 void set_machine(int multiprocessors, int shared, int major, bool refuses, uint64_t seed) {
-  emulated::machine = {multiprocessors, shared, major, refuses, seed, 0, 0};
+  emulated::machine = {multiprocessors, shared, major, refuses, seed};
 }
 
 int launches() { return emulated::machine.launches; }
 int forgotten() { return emulated::machine.forgotten; }
+int dependent_launches() { return emulated::machine.dependent; }
+int hasty() { return emulated::machine.hasty; }
+int released() { return emulated::machine.released; }
+int64_t read_ahead() { return emulated::machine.ahead; }
+
+// The bytes at `at` are still to be written by what the stream ran before; until then NaN is there.
+void written_late(void* at, size_t bytes) {
+  const auto* first = static_cast<const unsigned char*>(at);
+  emulated::late.push_back({at, {first, first + bytes}});
+  memset(at, 0xff, bytes);
+}
 
 struct PassedMember {
   const void* up;
@@ -32,7 +43,7 @@ struct PassedMember {
 void low_rank_group(const void* x, const void* down, const float* down_scale,
                     const PassedMember* members, int count, const void* bias, const void* residual,
                     void* z, void* y, uint32_t* barrier, int64_t tokens, int64_t in, int dtype,
-                    int weight_dtype, bool gated) {
+                    int weight_dtype, bool gated, bool dependent) {
   soco::LowRankGroup group{};
   group.x = x;
   group.down = down;
@@ -50,6 +61,7 @@ void low_rank_group(const void* x, const void* down, const float* down_scale,
   group.dtype = static_cast<soco::Dtype>(dtype);
   group.weight_dtype = static_cast<soco::Dtype>(weight_dtype);
   group.gated = gated;
+  group.dependent = dependent;
   soco::cuda::low_rank_group(group, nullptr);
 }
 

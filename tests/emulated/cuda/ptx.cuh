@@ -23,6 +23,8 @@ inline void copy_16(void* shared, const void* global, bool there) {
   if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16 != 0)
     emulated::fail("a copy of 16 bytes that are not aligned");
   emulated::Fiber& own = *emulated::block->now;
+  if (emulated::block->dependent && !own.waited)
+    __atomic_add_fetch(&emulated::machine.hasty, 1, __ATOMIC_RELAXED);
   const emulated::Copy copy{shared, there ? global : nullptr, own.sets};
   if (emulated::block->random() % 2) return done(copy);
   memset(shared, 0xff, 16);
@@ -84,6 +86,25 @@ inline void grid_barrier(uint32_t* counter) {
   const uint32_t before = __atomic_fetch_add(counter, part, __ATOMIC_ACQ_REL);
   while (((before ^ __atomic_load_n(counter, __ATOMIC_ACQUIRE)) & 0x80000000u) == 0)
     emulated::spin();
+}
+
+inline void read_ahead(const void* global, uint32_t bytes) {
+  if ((reinterpret_cast<uintptr_t>(global) | bytes) % 16 != 0 || bytes == 0)
+    emulated::fail("bytes to be read ahead that are not a multiple of 16");
+  for (uint32_t i = 0; i < bytes; i += 16)  // they are there
+    static_cast<void>(static_cast<const volatile unsigned char*>(global)[i]);
+  __atomic_add_fetch(&emulated::machine.ahead, bytes, __ATOMIC_RELAXED);
+}
+
+inline void wait_for_stream() {
+  emulated::block->now->waited = true;
+  emulated::write_late();
+}
+
+inline void let_next_begin() {
+  if (!emulated::block->released)
+    __atomic_add_fetch(&emulated::machine.released, 1, __ATOMIC_RELAXED);
+  emulated::block->released = true;
 }
 
 inline float4 load_fresh(const float* four) {
