@@ -54,12 +54,13 @@ endif()
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 if(NOT user_chose)
-  # Machine code for these, and PTX of the newest for what comes after it.
-  set(CMAKE_CUDA_ARCHITECTURES 80-real)
+  # Machine code for these, and PTX of the newest for what comes after it. Into the cache, in the
+  # place of enable_language's default: the next run in this build folder would take that for a
+  # choice of the user.
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
-    list(APPEND CMAKE_CUDA_ARCHITECTURES 89-real 90-real 100)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90-real 100 CACHE STRING "" FORCE)
   elseif(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 11.8)
-    list(APPEND CMAKE_CUDA_ARCHITECTURES 89-real 90)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90 CACHE STRING "" FORCE)
   else()
     message(FATAL_ERROR "soco needs CUDA 11.8 or newer, found ${CMAKE_CUDA_COMPILER_VERSION}; "
                         "SOCO_CUDA=OFF builds without it")

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -55,7 +56,8 @@ using PassedMember =
 // The weights of a group, to be run on many inputs. Whoever makes it keeps them where they are.
 soco::LowRankGroup make_plan(uintptr_t down, uintptr_t down_scale,
                              const std::vector<PassedMember>& members, uintptr_t bias, int64_t in,
-                             Dtype dtype, Dtype weight_dtype, bool gated, bool dependent) {
+                             Dtype dtype, Dtype weight_dtype, bool gated, bool dependent,
+                             const std::vector<int64_t>& shares) {
   soco::LowRankGroup group{};
   group.down = unpass<const void*>(down);
   group.down_scale = unpass<const float*>(down_scale);
@@ -69,6 +71,7 @@ soco::LowRankGroup make_plan(uintptr_t down, uintptr_t down_scale,
   group.weight_dtype = weight_dtype;
   group.gated = gated;
   group.dependent = dependent;
+  if (!shares.empty()) group.shares = std::make_shared<const std::vector<int64_t>>(shares);
   return group;
 }
 

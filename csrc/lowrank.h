@@ -6,6 +6,7 @@
 // number of tokens and the other members.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "dtype.h"
@@ -40,6 +41,9 @@ struct LowRankGroup {
   Dtype weight_dtype;  // the same, or int8 or float8
   bool gated;          // two members of one out: y = silu(first) * second
   bool dependent;      // for CUDA: the launch is a dependent one (sm_90 and newer; see decode.cuh)
+  // For CUDA: the first column of y that each block of a grid computes, and the number of columns;
+  // or null, or for another number of blocks, and then columns are shared out by their mean cost.
+  std::shared_ptr<const std::vector<int64_t>> shares;
 };
 
 namespace cpu {

@@ -23,6 +23,7 @@ class LowRankPlan:
         weight_dtype: Dtype,
         gated: bool,
         dependent: bool,
+        shares: Sequence[int],
         /,
     ) -> None:
         """Each of members is up, stride, up_scale, sources, rank, rows and out."""

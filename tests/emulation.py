@@ -161,6 +161,7 @@ class Emulation:
         residual: Tensor | None = None,
         barrier: bool = True,
         dependent: bool = False,
+        shares: Sequence[int] = (),
         shift: int = 0,
         steps: Sequence[int] | None = None,
         **options: Any,
@@ -168,7 +169,8 @@ class Emulation:
         """``soco.ops.low_rank_group``, with and without a counter.
 
         ``shift``: bytes that x begins behind a multiple of 16; ``steps``: elements between rows of
-        each of ``ups``; ``dependent``: what the stream ran before has yet to write x and residual.
+        each of ``ups``; ``dependent``: what the stream ran before has yet to write x and residual;
+        ``shares``: the first output of each block, and their number.
         """
         weights = Weights(down, ups, **options)
         count, tokens = len(ups), len(x)
@@ -202,7 +204,7 @@ class Emulation:
                 c_void_p(memory.copy(weights.bias)), c_void_p(given_residual), c_void_p(z),
                 c_void_p(result), byref(self.counter) if barrier else None, c_int64(tokens),
                 c_int64(x.shape[1]), _code(x), _code(down), c_bool(weights.gated),
-                c_bool(dependent),
+                c_bool(dependent), (c_int64 * len(shares))(*shares), c_int64(len(shares)),
             )  # fmt: skip
             ctypes.memmove(y.data_ptr(), result, size)
         assert self.library.forgotten() == 0, "threads ended with copies on their way"

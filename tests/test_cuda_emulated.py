@@ -16,6 +16,8 @@ import reference
 import test_ops_svd
 from soco import ops
 from soco.ops import low_rank_group, sketch, spectral
+from soco.ops.layers import Weights
+from soco.ops.shares import shares as shared_out
 from test_ops_group import ALIGNED, DTYPES, EIGHT, GROUPS, TOLERANCE, in_eight_bits, made
 
 HALF = [torch.bfloat16, torch.float16]
@@ -226,6 +228,40 @@ def test_older_gpus_have_no_dependent_launch(cuda):
     assert cuda.launches() == 1
     assert cuda.library.dependent_launches() == 0
     assert cuda.library.read_ahead() == 0
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_same_bits_however_outputs_are_shared_out(cuda, gated):
+    layers = [(48, 90, True), (80, 90, False)]
+    args = made(11, 96, layers, dtype=torch.bfloat16, gated=gated)
+    width = 90 if gated else 180
+    args["residual"] = args["residual"][:, :width].contiguous()
+    expected = cuda.low_rank_group(**args)
+    weights = Weights(args["down"], args["ups"], args["sources"], gated=gated)
+    for shares in (
+        shared_out(weights, 3), [0, 0, 0, width], [0, width, width, width], [0, 89, 90, width],
+        [0, 1, 2, 3, width],  # for a grid of another size: not taken
+    ):  # fmt: skip
+        assert torch.equal(cuda.low_rank_group(**args, shares=shares), expected)
+    assert cuda.launches() == 6
+
+
+def test_outputs_are_shared_out_as_they_are_told(cuda):
+    """One block with all outputs has no room for more than a few tokens at a time."""
+    args = made(15, 64, [(64, 600, False)], dtype=torch.bfloat16)
+    cuda.machine(shared=80 * 1024)
+    expected = cuda.low_rank_group(**args)
+    assert cuda.launches() == 1
+    assert torch.equal(cuda.low_rank_group(**args, shares=[0, 0, 600, 600]), expected)
+    assert cuda.launches() > 2
+
+
+def test_more_multiprocessors_than_a_grid_has_blocks(cuda):
+    args = made(2, 32, [(16, 700, False)], dtype=torch.bfloat16)
+    expected = cuda.low_rank_group(**args)
+    cuda.machine(multiprocessors=300)
+    assert torch.equal(cuda.low_rank_group(**args, dependent=True), expected)
+    assert cuda.library.released() == 256
 
 
 def test_rows_that_lie_apart(cuda):

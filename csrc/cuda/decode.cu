@@ -41,6 +41,37 @@ Device device() {
           major >= 8 && attribute(cudaDevAttrCooperativeLaunch) != 0, major >= 9};
 }
 
+// Fills in the first column of y of each block, and behind them the number of columns: as it was
+// given for a grid of this size, or by what a column of each member costs on average.
+void share_out(const LowRankGroup& g, const Members& all, int blocks, int* first) {
+  const bool given = g.shares != nullptr && g.shares->size() == static_cast<size_t>(blocks) + 1;
+  int64_t cost[kMostMembers], costs = 0;
+  for (int m = 0; m < all.count; ++m) {
+    const Member& member = all.member[m];
+    cost[m] = 1 + (member.out > 0 ? member.rank * member.rows / member.out : 0);
+    costs += cost[m] * member.out;
+  }
+  for (int64_t block = 0; block <= blocks; ++block) {
+    int64_t column = all.width;
+    if (given) {
+      column = (*g.shares)[static_cast<size_t>(block)];
+    } else if (g.gated) {
+      column = all.width * block / blocks;
+    } else {
+      int64_t left = costs * block / blocks;
+      for (int m = 0; m < all.count; ++m) {
+        const int64_t own = cost[m] * all.member[m].out;
+        if (left < own) {
+          column = all.column[m] + left / cost[m];
+          break;
+        }
+        left -= own;
+      }
+    }
+    first[block] = static_cast<int>(column);
+  }
+}
+
 // Places the parts of shared memory. `most` columns of y are computed by one block.
 template <typename T, typename W>
 Layout layout(const Task<T, W>& task, int tokens, int slots, int64_t most) {
@@ -107,25 +138,21 @@ template <typename T, typename W>
 bool run(const LowRankGroup& g, void* stream) {
   const Device gpu = device();
   if (!gpu.able) return false;
+  const int blocks = gpu.blocks < kMostBlocks ? gpu.blocks : kMostBlocks;
   Task<T, W> task{};
   task.all = members_of(g);
   task.gated = g.gated;
   task.dependent = g.dependent && gpu.ahead;
   task.columns = task.all.width;
-  for (int m = 0; m < task.all.count; ++m) {
-    const Member& member = g.members[m];
-    task.cost[m] = 1 + (member.out > 0 ? member.rank * member.rows / member.out : 0);
-    task.costs += task.cost[m] * member.out;
-  }
   task.down = static_cast<const W*>(g.down);
   task.down_scale = g.down_scale;
   task.bias = static_cast<const T*>(g.bias);
   task.barrier = g.barrier;
   task.in = g.in;
   int64_t most = 0;
-  for (int block = 0; block < gpu.blocks; ++block) {
-    const int64_t own =
-        first_column(task, block + 1, gpu.blocks) - first_column(task, block, gpu.blocks);
+  share_out(g, task.all, blocks, task.first);
+  for (int block = 0; block < blocks; ++block) {
+    const int64_t own = task.first[block + 1] - task.first[block];
     most = own > most ? own : most;
   }
   // The longest ring that there is memory for; fewer tokens at a time where there is none.
@@ -148,8 +175,8 @@ bool run(const LowRankGroup& g, void* stream) {
     task.y = static_cast<T*>(g.y) + first * task.columns;
     if (g.residual != nullptr)
       task.residual = static_cast<const T*>(g.residual) + first * task.columns;
-    const bool launched = task.tokens > 8 ? launch_cooperatively<T, W, 2>(task, gpu.blocks, stream)
-                                          : launch_cooperatively<T, W, 1>(task, gpu.blocks, stream);
+    const bool launched = task.tokens > 8 ? launch_cooperatively<T, W, 2>(task, blocks, stream)
+                                          : launch_cooperatively<T, W, 1>(task, blocks, stream);
     if (!launched) return false;
   }
   return true;

@@ -28,6 +28,7 @@ namespace soco::cuda::decoding {
 
 constexpr int kTiles = 3;  // that share one reading of x in the first product
 constexpr int kSums = kTokens * kRows;
+constexpr int kMostBlocks = 256;       // of a grid
 constexpr int kMostSlots = 32;         // of the ring; fewer where shared memory is small
 constexpr int64_t kAhead = 64 * 1024;  // bytes that a block asks for: what memory gives in 2 us
 
@@ -45,7 +46,6 @@ struct Layout {
 template <typename T, typename W>
 struct Task {
   Members all;
-  int64_t cost[kMostMembers], costs;  // of a column of y, of all: how y is shared out
   const T* x;
   const W* down;
   const float* down_scale;
@@ -58,20 +58,8 @@ struct Task {
   int tokens, slots;
   bool gated, dependent;
   Layout at;
+  int first[kMostBlocks + 1];  // column of y of each block, and behind them their number
 };
-
-// The first column of y that block `block` computes: they are shared out by what they cost.
-template <typename T, typename W>
-__host__ __device__ int64_t first_column(const Task<T, W>& task, int64_t block, int64_t blocks) {
-  if (task.gated) return task.columns * block / blocks;
-  int64_t left = task.costs * block / blocks;
-  for (int m = 0; m < task.all.count; ++m) {
-    const int64_t own = task.cost[m] * task.all.member[m].out;
-    if (left < own) return task.all.column[m] + left / task.cost[m];
-    left -= own;
-  }
-  return task.columns;
-}
 
 // Columns of y of one member that a block computes.
 struct Part {
@@ -157,8 +145,8 @@ class Worker {
 
   // Which columns of which members are the block's, and which rows of up they are.
   __device__ void find_parts() {
-    column = first_column(task, blockIdx.x, gridDim.x);
-    const int64_t last = first_column(task, blockIdx.x + 1, gridDim.x);
+    column = task.first[blockIdx.x];
+    const int64_t last = task.first[blockIdx.x + 1];
     columns = static_cast<int>(last - column);
     int first = 0;
     for (int m = 0; m < task.all.count; ++m) {

@@ -19,6 +19,7 @@ from soco.core import (
 from soco.ops.barriers import barrier_for
 from soco.ops.checks import autograd, check, check_dtype, sum_dtype
 from soco.ops.layers import Weights, address, compute, most_tokens, plan_of
+from soco.ops.shares import shares_for
 
 library.define(
     "low_rank_group(Tensor x, Tensor? residual, Tensor down, Tensor[] ups, Tensor[] sources,"
@@ -188,7 +189,7 @@ class PreparedGroup:
         empty = down.new_empty((0, *down.shape[1:]), dtype=dtype)
         _check(empty, None, weights)
         self._in, self._width = down.shape[1], weights.width
-        self._plan, self._kept = plan_of(weights, dtype, dependent)
+        self._plan, self._kept = plan_of(weights, dtype, dependent, shares_for(weights))
         self._run = runner("low_rank_group", self.device.type)
         self._most = most_tokens(self.device.type, dtype, down.dtype)
         self._ranks = 0 if self.device.type == "cpu" else len(down)  # the core has memory there

@@ -160,8 +160,9 @@ def dependent_launches() -> bool:
 
 
 def plan_of(
-    weights: Weights, dtype: torch.dtype, dependent: bool | None = None
-) -> tuple[LowRankPlan, list[Tensor | None]]:
+    weights: Weights, dtype: torch.dtype, dependent: bool | None = None,
+    shares: Sequence[int] = (),
+) -> tuple[LowRankPlan, list[Tensor | None]]:  # fmt: skip
     """The weights as the core sees them, and the tensors to be kept for as long as that is used."""
     count = len(weights.ups)
     down, down_scale, bias = (
@@ -178,7 +179,7 @@ def plan_of(
     plan = LowRankPlan(
         address(down), address(down_scale), members, address(bias), weights.down.shape[1],
         DTYPES[dtype], WEIGHT_DTYPES[weights.down.dtype], weights.gated,
-        dependent_launches() if dependent is None else dependent,
+        dependent_launches() if dependent is None else dependent, shares,
     )  # fmt: skip
     return plan, [down, down_scale, bias, *ups, *scales, *sources]
 

@@ -43,7 +43,8 @@ struct PassedMember {
 void low_rank_group(const void* x, const void* down, const float* down_scale,
                     const PassedMember* members, int count, const void* bias, const void* residual,
                     void* z, void* y, uint32_t* barrier, int64_t tokens, int64_t in, int dtype,
-                    int weight_dtype, bool gated, bool dependent) {
+                    int weight_dtype, bool gated, bool dependent, const int64_t* shares,
+                    int64_t share_count) {
   soco::LowRankGroup group{};
   group.x = x;
   group.down = down;
@@ -62,6 +63,8 @@ void low_rank_group(const void* x, const void* down, const float* down_scale,
   group.weight_dtype = static_cast<soco::Dtype>(weight_dtype);
   group.gated = gated;
   group.dependent = dependent;
+  if (share_count > 0)
+    group.shares = std::make_shared<const std::vector<int64_t>>(shares, shares + share_count);
   soco::cuda::low_rank_group(group, nullptr);
 }
 
