@@ -1,4 +1,5 @@
-// The dtypes of the core, and the 16-bit floats in plain bit arithmetic, the same on CPU and CUDA.
+// The dtypes of the core, and the 16-bit floats: in plain bit arithmetic, and by the instructions
+// that GPUs have for the same.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -61,6 +62,11 @@ SOCO_SHARED float widen(BFloat16 value) {
   return bits_float(static_cast<uint32_t>(value.bits) << 16);
 }
 SOCO_SHARED float widen(Float16 value) {
+#ifdef __CUDA_ARCH__
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
   const uint32_t exponent = value.bits & 0x7c00u;
   uint32_t bits = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
   if (exponent == 0x7c00u) {
@@ -71,6 +77,7 @@ SOCO_SHARED float widen(Float16 value) {
     bits = float_bits(bits_float(bits + (113u << 23)) - bits_float(113u << 23));  // subnormal
   }
   return bits_float(bits | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
+#endif
 }
 SOCO_SHARED float widen(Int8 value) { return static_cast<float>(value.value); }
 SOCO_SHARED float widen(Float8 value) {
@@ -96,15 +103,26 @@ struct Narrow<double> {
 template <>
 struct Narrow<BFloat16> {
   SOCO_SHARED BFloat16 from(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    BFloat16 narrow;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value));
+    return narrow;
+#else
     const uint32_t bits = float_bits(value);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
     return {static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
+#endif
   }
 };
 template <>
 struct Narrow<Float16> {
   SOCO_SHARED Float16 from(float value) {
+#ifdef __CUDA_ARCH__
+    Float16 narrow;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value));
+    return narrow;
+#else
     const uint32_t sign = (float_bits(value) >> 16) & 0x8000u;
     const uint32_t bits = float_bits(value) & 0x7fffffffu;
     uint32_t rounded;
@@ -116,6 +134,7 @@ struct Narrow<Float16> {
       rounded = (bits - ((127u - 15u) << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
     }
     return {static_cast<uint16_t>(sign | rounded)};
+#endif
   }
 };
 template <typename T>

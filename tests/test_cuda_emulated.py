@@ -145,7 +145,7 @@ def test_same_bits_whatever_is_not_of_the_sum(cuda, dtype, weights):
     args = weighted(made(11, 336, layers, dtype=dtype), weights)
     expected = cuda.low_rank_group(**args)
     for seed in range(12):
-        shared = (99, 163, 227)[seed % 3] * 1024
+        shared = (99, 115, 227)[seed % 3] * 1024
         cuda.machine(seed, multiprocessors=seed % 5 + 1, shared=shared)
         assert torch.equal(cuda.low_rank_group(**args), expected)
         assert cuda.launches() == 1
@@ -166,7 +166,7 @@ def test_fewer_tokens_at_a_time_where_memory_is_small(cuda, dtype):
     args = made(15, 64, [(512, 40, False)], dtype=dtype)
     expected = cuda.low_rank_group(**args)
     assert cuda.launches() == 1
-    for shared, launches in [(72, 2), (56, 4), (50, 8)]:
+    for shared, launches in [(84, 2), (74, 4), (68, 8)]:
         cuda.machine(shared=shared * 1024)
         assert torch.equal(cuda.low_rank_group(**args), expected)
         assert cuda.launches() == launches
@@ -215,7 +215,7 @@ def test_dependent_launch_of_fewer_tokens_at_a_time(cuda):
     """Launches of one call wait for each other: they share the memory of z."""
     args = made(15, 64, [(512, 40, False)], dtype=torch.bfloat16)
     expected = cuda.low_rank_group(**args)
-    cuda.machine(shared=56 * 1024)
+    cuda.machine(shared=74 * 1024)
     assert torch.equal(cuda.low_rank_group(**args, dependent=True), expected)
     assert cuda.launches() == cuda.library.dependent_launches() == 4
 
@@ -249,7 +249,7 @@ def test_same_bits_however_outputs_are_shared_out(cuda, gated):
 def test_outputs_are_shared_out_as_they_are_told(cuda):
     """One block with all outputs has no room for more than a few tokens at a time."""
     args = made(15, 64, [(64, 600, False)], dtype=torch.bfloat16)
-    cuda.machine(shared=80 * 1024)
+    cuda.machine(shared=100 * 1024)
     expected = cuda.low_rank_group(**args)
     assert cuda.launches() == 1
     assert torch.equal(cuda.low_rank_group(**args, shares=[0, 0, 600, 600]), expected)
@@ -371,9 +371,9 @@ def test_error_beside_the_cpu_kernel(cuda, dtype, weights):
 
 # what the emulation notices -----------------------------------------------------------------------
 
-MISTAKES = {  # what of decode.cuh is left out, or becomes something else
+MISTAKES = {  # what of decode.cuh or ring.cuh is left out, or becomes something else
     "the barrier of the grid": ("if (thread == 0) grid_barrier(task.barrier);", ""),
-    "the wait for copies": ("wait_for_copies<31>();", "wait_for_copies<32>();"),
+    "the wait for copies": ("return wait_for_copies<5>();", "return wait_for_copies<8>();"),
     "the wait for the stream": ("wait_for_stream();", ""),
     "a wait of one thread": (
         "      wait_for_stream();",
@@ -387,7 +387,8 @@ def test_emulation_shows_mistakes(mistake, tmp_path, library):
     line, instead = MISTAKES[mistake]
     csrc = tmp_path / "csrc"
     shutil.copytree(emulation.ROOT / "csrc", csrc)
-    source = csrc / "cuda" / "decode.cuh"
+    sources = [csrc / "cuda" / name for name in ("decode.cuh", "ring.cuh")]
+    (source,) = (path for path in sources if line in path.read_text())
     text = source.read_text()
     assert len(re.findall(re.escape(line), text)) == 1
     source.write_text(text.replace(line, instead))

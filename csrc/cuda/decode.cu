@@ -90,8 +90,8 @@ Layout layout(const Task<T, W>& task, int tokens, int slots, int64_t most) {
     return static_cast<int>(begin < 0x7fffffff ? begin : 0x7fffffff);
   };
   Layout at{};
-  at.ring = place(static_cast<int64_t>(slots) * kThreads * 16);
-  at.partials = place(kTiles * kWarps * kSums * 4);
+  at.ring = place(static_cast<int64_t>(slots) * kSlotSize * 16);
+  at.partials = place(2 * kTiles * kWarps * (tokens > 8 ? 16 : 8) * kRows * 4);
   at.high = place(tokens * pitch_of<W>(rank) * 2);
   at.low = place(tokens * pitch_of<W>(rank) * 2);
   at.token_scale = place(kTokens * 4);
@@ -158,12 +158,13 @@ bool run(const LowRankGroup& g, void* stream) {
   // The longest ring that there is memory for; fewer tokens at a time where there is none.
   task.residual = static_cast<const T*>(g.residual);
   int at_once = static_cast<int>(g.tokens);
-  for (task.slots = kMostSlots;; task.slots /= 2) {
-    if (task.slots < 8) {
+  for (int size = 0;; ++size) {
+    if (size == kSizes) {
       if (at_once == 1) return false;
       at_once = (at_once + 1) / 2;
-      task.slots = kMostSlots;
+      size = 0;
     }
+    task.slots = kSlots[size];
     task.at = layout(task, at_once, task.slots, most);
     if (task.at.total <= gpu.shared) break;
   }

@@ -3,15 +3,16 @@
 // A block per multiprocessor, all running at once. Each takes as many rows of `down` as the others,
 // and computes their z; all wait at one barrier of the grid; each computes its own outputs.
 //
-// Weights flow through a ring in shared memory that every thread fills for itself, some dozens of
-// copies of 16 bytes ahead of its products. The copies go on from the first product to the second:
-// while blocks wait for each other, the first rows of `up` are on their way.
+// Weights flow through a ring in shared memory (ring.cuh), far ahead of the products. The copies go
+// on from the first product to the second: while blocks wait for each other, the first rows of `up`
+// are on their way.
 //
 // Products are those of the tensor cores, 16 tokens by 8 rows of weight by 16 inputs. A block works
-// on up to three tiles of 8 rows at a time; its warps share the inputs of a row, each a part of
-// them, and their sums are added in order. So a sum runs in an order that depends on the number of
-// inputs alone. z is float32; the second product takes it apart into two numbers of 16 bits, a high
-// and a low part, so it is not rounded between the two products.
+// on up to three tiles of 8 rows at a time, which share one reading of the other factor; its warps
+// share the inputs of a row, each a part of them, and their sums are added in order. So a sum runs
+// in an order that depends on the number of inputs alone. z is float32; the second product takes it
+// apart into two numbers of 16 bits, a high and a low part, so it is not rounded between the two
+// products.
 //
 // A dependent launch (programmatic dependent launch, sm_90 and newer) begins while what the stream
 // ran before still ends. Until that has ended nothing is read: only the cache is asked for the
@@ -22,14 +23,12 @@
 
 #include "cuda/members.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/ring.cuh"
 #include "cuda/tiles.cuh"
 
 namespace soco::cuda::decoding {
 
-constexpr int kTiles = 3;  // that share one reading of x in the first product
-constexpr int kSums = kTokens * kRows;
 constexpr int kMostBlocks = 256;       // of a grid
-constexpr int kMostSlots = 32;         // of the ring; fewer where shared memory is small
 constexpr int64_t kAhead = 64 * 1024;  // bytes that a block asks for: what memory gives in 2 us
 
 __host__ __device__ constexpr int64_t round_up(int64_t value, int64_t multiple) {
@@ -78,14 +77,15 @@ __host__ __device__ constexpr int64_t pitch_of(int64_t rank) {
 
 template <typename T, typename W, int kHalves>
 class Worker {
-  static constexpr int kLoads = 2 / sizeof(W);    // of 16 bytes of a token, per line of weight
-  static constexpr int kInputs = 16 / sizeof(W);  // of a lane in a line
+  static constexpr int kLoads = 2 / sizeof(W);       // of 16 bytes of a token, per line of weight
+  static constexpr int kInputs = 16 / sizeof(W);     // of a lane in a line
+  static constexpr int kSums = 8 * kHalves * kRows;  // of a tile
 
  public:
   __device__ Worker(const Task<T, W>& given, unsigned char* shared)
       : task(given),
         memory(shared),
-        ring(reinterpret_cast<uint4*>(shared + given.at.ring)),
+        ring(shared + given.at.ring, given.slots),
         thread(static_cast<int>(threadIdx.x)),
         warp(thread / 32),
         lane(thread % 32),
@@ -99,11 +99,10 @@ class Worker {
       wait_for_stream();
     }
     begin_first();
-    int slot = 1;
-    for (; slot < task.slots && stage == kFirst; ++slot) copy_next();
+    for (int slot = 0; slot < task.slots && stage == kFirst; ++slot) copy_next();
     find_parts();  // while the first weights are on their way
-    if (stage == kBetween) begin_second();
-    for (; slot < task.slots; ++slot) copy_next();
+    if (stage == kBetween) next_rows();
+    while (ring.copied < task.slots) copy_next();
     load_small();
     first_product();  // and a barrier of the block
     if (thread == 0) grid_barrier(task.barrier);
@@ -121,21 +120,17 @@ class Worker {
  private:
   const Task<T, W>& task;
   unsigned char* const memory;
-  uint4* const ring;
+  Ring ring;
   const int thread, warp, lane;
   const int64_t from, to;  // rows of down
   const Lines mine;        // of them
   int64_t column = 0;      // the first column of y that is the block's
   int columns = 0, part_count = 0;
   bool knows_parts = false;
-  // What is copied next: of the first product a line of a token or of a tile, of the second a tile.
   enum Stage { kFirst, kBetween, kSecond, kNone };
-  Stage stage = kNone;
-  int copied = 0, taken = 0;
-  int line = 0, step = 0, tiles = 0, tile = 0, at_part = 0;
-  int64_t row = 0;
-  Lines lines{0, 0};
-  int turn = 0;  // which of two buffers the sums of a tile go to
+  Stage stage = kNone;  // whose weights are copied
+  int at_part = 0;      // of the second
+  int turn = 0;         // which of two buffers the sums of tiles go to
 
   template <typename V>
   __device__ V* shared(int offset) const {
@@ -213,95 +208,40 @@ class Worker {
 
   __device__ void begin_first() {
     stage = kFirst;
-    row = from;
-    lines = mine;
-    line = lines.begin;
-    step = 0;
-    tiles = tiles_of(to - row);
-    if (row >= to || lines.begin >= lines.end) end_first();
+    const int64_t of_row = task.in * static_cast<int64_t>(sizeof(W));
+    if (!ring.begin(task.down + from * task.in, of_row, static_cast<int>(to - from), of_row, mine))
+      next_rows();
   }
 
-  __device__ void end_first() {
-    stage = kBetween;
-    if (knows_parts) begin_second();
-  }
-
-  __device__ void begin_second() {
-    stage = kSecond;
-    at_part = -1;
-    next_part();
-  }
-
-  __device__ void next_part() {
+  // Which rows are copied next: behind those of the first product, and once it is known which they
+  // are, those of the block's parts of the second.
+  __device__ void next_rows() {
+    if (stage == kFirst) stage = kBetween;
+    if (stage == kBetween) {
+      if (!knows_parts) return;
+      stage = kSecond;
+      at_part = -1;
+    }
     while (++at_part < part_count) {
       const Part& here = part(at_part);
-      lines = lines_of(task.all.member[here.member].rank * static_cast<int64_t>(sizeof(W)), warp);
-      tiles = (here.rows + kRows - 1) / kRows;
-      tile = 0;
-      line = lines.begin;
-      if (tiles > 0 && lines.begin < lines.end) return;
+      const Member& member = task.all.member[here.member];
+      const int64_t of_row = member.rank * static_cast<int64_t>(sizeof(W));
+      if (ring.begin(static_cast<const W*>(member.up) + here.row * member.stride,
+                     member.stride * static_cast<int64_t>(sizeof(W)), here.rows, of_row,
+                     lines_of(of_row, warp)))
+        return;
     }
     stage = kNone;
   }
 
-  static __device__ int tiles_of(int64_t rows) {
-    const int64_t all = (rows + kRows - 1) / kRows;
-    return static_cast<int>(all < kTiles ? all : kTiles);
-  }
-
-  // Starts the copy of the next 16 bytes of this thread, into the slot that it read last.
   __device__ void copy_next() {
-    uint4* const slot = ring + (copied++ & (task.slots - 1)) * kThreads + thread;
-    const int64_t input = static_cast<int64_t>(line) * 4 * kInputs + lane % 4 * kInputs;
-    if (stage == kFirst) {
-      if (step < kHalves * kLoads) {
-        const int token = step / kLoads * 8 + lane / 4;
-        const int64_t at = input + step % kLoads * 8;
-        const bool there = token < task.tokens && at < task.in;
-        copy_16(slot, there ? task.x + token * task.in + at : task.x, there);
-      } else {
-        const int64_t of_row = row + (step - kHalves * kLoads) * kRows + lane / 4;
-        const bool there = of_row < to && input < task.in;
-        copy_16(slot, there ? task.down + of_row * task.in + input : task.down, there);
-      }
-      if (++step == kHalves * kLoads + tiles) {
-        step = 0;
-        if (++line == lines.end) {
-          line = lines.begin;
-          row += kTiles * kRows;
-          tiles = tiles_of(to - row);
-          if (row >= to) end_first();
-        }
-      }
-    } else if (stage == kSecond) {
-      const Part& here = part(at_part);
-      const Member& member = task.all.member[here.member];
-      const int64_t of_part = tile * kRows + lane / 4;
-      const bool there = of_part < here.rows && input < member.rank;
-      const W* const up = static_cast<const W*>(member.up);
-      copy_16(slot, there ? up + (here.row + of_part) * member.stride + input : up, there);
-      if (++line == lines.end) {
-        line = lines.begin;
-        if (++tile == tiles) next_part();
-      }
-    }
-    close_copies();
+    if (ring.copy_next()) next_rows();
   }
 
-  // The oldest 16 bytes that are on their way.
-  __device__ uint4 take() {
-    copy_next();
-    switch (task.slots) {
-      case 32:
-        wait_for_copies<31>();
-        break;
-      case 16:
-        wait_for_copies<15>();
-        break;
-      default:
-        wait_for_copies<7>();
-    }
-    return ring[(taken++ & (task.slots - 1)) * kThreads + thread];
+  // What was read last is not needed any longer: its slots are filled again.
+  __device__ void release(int count) {
+    ring.release(count);
+    for (int i = 0; i < count; ++i) copy_next();
   }
 
   // ---- products
@@ -328,50 +268,80 @@ class Worker {
         residual[t * columns + c] = widen(task.residual[t * task.columns + column + c]);
   }
 
-  // The sums of a warp for one tile, where the threads that add them find them.
-  __device__ void put(float* tile_sums, const float (&sums)[4]) {
-    float* const own = tile_sums + warp * kSums + lane / 4 * kRows + lane % 4 * 2;
-    own[0] = sums[0];
-    own[1] = sums[1];
-    if (kHalves == 1) return;
-    own[8 * kRows] = sums[2];
-    own[8 * kRows + 1] = sums[3];
+  // The sums of a warp for the tiles that are worked on, where the threads that add them find them.
+  // There are two places in turn: one barrier of the block after it is all that they need.
+  __device__ const float* put(const float (&sums)[kTiles][4], int count) {
+    float* const place =
+        shared<float>(task.at.partials) + turn * (kTiles * kWarps * kSums) + warp * kSums;
+    turn ^= 1;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if (i >= count) continue;
+      float* const own = place + i * (kWarps * kSums) + lane / 4 * kRows + lane % 4 * 2;
+      own[0] = sums[i][0];
+      own[1] = sums[i][1];
+      if (kHalves == 1) continue;
+      own[8 * kRows] = sums[i][2];
+      own[8 * kRows + 1] = sums[i][3];
+    }
+    return place - warp * kSums;
   }
 
-  static __device__ float total(const float* tile_sums, int token, int tile_row) {
+  // Of what the warps put there: the sum for one token and the row of this lane.
+  __device__ float total(const float* put_there, int token) const {
+    const float* const own =
+        put_there + lane / kRows * (kWarps * kSums) + token * kRows + lane % kRows;
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += tile_sums[w * kSums + token * kRows + tile_row];
+    for (int w = 0; w < kWarps; ++w) sum += own[w * kSums];
     return sum;
   }
 
+  // Inputs of this lane in a line of x, zeros where there are none.
+  __device__ void load_tokens(uint4 (&tokens)[kHalves][kLoads], int of_line) const {
+    const int64_t input = static_cast<int64_t>(of_line) * 4 * kInputs + lane % 4 * kInputs;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half)
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load) {
+        const int token = half * 8 + lane / 4;
+        const int64_t at = input + load * 8;
+        tokens[half][load] = {0, 0, 0, 0};
+        if (token < task.tokens && at < task.in)
+          tokens[half][load] = *reinterpret_cast<const uint4*>(task.x + token * task.in + at);
+      }
+  }
+
   __device__ void first_product() {
-    float* const partials = shared<float>(task.at.partials);
     for (int64_t first = from; first < to; first += kTiles * kRows) {
       const int count = tiles_of(to - first);
       const int64_t own = first + lane;  // the row that this lane adds up
       const bool adds = lane < count * kRows && own < to;
       const float scale = adds && task.down_scale != nullptr ? task.down_scale[own] : 1.0f;
       float sums[kTiles][4] = {};
-      for (int l = mine.begin; l < mine.end; ++l) {
-        uint4 tokens[kHalves][kLoads];
+      for (int l = mine.begin; l < mine.end; l += kChunk) {
+        uint4 tokens[kChunk][kHalves][kLoads];
+        const int there = chunk_of(mine.end - l);
 #pragma unroll
-        for (int half = 0; half < kHalves; ++half)
+        for (int i = 0; i < kChunk; ++i)
+          if (i < there) load_tokens(tokens[i], l + i);
+        ring.wait_for(count);
 #pragma unroll
-          for (int load = 0; load < kLoads; ++load) tokens[half][load] = take();
+        for (int j = 0; j < kTiles; ++j) {
+          if (j >= count) continue;
+          const uint4* const slot = ring.slot_of(j);
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i)
-          if (i < count) multiply_line<T, W, kHalves>(sums[i], tokens, take());
+          for (int i = 0; i < kChunk; ++i)
+            if (i < there) multiply_line<T, W, kHalves>(sums[j], tokens[i], slot[i * kThreads]);
+        }
+        release(count);
       }
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i)
-        if (i < count) put(partials + i * kWarps * kSums, sums[i]);
+      const float* const put_there = put(sums, count);
       __syncthreads();
       for (int t = warp; t < task.tokens && adds; t += kWarps)
-        task.z[t * task.all.ranks + own] =
-            total(partials + lane / kRows * kWarps * kSums, t, lane % kRows) * scale;
-      __syncthreads();
+        task.z[t * task.all.ranks + own] = total(put_there, t) * scale;
     }
+    __syncthreads();  // all of z is written, and nobody reads sums any longer
   }
 
   // What float16 z of one size up to `top` is multiplied by, so that neither its high part
@@ -431,47 +401,65 @@ class Worker {
           finish(here, t, c, load_fresh_one(z + t * task.all.ranks + place[c]));
   }
 
+  // Numbers of z of this lane in a line, zeros behind the last token.
+  __device__ void load_line(uint4 (&numbers)[kHalves][kLoads], int part_of_z, int64_t pitch,
+                            int of_line) const {
+    const int64_t input = static_cast<int64_t>(of_line) * 4 * kInputs + lane % 4 * kInputs;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const int token = half * 8 + lane / 4;
+      const int at = part_of_z + static_cast<int>((token * pitch + input) * 2);
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load) {
+        numbers[half][load] = {0, 0, 0, 0};
+        if (token < task.tokens) numbers[half][load] = shared<uint4>(at)[load];
+      }
+    }
+  }
+
   __device__ void second_product(const Part& here) {
     const Member& member = task.all.member[here.member];
     const int64_t pitch = pitch_of<W>(member.rank);
     const Lines own = lines_of(member.rank * static_cast<int64_t>(sizeof(W)), warp);
-    const int count = (here.rows + kRows - 1) / kRows;
-    for (int i = 0; i < count; ++i) {
-      float high[4] = {}, low[4] = {};
-      for (int l = own.begin; l < own.end; ++l) {
-        const int64_t input = static_cast<int64_t>(l) * 4 * kInputs + lane % 4 * kInputs;
-        uint4 highs[kHalves][kLoads], lows[kHalves][kLoads];
+    for (int first = 0; first < here.rows; first += kTiles * kRows) {
+      const int count = tiles_of(here.rows - first);
+      float high[kTiles][4] = {}, low[kTiles][4] = {};
+      for (int l = own.begin; l < own.end; l += kChunk) {
+        const int there = chunk_of(own.end - l);
+        const uint4* const slots[kTiles] = {ring.slot_of(0), ring.slot_of(1), ring.slot_of(2)};
+        ring.wait_for(count);
 #pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          const int token = half * 8 + lane / 4;
-          const int64_t at = (token * pitch + input) * 2;
+        for (int i = 0; i < kChunk; ++i) {
+          if (i >= there) continue;
+          uint4 highs[kHalves][kLoads], lows[kHalves][kLoads];
+          load_line(highs, task.at.high, pitch, l + i);
+          load_line(lows, task.at.low, pitch, l + i);
 #pragma unroll
-          for (int load = 0; load < kLoads; ++load) {
-            highs[half][load] = lows[half][load] = {0, 0, 0, 0};
-            if (token < task.tokens) {
-              highs[half][load] = shared<uint4>(task.at.high + static_cast<int>(at))[load];
-              lows[half][load] = shared<uint4>(task.at.low + static_cast<int>(at))[load];
-            }
+          for (int j = 0; j < kTiles; ++j) {
+            if (j >= count) continue;
+            const uint4 line_of_weights = slots[j][i * kThreads];
+            multiply_line<T, W, kHalves>(high[j], highs, line_of_weights);
+            multiply_line<T, W, kHalves>(low[j], lows, line_of_weights);
           }
         }
-        const uint4 weights = take();
-        multiply_line<T, W, kHalves>(high, highs, weights);
-        multiply_line<T, W, kHalves>(low, lows, weights);
+        release(count);
       }
-      float* const sums = shared<float>(task.at.partials) + turn * kWarps * kSums;
-      turn ^= 1;
-      for (int j = 0; j < 4; ++j) high[j] += low[j];
-      put(sums, high);
-      __syncthreads();  // one per tile: the buffer before this one is not read any longer
-      const int token = thread / kRows, index = i * kRows + thread % kRows;
-      if (token < task.tokens && index < here.rows) {
-        float value = total(sums, token, thread % kRows);
-        if constexpr (std::is_same_v<T, Float16>)
-          value *= 1.0f / shared<float>(task.at.token_scale)[token];
-        value *= shared<float>(task.at.up_scale)[here.first + index];
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+        for (int k = 0; k < 4; ++k) high[j][k] += low[j][k];
+      const float* const put_there = put(high, count);
+      __syncthreads();
+      const int index = first + lane;
+      if (lane < count * kRows && index < here.rows) {
         const int at =
             member.sources == nullptr ? index : shared<int>(task.at.column)[here.first + index];
-        finish(here, token, at, value);
+        const float scale = shared<float>(task.at.up_scale)[here.first + index];
+        for (int t = warp; t < task.tokens; t += kWarps) {
+          float value = total(put_there, t);
+          if constexpr (std::is_same_v<T, Float16>)
+            value *= 1.0f / shared<float>(task.at.token_scale)[t];
+          finish(here, t, at, value * scale);
+        }
       }
     }
   }

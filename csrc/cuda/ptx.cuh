@@ -77,20 +77,50 @@ __device__ __forceinline__ uint32_t narrow_pair<Float16>(float first, float seco
   return pair;
 }
 
+// The differences of two pairs in 16 bits.
+template <typename T>
+__device__ __forceinline__ uint32_t subtract_pair(uint32_t from, uint32_t what);
+template <>
+__device__ __forceinline__ uint32_t subtract_pair<BFloat16>(uint32_t from, uint32_t what) {
+  uint32_t pair;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(what), "r"(0xbf80bf80u), "r"(from));
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t subtract_pair<Float16>(uint32_t from, uint32_t what) {
+  uint32_t pair;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(from), "r"(what));
+  return pair;
+}
+
+// The products of two pairs in 16 bits.
+template <typename T>
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t one, uint32_t other);
+template <>
+__device__ __forceinline__ uint32_t multiply_pair<BFloat16>(uint32_t one, uint32_t other) {
+  uint32_t pair;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(one), "r"(other), "r"(0x80008000u));
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply_pair<Float16>(uint32_t one, uint32_t other) {
+  uint32_t pair;
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(one), "r"(other));
+  return pair;
+}
+
+#if __CUDA_ARCH__ >= 890 && CUDA_VERSION >= 12010
+#define SOCO_HAS_FLOAT8_INSTRUCTION
 // Two float8 (the lower 16 bits) as a pair in 16 bits.
 template <typename T>
 __device__ __forceinline__ uint32_t float8_pair(uint32_t two) {
-#if __CUDA_ARCH__ >= 890 && CUDA_VERSION >= 12010
   uint32_t pair;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(two)));
   if constexpr (std::is_same_v<T, Float16>) return pair;
   const Float16 first{static_cast<uint16_t>(pair)}, second{static_cast<uint16_t>(pair >> 16)};
   return narrow_pair<T>(widen(first), widen(second));
-#else
-  return narrow_pair<T>(widen(Float8{static_cast<uint8_t>(two)}),
-                        widen(Float8{static_cast<uint8_t>(two >> 8)}));
-#endif
 }
+#endif
 
 // Past this point the thread sees what all blocks of the grid wrote before it. One thread of each
 // block calls it, between two barriers of the block; all blocks have to be running. The counter

@@ -23,18 +23,37 @@ __device__ __forceinline__ Lines lines_of(int64_t bytes, int warp) {
   return {lines * warp / kWarps, lines * (warp + 1) / kWarps};
 }
 
-// Two weights, the lower 16 or 32 bits of `bits`, as a pair of T.
+#ifndef SOCO_HAS_FLOAT8_INSTRUCTION
+// Two float8 (the lower 16 bits) as a pair of T. Their bits at the place of T's are that number but
+// for the exponent's bias; multiplying puts it right, for subnormals, too.
+template <typename T>
+__device__ __forceinline__ uint32_t float8_pair(uint32_t two) {
+  constexpr bool kHalf = std::is_same_v<T, Float16>;
+  const uint32_t bits = __byte_perm(two, 0u, 0x1404);
+  const uint32_t placed = (bits & 0x7f007f00u) >> (kHalf ? 1 : 4) | (bits & 0x80008000u);
+  const uint32_t pair = multiply_pair<T>(placed, kHalf ? 0x5c005c00u : 0x7b807b80u);
+  const uint32_t nan = ((bits & 0x7f007f00u) + 0x01000100u) & 0x80008000u;
+  return pair | (nan - (nan >> 15)) | nan;
+}
+#endif
+
+// Four weights in 8 bits as two pairs of T. An integer b becomes the difference of two numbers that
+// have its bits: in float16 of 1024 + (b + 128) and 1152; in bfloat16, which has no room for 8 bits
+// behind a leading one, of 128 + its lower seven and 128, or 256 where it is negative.
 template <typename T, typename W>
-__device__ __forceinline__ uint32_t weight_pair(uint32_t bits) {
-  if constexpr (std::is_same_v<W, Int8>) {
-    // The bits of b + 128 as the last of a float that begins with 2^23 are 2^23 + 128 + b.
-    const float first = bits_float(0x4b000000u | ((bits & 0xffu) ^ 0x80u)) - 8388736.0f;
-    const float second = bits_float(0x4b000000u | ((bits >> 8 & 0xffu) ^ 0x80u)) - 8388736.0f;
-    return narrow_pair<T>(first, second);
-  } else if constexpr (std::is_same_v<W, Float8>) {
-    return float8_pair<T>(bits & 0xffffu);
+__device__ __forceinline__ void weight_pairs(uint32_t four, uint32_t (&pairs)[2]) {
+  if constexpr (std::is_same_v<W, Float8>) {
+    pairs[0] = float8_pair<T>(four & 0xffffu);
+    pairs[1] = float8_pair<T>(four >> 16);
   } else {
-    return bits;
+    constexpr bool kHalf = std::is_same_v<T, Float16>;
+    const uint32_t bits = kHalf ? four ^ 0x80808080u : four, above = kHalf ? 0x64u : 0x43u;
+    const uint32_t placed[2] = {__byte_perm(bits, above, 0x4140), __byte_perm(bits, above, 0x4342)};
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair)
+      pairs[pair] = kHalf
+                        ? subtract_pair<T>(placed[pair], 0x64806480u)
+                        : subtract_pair<T>(placed[pair] & 0xff7fff7fu, placed[pair] & 0xff80ff80u);
   }
 }
 
@@ -56,8 +75,7 @@ __device__ __forceinline__ void multiply_line(float (&sums)[4],
       a[2 + half] = step % 2 == 0 ? four.y : four.w;
     }
     if constexpr (sizeof(W) == 1) {
-      b[0] = weight_pair<T, W>(words[step]);
-      b[1] = weight_pair<T, W>(words[step] >> 16);
+      weight_pairs<T, W>(words[step], b);
     } else {
       b[0] = words[2 * step];
       b[1] = words[2 * step + 1];

@@ -310,6 +310,13 @@ template <typename V>
 V __shfl_xor_sync(unsigned, V value, unsigned mask) {
   return exchanged(value, (emulated::number() % 32) ^ mask);
 }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
 inline int atomicMin(int* at, int value) {
   const int before = *at;
   if (value < before) *at = value;

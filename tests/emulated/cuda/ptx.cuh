@@ -76,9 +76,15 @@ uint32_t narrow_pair(float first, float second) {
 }
 
 template <typename T>
-uint32_t float8_pair(uint32_t two) {
-  return narrow_pair<T>(widen(Float8{static_cast<uint8_t>(two)}),
-                        widen(Float8{static_cast<uint8_t>(two >> 8)}));
+uint32_t subtract_pair(uint32_t from, uint32_t what) {
+  return narrow_pair<T>(half_of<T>(from, 0) - half_of<T>(what, 0),
+                        half_of<T>(from, 1) - half_of<T>(what, 1));
+}
+
+template <typename T>
+uint32_t multiply_pair(uint32_t one, uint32_t other) {
+  return narrow_pair<T>(half_of<T>(one, 0) * half_of<T>(other, 0),
+                        half_of<T>(one, 1) * half_of<T>(other, 1));
 }
 
 inline void grid_barrier(uint32_t* counter) {
