@@ -216,7 +216,7 @@ def test_dependent_launches(device):
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("1", True)])
 def test_dependent_launches_are_asked_for(monkeypatch, value, expected):
     plans = []
-    monkeypatch.setattr(layers, "LowRankPlan", lambda *args: plans.append(args[-1]))
+    monkeypatch.setattr(layers, "LowRankPlan", lambda *args: plans.append(args[-2]))
     monkeypatch.delenv("SOCO_DEPENDENT_LAUNCH", raising=False)
     if value is not None:
         monkeypatch.setenv("SOCO_DEPENDENT_LAUNCH", value)
