@@ -77,35 +77,21 @@ __device__ __forceinline__ uint32_t narrow_pair<Float16>(float first, float seco
   return pair;
 }
 
-// The differences of two pairs in 16 bits.
+// one * other + added, of pairs in 16 bits, rounded once.
 template <typename T>
-__device__ __forceinline__ uint32_t subtract_pair(uint32_t from, uint32_t what);
+__device__ __forceinline__ uint32_t multiply_add_pair(uint32_t one, uint32_t other, uint32_t added);
 template <>
-__device__ __forceinline__ uint32_t subtract_pair<BFloat16>(uint32_t from, uint32_t what) {
+__device__ __forceinline__ uint32_t multiply_add_pair<BFloat16>(uint32_t one, uint32_t other,
+                                                                uint32_t added) {
   uint32_t pair;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(what), "r"(0xbf80bf80u), "r"(from));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(one), "r"(other), "r"(added));
   return pair;
 }
 template <>
-__device__ __forceinline__ uint32_t subtract_pair<Float16>(uint32_t from, uint32_t what) {
+__device__ __forceinline__ uint32_t multiply_add_pair<Float16>(uint32_t one, uint32_t other,
+                                                               uint32_t added) {
   uint32_t pair;
-  asm("sub.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(from), "r"(what));
-  return pair;
-}
-
-// The products of two pairs in 16 bits.
-template <typename T>
-__device__ __forceinline__ uint32_t multiply_pair(uint32_t one, uint32_t other);
-template <>
-__device__ __forceinline__ uint32_t multiply_pair<BFloat16>(uint32_t one, uint32_t other) {
-  uint32_t pair;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(one), "r"(other), "r"(0x80008000u));
-  return pair;
-}
-template <>
-__device__ __forceinline__ uint32_t multiply_pair<Float16>(uint32_t one, uint32_t other) {
-  uint32_t pair;
-  asm("mul.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(one), "r"(other));
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(one), "r"(other), "r"(added));
   return pair;
 }
 

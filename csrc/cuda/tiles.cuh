@@ -29,9 +29,10 @@ __device__ __forceinline__ Lines lines_of(int64_t bytes, int warp) {
 template <typename T>
 __device__ __forceinline__ uint32_t float8_pair(uint32_t two) {
   constexpr bool kHalf = std::is_same_v<T, Float16>;
+  constexpr uint32_t kScale = kHalf ? 0x5c005c00u : 0x7b807b80u;  // 2^8, 2^120
   const uint32_t bits = __byte_perm(two, 0u, 0x1404);
   const uint32_t placed = (bits & 0x7f007f00u) >> (kHalf ? 1 : 4) | (bits & 0x80008000u);
-  const uint32_t pair = multiply_pair<T>(placed, kHalf ? 0x5c005c00u : 0x7b807b80u);
+  const uint32_t pair = multiply_add_pair<T>(placed, kScale, 0x80008000u);  // + -0
   const uint32_t nan = ((bits & 0x7f007f00u) + 0x01000100u) & 0x80008000u;
   return pair | (nan - (nan >> 15)) | nan;
 }
@@ -47,13 +48,16 @@ __device__ __forceinline__ void weight_pairs(uint32_t four, uint32_t (&pairs)[2]
     pairs[1] = float8_pair<T>(four >> 16);
   } else {
     constexpr bool kHalf = std::is_same_v<T, Float16>;
+    constexpr uint32_t kMinusOne = kHalf ? 0xbc00bc00u : 0xbf80bf80u;
     const uint32_t bits = kHalf ? four ^ 0x80808080u : four, above = kHalf ? 0x64u : 0x43u;
     const uint32_t placed[2] = {__byte_perm(bits, above, 0x4140), __byte_perm(bits, above, 0x4342)};
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair)
-      pairs[pair] = kHalf
-                        ? subtract_pair<T>(placed[pair], 0x64806480u)
-                        : subtract_pair<T>(placed[pair] & 0xff7fff7fu, placed[pair] & 0xff80ff80u);
+    for (int pair = 0; pair < 2; ++pair) {
+      const uint32_t all = placed[pair];
+      const uint32_t from = kHalf ? all : all & 0xff7fff7fu;
+      const uint32_t taken = kHalf ? 0x64806480u : all & 0xff80ff80u;
+      pairs[pair] = multiply_add_pair<T>(taken, kMinusOne, from);
+    }
   }
 }
 

@@ -76,15 +76,11 @@ uint32_t narrow_pair(float first, float second) {
 }
 
 template <typename T>
-uint32_t subtract_pair(uint32_t from, uint32_t what) {
-  return narrow_pair<T>(half_of<T>(from, 0) - half_of<T>(what, 0),
-                        half_of<T>(from, 1) - half_of<T>(what, 1));
-}
-
-template <typename T>
-uint32_t multiply_pair(uint32_t one, uint32_t other) {
-  return narrow_pair<T>(half_of<T>(one, 0) * half_of<T>(other, 0),
-                        half_of<T>(one, 1) * half_of<T>(other, 1));
+uint32_t multiply_add_pair(uint32_t one, uint32_t other, uint32_t added) {
+  const auto number = [&](int which) {
+    return half_of<T>(one, which) * half_of<T>(other, which) + half_of<T>(added, which);
+  };
+  return narrow_pair<T>(number(0), number(1));
 }
 
 inline void grid_barrier(uint32_t* counter) {
