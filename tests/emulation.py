@@ -100,7 +100,7 @@ class Emulation:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         library.guarded.restype = library.memory_of.restype = c_void_p
-        library.read_ahead.restype = c_int64
+        library.read_ahead.restype = library.copied.restype = c_int64
         self.at_the_beginning = False  # where arrays have a page that must not be touched
         self.counter = c_uint32(0)
         self.machine()

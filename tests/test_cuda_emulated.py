@@ -117,6 +117,17 @@ def test_one_launch(cuda, name, dtype, weights):
     close(cuda.low_rank_group(**plain), plain, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("weights", [None, torch.int8])
+@pytest.mark.parametrize("name", ALIGNED)
+def test_every_weight_is_copied_once(cuda, name, weights):
+    args = weighted(made(*ALIGNED[name], dtype=torch.bfloat16), weights)
+    for blocks in (1, 8):
+        cuda.machine(multiprocessors=blocks)
+        cuda.low_rank_group(**args)
+        factors = [args["down"], *args["ups"]]
+        assert cuda.library.copied() == sum(f.numel() * f.element_size() for f in factors)
+
+
 @pytest.mark.parametrize("weights", [None, *EIGHT])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(

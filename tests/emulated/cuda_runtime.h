@@ -58,12 +58,13 @@ struct Machine {
   int major = 9;
   bool refuses = false;  // cooperative launches
   uint64_t seed = 0;
-  int launches = 0;   // counted
-  int forgotten = 0;  // threads that ended with copies on their way
-  int dependent = 0;  // launches
-  int hasty = 0;      // threads that copied, or ended, before they waited for the stream
-  int released = 0;   // blocks that let the next grid begin
-  int64_t ahead = 0;  // bytes that were read ahead
+  int launches = 0;    // counted
+  int forgotten = 0;   // threads that ended with copies on their way
+  int dependent = 0;   // launches
+  int hasty = 0;       // threads that copied, or ended, before they waited for the stream
+  int released = 0;    // blocks that let the next grid begin
+  int64_t ahead = 0;   // bytes that were read ahead
+  int64_t copied = 0;  // bytes, by 16
 };
 inline Machine machine;
 

@@ -23,6 +23,7 @@ int forgotten() { return emulated::machine.forgotten; }
 int dependent_launches() { return emulated::machine.dependent; }
 int hasty() { return emulated::machine.hasty; }
 int released() { return emulated::machine.released; }
+int64_t copied() { return emulated::machine.copied; }
 int64_t read_ahead() { return emulated::machine.ahead; }
 
 // The bytes at `at` are still to be written by what the stream ran before; until then NaN is there.

@@ -25,6 +25,7 @@ inline void copy_16(void* shared, const void* global, bool there) {
   emulated::Fiber& own = *emulated::block->now;
   if (emulated::block->dependent && !own.waited)
     __atomic_add_fetch(&emulated::machine.hasty, 1, __ATOMIC_RELAXED);
+  if (there) __atomic_add_fetch(&emulated::machine.copied, 16, __ATOMIC_RELAXED);
   const emulated::Copy copy{shared, there ? global : nullptr, own.sets};
   if (emulated::block->random() % 2) return done(copy);
   memset(shared, 0xff, 16);
