@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference  # tests/reference.py
 from soco import core, ops
-from soco.ops import layers
+from soco.ops import group, layers
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EIGHT = [torch.int8, torch.float8_e4m3fn]
@@ -211,6 +211,15 @@ def test_dependent_launches(device):
             y.zero_()
         graph.replay()
         assert all(torch.equal(y, e) for y, e in zip(found, expected, strict=True))
+
+
+def test_a_prepared_group_knows_how_outputs_are_shared_out(monkeypatch):
+    plans = []
+    monkeypatch.setattr(layers, "LowRankPlan", lambda *args: plans.append(args[-1]))
+    monkeypatch.setattr(group, "shares_for", lambda weights: [0, len(weights.ups[0])])
+    args = made(3, 10, [(4, 7, False)])
+    ops.PreparedGroup(args["down"], args["ups"], torch.float32)
+    assert plans == [[0, 7]]
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("1", True)])

@@ -78,6 +78,15 @@ def test_blocks_read_as_much_as_each_other(rank, out):
     assert evenly.max() > 1.1 * evenly.mean()
 
 
+def test_pivots_that_lie_together_do_not_all_go_to_one_block():
+    """1,024 numbers of z cost as much as 129 rows; nobody gets more than 8 times the mean."""
+    places = torch.cat((torch.arange(1024), torch.arange(1024, 4096)))
+    weights = Weights(torch.empty(1024, 1), [torch.empty(3072, 1024)], [places])
+    outputs = torch.tensor(shares(weights, BLOCKS)).diff()
+    assert outputs.sum() == 4096
+    assert outputs.max() < 8 * 4096 / BLOCKS
+
+
 def test_blocks_read_as_much_as_each_other_in_a_trained_layer():
     """Pivots that the demo model's largest weight has."""
     name, weight = max(

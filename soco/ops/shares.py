@@ -35,6 +35,4 @@ def shares(weights: Weights, blocks: int) -> list[int]:
     every = costs[0] + costs[1] if weights.gated else torch.cat(costs)
     ends = torch.cat((torch.zeros(1, dtype=torch.int64), every.cumsum(0)))
     wanted = torch.arange(blocks + 1) * ends[-1] // blocks
-    first = torch.searchsorted(ends, wanted, right=True) - 1
-    first[-1] = len(every)
-    return first.tolist()
+    return (torch.searchsorted(ends, wanted, right=True) - 1).tolist()
