@@ -134,8 +134,9 @@ class SpectralLinear(nn.Module):
         if isinstance(spectrum, Spectrum):
             spectrum = Components.of(spectrum, weight.dtype)
         device = spectrum.gain.device
-        self.register_buffer("up", spectrum.up, persistent=False)
-        self.register_buffer("down", spectrum.down, persistent=False)
+        # One layout, whatever made them: of others a product may have other last bits.
+        self.register_buffer("up", spectrum.up.contiguous(), persistent=False)
+        self.register_buffer("down", spectrum.down.contiguous(), persistent=False)
         order = torch.arange(rank, device=device)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("gain", spectrum.gain, persistent=False)
