@@ -19,7 +19,7 @@ from soco.ranks import Shape, is_dense, largest_rank
 from soco.refitting import means_file
 from soco.spectral import Components
 from soco.stored import StoredModel
-from soco.workbench import COMMON, Groups, common_means, similarity
+from soco.workbench import COMMON, Groups, common_means, mean_output, similarity
 from soco.workfolder import WorkFolder
 
 
@@ -115,7 +115,9 @@ class Dismantling:
             del spectrum
             if getattr(method, "deviation", None) == "mean":
                 inputs = means["mean"].float()
-                self.work.put_tensors(kept, {"inputs": inputs, "outputs": weight.float() @ inputs})
+                self.work.put_tensors(
+                    kept, {"inputs": inputs, "outputs": mean_output(weight, inputs)}
+                )
             self.lender.keep(unit, components)
             return
         most = largest_rank(self.units[unit], self.choices.pivoted)

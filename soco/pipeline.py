@@ -408,7 +408,8 @@ def _rescaled(
     run: _Run, choices: Choices, found: Mapping[str, Factors | None]
 ) -> Mapping[str, Factors | None]:
     """The factors with their scales updated, if that was asked for."""
-    factors = {name: each for name, each in found.items() if each is not None}
+    # In the layout that they have in a file: products with another one have other last bits.
+    factors = {name: each.contiguous() for name, each in found.items() if each is not None}
     if choices.surgeon is None or not factors:
         return found
     shared = run.shared

@@ -339,7 +339,9 @@ def fold(
     if deviation is not None:
         total = total + deviation
     if mean is not None and mean_output is not None:
-        total = total + mean_output - factors.up.float() @ (factors.down.float() @ mean)
+        # No matrix-vector products: their last bits depend on where the factors lie in memory.
+        inner = (factors.down.float() * mean).sum(1)
+        total = total + mean_output - (factors.up.float() * inner).sum(1)
     return factors, total.detach().to(dtype)
 
 

@@ -186,7 +186,7 @@ class Workbench:
         if self.mean_of is not None:
             return self.mean_of(name)
         inputs = self.means(name)["mean"].float()
-        return inputs, weight_of(self.targets[name]).detach().float() @ inputs
+        return inputs, mean_output(weight_of(self.targets[name]).detach(), inputs)
 
     def spectra(self, components: Basis, groups: Groups) -> dict[str, Spectrum]:
         """Take every unit apart: name of its first layer to the spectrum of its stacked weights.
@@ -363,6 +363,14 @@ class _silent:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def mean_output(weight: Tensor, inputs: Tensor) -> Tensor:
+    """What a weight (out, in) makes of one input (in,), float32.
+
+    Not a matrix-vector product, whose last bits depend on where the weight lies in memory.
+    """
+    return (weight.float() * inputs).sum(1)
 
 
 def common_means(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

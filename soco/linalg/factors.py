@@ -26,6 +26,10 @@ class Factors(NamedTuple):
         """Round both factors to ``dtype``."""
         return Factors(self.up.to(dtype), self.down.to(dtype))
 
+    def contiguous(self) -> "Factors":
+        """Both factors laid out row by row, as they are when they come from a file."""
+        return Factors(self.up.contiguous(), self.down.contiguous())
+
     def product(self) -> Tensor:
         """The weight (out, in) that the factors stand for."""
         return self.up @ self.down
