@@ -34,6 +34,7 @@ class CompressedLinear(nn.Module):
     up: nn.Linear
     # What soco.optimize puts here: the outputs for an input, or None where it has none for it.
     fast: "Callable[[CompressedLinear, Tensor], Tensor | None] | None" = None
+    _call: ops.DirectCall | None = None
 
     def __init__(
         self,
@@ -92,6 +93,25 @@ class CompressedLinear(nn.Module):
         if down is None or up is None or down.device != up.device or _is_special(x):
             return None
         return down, up
+
+    def _at_once(
+        self, x: Tensor, down: Tensor, up: Tensor, source: Tensor | None = None
+    ) -> Tensor | None:
+        """The outputs for these plain factors by one direct call of the core; None if it cannot be.
+
+        What the call was made ready for is a matter of where the factors lie, and of their shapes
+        and dtypes: that is compared at every call, and nothing is held that could be in the way of
+        somebody who moves, replaces or offloads them.
+        """
+        if torch.is_grad_enabled() or ops.is_followed(x.device.type):
+            return None
+        tensors = (down, up, self._parameters.get("bias"), source)
+        found = [
+            None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors
+        ]
+        if self._call is None or self._call.made_for != found:
+            self._call = ops.direct_call(down, up, tensors[2], source, made_for=found)
+        return self._call(x)
 
     def _weight(self, up: Tensor, down: Tensor) -> Tensor:
         """The dense weight (out, in) of these factors."""
@@ -191,7 +211,8 @@ class LowRankLinear(CompressedLinear):
         if self.fast is not None and (y := self.fast(self, x)) is not None:
             return y
         if (factors := self._plain_factors(x)) is not None:
-            return ops.low_rank_linear(x, *factors, self.bias)
+            y = self._at_once(x, *factors)
+            return ops.low_rank_linear(x, *factors, self.bias) if y is None else y
         y = self.up(self._reduce(x))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -295,8 +316,11 @@ class PivotedLinear(CompressedLinear):
         if self.fast is not None and (y := self.fast(self, x)) is not None:
             return y
         if not torch.is_grad_enabled() and (factors := self._plain_factors(x)) is not None:
-            down, up = factors
-            return ops.low_rank_group(x, down, [up], sources=[self.order()], bias=self.bias)
+            (down, up), order = factors, self.order()
+            y = self._at_once(x, down, up, order)
+            if y is None:
+                y = ops.low_rank_group(x, down, [up], sources=[order], bias=self.bias)
+            return y
         z = self.down(x)
         y = torch.cat((z, self.up(z)), -1).index_select(-1, self.order())
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -39,7 +39,14 @@ class LayerState:
 
     def __init__(self, layer: CompressedLinear) -> None:
         self._factors = [
-            (name, factor, factor.weight, factor.weight.data_ptr())
+            (
+                name,
+                factor,
+                vars(factor),
+                factor._parameters,
+                factor.weight,
+                factor.weight.data_ptr(),
+            )
             for name, factor in (("down", layer.down), ("up", layer.up))
         ]
         self._modules, self._parameters = layer._modules, layer._parameters
@@ -62,15 +69,15 @@ class LayerState:
 
     def _found(self) -> bool:
         """Look. It reads dictionaries, since attributes of modules are slow."""
-        for name, factor, weight, address in self._factors:
+        for name, factor, attributes, parameters, weight, address in self._factors:
             if (
                 self._modules.get(name) is not factor
                 or type(factor) is not nn.Linear
-                or factor._forward_hooks
-                or factor._forward_pre_hooks
-                or "forward" in factor.__dict__
-                or factor._parameters.get("bias") is not None
-                or factor._parameters.get("weight") is not weight
+                or attributes["_forward_hooks"]
+                or attributes["_forward_pre_hooks"]
+                or "forward" in attributes
+                or parameters.get("bias") is not None
+                or parameters.get("weight") is not weight
                 or weight.data_ptr() != address
             ):
                 return False
@@ -107,7 +114,7 @@ class LayerGroup:
         """Move the weights, and attach the group to its layers."""
         self.layers, self.weights = list(layers), weights
         first = layers[0].down.weight
-        self.dtype = first.dtype
+        self.dtype, self._kind = first.dtype, first.device.type
         if align is None:
             align = 16 if first.is_cuda else 1
         ranks = [-(-layer.rank // align) * align for layer in layers]
@@ -175,7 +182,7 @@ class LayerGroup:
         usual = (
             x.dtype == self.dtype
             and not (torch.is_grad_enabled() and self._needs_gradients(x))
-            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.is_autocast_enabled(self._kind)
             and not torch.compiler.is_exporting()
         )
         if self.weights is not None and not usual:

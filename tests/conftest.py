@@ -9,7 +9,7 @@ import torch
 
 import soco
 from soco import core
-from soco.ops import group, layers
+from soco.ops import direct, layers
 
 REQUIRE_CUDA = os.environ.get("SOCO_REQUIRE_CUDA") == "1"  # the GPU job sets it: no silent skip
 # One thread: the tensors here are small, and on a busy machine threads that wait for each other
@@ -78,7 +78,7 @@ def threads():
 def always_by(side, monkeypatch):
     """One side of most_tokens, for any number of tokens."""
     most = 10**9 if side == "kernel" else -1
-    for module in (layers, group):
+    for module in (layers, direct):
         monkeypatch.setattr(module, "most_tokens", lambda *_: most)
     return side
 

@@ -1,7 +1,9 @@
 """soco.modules: each layer, the ways to compute it, and what others may do to its children."""
 
 import copy
+import gc
 import io
+import weakref
 from typing import cast
 
 import pytest
@@ -290,9 +292,177 @@ def test_pivoted_dtypes(dtype, device):
 def test_pivoted_is_one_op_without_gradients(device, monkeypatch):
     seen, group = [], ops.low_rank_group
     monkeypatch.setattr(ops, "low_rank_group", lambda *a, **k: seen.append(1) or group(*a, **k))
-    made, x = pivoted(device=device), inputs(4, 6, device=device)
+    made, x = pivoted(device=device), inputs(4, 6, device=device, dtype=torch.float32)
     torch.testing.assert_close(made(x), made.to_linear()(x))
+    assert not seen  # the core is called at once
+    made(inputs(0, 6, device=device))
     assert len(seen) == 1
+
+
+# The core called at once --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Counts the outputs that came from a direct call of the core."""
+    found, call = [], ops.DirectCall.__call__
+
+    def counted(self, x):
+        y = call(self, x)
+        if y is not None:
+            found.append(1)
+        return y
+
+    monkeypatch.setattr(ops.DirectCall, "__call__", counted)
+    return found
+
+
+def lone(kind, device="cpu"):
+    return layer(device=device) if kind == "low rank" else pivoted(device=device)
+
+
+KINDS = pytest.mark.parametrize("kind", ["low rank", "pivoted"])
+
+
+@KINDS
+def test_at_once_is_what_it_is_with_gradients(kind, device, at_once):
+    made, x = lone(kind, device), inputs(2, 3, 6, device=device)
+    expected = made(x)
+    assert not at_once
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), expected)
+        kept = made._call
+        torch.testing.assert_close(made(x[:1]), expected[:1])
+    assert len(at_once) == 2
+    assert made._call is kept  # made ready once
+
+
+def replace_data(made):
+    made.down.weight.data = made.down.weight.data * 3
+
+
+def replace_parameter(made):
+    made.up.weight = nn.Parameter(made.up.weight.detach() * 3)
+
+
+def replace_module(made):
+    other = nn.Linear(made.rank, made.up.out_features, bias=False)
+    made.up = other
+
+
+def assign_state(made):
+    state = {name: value * 2 for name, value in made.state_dict().items() if name != "pivots"}
+    made.load_state_dict(state, strict=False, assign=True)
+
+
+def take_bias(made):
+    made.bias = None
+
+
+def other_bias(made):
+    made.bias = nn.Parameter(torch.full_like(made.bias, 7.0))
+
+
+def transpose(made):
+    made.down.weight.data = made.down.weight.data.T.contiguous().T
+
+
+def write(made):
+    made.down.weight.mul_(2)
+    made.bias.add_(1)
+
+
+def move(made):
+    made.double().float()
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "change",
+    [replace_data, replace_parameter, replace_module, assign_state, take_bias, other_bias,
+     transpose, write, move],
+)  # fmt: skip
+@torch.no_grad()
+def test_at_once_sees_every_change(kind, change):
+    made, x = lone(kind), inputs(2, 6)
+    for _ in range(3):  # memory is used again
+        made(x)
+        change(made)
+        if made.bias is None:
+            made.bias = nn.Parameter(torch.zeros(made.out_features))
+            made(x)
+            made.bias = None
+        torch.testing.assert_close(made(x), made.to_linear()(x))
+
+
+@torch.no_grad()
+def test_at_once_sees_other_pivots():
+    made, x = pivoted(), inputs(2, 6)
+    made(x)
+    made.pivots.copy_(made.pivots.flip(0))
+    torch.testing.assert_close(made(x), made.to_linear()(x))
+    made.pivots = (made.pivots + 1) % made.out_features
+    torch.testing.assert_close(made(x), made.to_linear()(x))
+
+
+@KINDS
+@torch.no_grad()
+def test_not_at_once_where_a_child_is_more_than_its_weight(kind, at_once):
+    made, x = lone(kind), inputs(2, 6)
+    made(x)
+    at_once.clear()
+    seen = []
+    made.up.register_forward_hook(lambda *_: seen.append(1))
+    made(x)
+    assert seen == [1]
+    assert not at_once
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lone(kind)(x).dtype == torch.bfloat16
+    assert not at_once
+
+
+@KINDS
+@torch.no_grad()
+def test_at_once_holds_nothing_that_is_replaced(kind):
+    made, x = lone(kind), inputs(2, 6)
+    made(x)
+    old = weakref.ref(made.down.weight)
+    made.down.weight = nn.Parameter(made.down.weight.to("meta"))  # as offloading does
+    gc.collect()
+    assert old() is None
+
+
+@KINDS
+@torch.no_grad()
+def test_copies_and_files_of_a_layer_that_was_called(kind, at_once):
+    made, x = lone(kind), inputs(2, 6)
+    expected = made(x)
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    for again in (copy.deepcopy(made), torch.load(file, weights_only=False)):
+        made.down.weight.zero_()
+        at_once.clear()
+        assert torch.equal(again(x), expected)
+        assert torch.equal(again(x), expected)
+        assert len(at_once) == 2
+
+
+@torch.no_grad()
+def test_a_shared_basis_at_once(at_once):
+    first, second = layer(), layer()
+    share_basis([first, second])
+    x = inputs(2, 6)
+    torch.testing.assert_close(second(x), second.to_linear()(x))
+    assert len(at_once) == 1
+
+
+@torch.no_grad()
+def test_at_once_with_factors_that_do_not_fit(at_once):
+    made = layer()
+    made.up = nn.Linear(4, 5, bias=False)
+    with pytest.raises(ValueError, match=r"down must be .* = \(4, 6\), got \(3, 6\)"):
+        made(inputs(2, 6))
 
 
 def test_pivoted_trains(device):

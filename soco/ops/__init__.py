@@ -10,7 +10,10 @@ compute on what they are given.
 from soco.core import MOST_MEMBERS as MOST_MEMBERS
 from soco.ops.checks import all_finite as all_finite
 from soco.ops.checks import check_finite as check_finite
+from soco.ops.direct import DirectCall as DirectCall
+from soco.ops.direct import is_followed as is_followed
 from soco.ops.group import PreparedGroup as PreparedGroup
+from soco.ops.group import direct_call as direct_call
 from soco.ops.group import low_rank_group
 from soco.ops.layers import Weights as Weights
 from soco.ops.layers import expanded as expanded

@@ -13,12 +13,11 @@ from soco.core import (
     Run,
     implement,
     library,
-    runner,
     without_autocast,
 )
-from soco.ops.barriers import barrier_for
-from soco.ops.checks import autograd, check, check_dtype, sum_dtype
-from soco.ops.layers import Weights, address, compute, most_tokens, plan_of
+from soco.ops.checks import autograd, check, check_dtype
+from soco.ops.direct import DirectCall
+from soco.ops.layers import Weights, compute, packed
 from soco.ops.shares import shares_for
 
 library.define(
@@ -184,38 +183,15 @@ class PreparedGroup:
         dependent: bool | None = None, **options: Any,
     ) -> None:  # fmt: skip
         weights = Weights(down, ups, **options)
-        self.weights, self.dtype, self.device = weights, dtype, down.device
-        self.dependent = dependent
-        empty = down.new_empty((0, *down.shape[1:]), dtype=dtype)
-        _check(empty, None, weights)
-        self._in, self._width = down.shape[1], weights.width
-        self._plan, self._kept = plan_of(weights, dtype, dependent, shares_for(weights))
-        self._run = runner("low_rank_group", self.device.type)
-        self._most = most_tokens(self.device.type, dtype, down.dtype)
-        self._ranks = 0 if self.device.type == "cpu" else len(down)  # the core has memory there
-        self._sums = sum_dtype(empty)
+        self.weights, self.dtype, self.dependent = weights, dtype, dependent
+        _check(down.new_empty((0, *down.shape[1:]), dtype=dtype), None, weights)
+        self._kept = packed(weights)
+        self._call = DirectCall(self._kept, dtype, dependent, shares_for(weights))
 
     def __call__(self, x: Tensor) -> Tensor:
         """``low_rank_group(x, ...)``, for ``x`` of the dtype and device that it was made for."""
-        shape = x.shape
-        tokens = x.numel() // self._in if self._in else 0
-        if (
-            type(x) is not Tensor
-            or x.dtype is not self.dtype
-            or x.device != self.device
-            or shape[-1:] != (self._in,)
-            or not 0 < tokens <= self._most
-            or self._run is None
-            or torch.is_grad_enabled()
-            or _is_watched(self.device.type)
-        ):
-            return low_rank_group(x, **self.weights._asdict())
-        y = x.new_empty((*shape[:-1], self._width))
-        if not x.is_contiguous():
-            x = x.contiguous()
-        z = x.new_empty((tokens, self._ranks), dtype=self._sums) if self._ranks else None
-        self._run(x, self._plan, x.data_ptr(), 0, address(z), y.data_ptr(), tokens, barrier_for(x))
-        return y
+        y = self._call(x)
+        return low_rank_group(x, **self.weights._asdict()) if y is None else y
 
     def __deepcopy__(self, memo: dict) -> "PreparedGroup":
         """The same: the weights stay where they are."""
@@ -226,16 +202,22 @@ class PreparedGroup:
         return _prepared, (self.dtype, self.weights, self.dependent)
 
 
+def direct_call(
+    down: Tensor, up: Tensor, bias: Tensor | None, source: Tensor | None, made_for: Any
+) -> DirectCall:
+    """A call for one layer whose weights are checked now, and may be freed or moved any time.
+
+    Args:
+        down: as for :func:`low_rank_linear`, like ``up`` and ``bias``.
+        up: the same.
+        bias: the same.
+        source: as one of :func:`low_rank_group`'s ``sources``, or None.
+        made_for: see :class:`DirectCall`.
+    """
+    weights = Weights(down, [up], [] if source is None else [source], bias)
+    _check(down.new_empty((0, *down.shape[1:])), None, weights)
+    return DirectCall(weights, down.dtype, made_for=made_for)
+
+
 def _prepared(dtype: torch.dtype, weights: Weights, dependent: bool | None) -> PreparedGroup:
     return PreparedGroup(dtype=dtype, dependent=dependent, **weights._asdict())
-
-
-def _is_watched(device: str) -> bool:
-    """Whether something follows the program by the ops that pass through torch's dispatcher."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
-        or torch.is_autocast_enabled(device)
-        or torch._C._get_tracing_state() is not None
-    )

@@ -38,8 +38,10 @@ class Weights(NamedTuple):
     @property
     def outs(self) -> list[int]:
         """The outputs of each layer: as many as it has sources, or else rows of ``up``."""
-        pivoted = [len(source) for source in self.sources] or [0] * len(self.ups)
-        return [count or len(up) for count, up in zip(pivoted, self.ups, strict=True)]
+        if not self.sources:
+            return [up.shape[0] for up in self.ups]
+        pairs = zip(self.sources, self.ups, strict=True)
+        return [source.shape[0] or up.shape[0] for source, up in pairs]
 
     @property
     def width(self) -> int:
@@ -132,21 +134,24 @@ def expanded(
 
 def compute(run: Run, x: Tensor, weights: Weights, residual: Tensor | None = None) -> Tensor:
     """The outputs of a group, checked before: contiguous, and of ``x``'s dtype."""
+    down, inputs = weights.down, x.shape[-1]
     tokens = math.prod(x.shape[:-1])
-    if tokens > most_tokens(x.device.type, x.dtype, weights.down.dtype):
+    if tokens > most_tokens(x.device.type, x.dtype, down.dtype):
         return _by_products(x, weights, residual).contiguous()
-    ranks = len(weights.down)
-    check_size(tokens, max(x.shape[-1], ranks, sum(weights.outs)))
-    y = x.new_empty((*x.shape[:-1], weights.width))
+    width, ranks = weights.width, down.shape[0]
+    check_size(tokens, max(inputs, ranks, width * (1 + weights.gated)))
+    y = x.new_empty((*x.shape[:-1], width))
     if y.numel() > 0:
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-        plan, kept = plan_of(weights, x.dtype)
-        z = x.new_empty((tokens, ranks), dtype=sum_dtype(x))
+        weights = packed(weights)
+        plan = plan_of(weights, x.dtype)
+        z = None  # the core has memory of its own on the CPU
+        if not x.is_cpu:
+            z = x.new_empty((tokens, ranks), dtype=sum_dtype(x))
         run(
-            x, plan, x.data_ptr(), address(residual), z.data_ptr(), y.data_ptr(), tokens,
+            x, plan, x.data_ptr(), address(residual), address(z), y.data_ptr(), tokens,
             barrier_for(x),
         )  # fmt: skip
-        del kept
     return y
 
 
@@ -159,33 +164,41 @@ def dependent_launches() -> bool:
     return os.environ.get("SOCO_DEPENDENT_LAUNCH", "0") == "1"
 
 
+def packed(weights: Weights) -> Weights:
+    """The same where the core can read it: copies of what does not lie side by side."""
+    down, ups, sources, bias, down_scale, up_scales, gated = weights
+    return Weights(
+        down.contiguous(),
+        [up if up.stride(1) == 1 else up.contiguous() for up in ups],
+        [source.contiguous() for source in sources],
+        None if bias is None else bias.contiguous(),
+        None if down_scale is None else down_scale.contiguous(),
+        [scale.contiguous() for scale in up_scales],
+        gated,
+    )
+
+
 def plan_of(
     weights: Weights, dtype: torch.dtype, dependent: bool | None = None,
     shares: Sequence[int] = (),
-) -> tuple[LowRankPlan, list[Tensor | None]]:  # fmt: skip
-    """The weights as the core sees them, and the tensors to be kept for as long as that is used."""
-    count = len(weights.ups)
-    down, down_scale, bias = (
-        None if tensor is None else tensor.contiguous()
-        for tensor in (weights.down, weights.down_scale, weights.bias)
-    )
-    ups = [up if up.stride(1) == 1 else up.contiguous() for up in weights.ups]
-    sources = [s.contiguous() if len(s) > 0 else None for s in weights.sources] or [None] * count
-    scales = [scale.contiguous() for scale in weights.up_scales] or [None] * count
-    members = [
-        (up.data_ptr(), up.stride(0), address(scale), address(source), up.shape[1], len(up), out)
-        for up, scale, source, out in zip(ups, scales, sources, weights.outs, strict=True)
-    ]
-    plan = LowRankPlan(
-        address(down), address(down_scale), members, address(bias), weights.down.shape[1],
-        DTYPES[dtype], WEIGHT_DTYPES[weights.down.dtype], weights.gated,
+) -> LowRankPlan:  # fmt: skip
+    """Where these weights, which are :func:`packed`, lie: as the core sees them."""
+    none = (None,) * len(weights.ups)
+    of_each = weights.ups, weights.up_scales or none, weights.sources or none, weights.outs
+    members = []
+    for up, scale, source, out in zip(*of_each, strict=True):
+        rows, rank = up.shape
+        place = up.data_ptr(), up.stride(0), address(scale), address(source)
+        members.append((*place, rank, rows, out))
+    return LowRankPlan(
+        address(weights.down), address(weights.down_scale), members, address(weights.bias),
+        weights.down.shape[1], DTYPES[dtype], WEIGHT_DTYPES[weights.down.dtype], weights.gated,
         dependent_launches() if dependent is None else dependent, shares,
     )  # fmt: skip
-    return plan, [down, down_scale, bias, *ups, *scales, *sources]
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor lies; 0 for none."""
+    """Where a tensor lies; 0 for none, and for one without elements."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
