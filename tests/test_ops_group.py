@@ -318,6 +318,68 @@ def test_every_eight_bit_number(weights, level, device, simd_level):
 
 
 @pytest.mark.parametrize("level", core.simd_levels())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gates_of_any_size(level, dtype, simd_level):
+    """From where silu is 0 to where it is the identity, next to torch's own."""
+    simd_level(level)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat(
+        [
+            torch.linspace(-110, 110, 4001, dtype=torch.float64),
+            torch.randn(1000, generator=generator, dtype=torch.float64) * 3,
+            torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4, -1e4, 1e30, -1e30, 3e38, -3e38]),
+        ]
+    ).to(dtype)
+    factors = torch.randn(len(values), generator=generator, dtype=torch.float64).to(dtype)
+    x, down = torch.ones(1, 1, dtype=dtype), torch.ones(2, 1, dtype=dtype)
+    y = ops.low_rank_group(x, down, [values[:, None], factors[:, None]], gated=True)[0]
+    exact = torch.nn.functional.silu(values.double()) * factors.double()
+    theirs = torch.nn.functional.silu(values) * factors
+    assert y.isfinite().all()
+    normal = exact.abs() > torch.finfo(dtype).tiny
+    gap = ((y.double() - exact) / exact)[normal].abs().max()
+    limit = 1.5 * ((theirs.double() - exact) / exact)[normal].abs().max()
+    assert gap <= (limit if dtype == torch.float32 else 1e-15)  # theirs is what is called exact
+    assert (y.double() - exact)[~normal].abs().max() <= torch.finfo(dtype).tiny
+    for place in range(0, len(values), 97):  # a value does not depend on where it is
+        some = [values[place : place + 3, None], factors[place : place + 3, None]]
+        again = ops.low_rank_group(x, down, some, gated=True)[0]
+        assert torch.equal(again, y[place : place + 3])
+
+
+@pytest.mark.parametrize("level", core.simd_levels())
+def test_gates_that_are_not_finite(level, simd_level):
+    simd_level(level)
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, 1.0])
+    factors = torch.tensor([1.0, 2.0, 1.0, torch.nan, -torch.inf])
+    x, down = torch.ones(1, 1), torch.ones(2, 1)
+    y = ops.low_rank_group(x, down, [values[:, None], factors[:, None]], gated=True)[0]
+    expected = torch.nn.functional.silu(values) * factors
+    torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("level", core.simd_levels())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", [*range(1, 20), 31, 33, 63, 65, 93])
+def test_rows_of_any_length(inner, dtype, level, simd_level):
+    """What lies behind and before the last numbers of a row adds nothing, not even if it is Inf."""
+    simd_level(level)
+    generator = torch.Generator().manual_seed(inner)
+    x = torch.randint(-4, 5, (3, inner + 40), generator=generator).to(dtype)
+    down = torch.randint(-2, 3, (5, inner + 40), generator=generator).to(dtype)
+    nothing, order = torch.empty(0, 5, dtype=dtype), torch.arange(5)
+    x[:, inner:], down[:, inner:] = torch.nan, torch.nan
+    places = [place for place in range(inner) if place % 5 == 2]
+    down[1, places] = torch.inf
+    x[:, places] = 1
+    x, down = x[:, :inner], down[:, :inner]
+    y = ops.low_rank_group(x, down.contiguous(), [nothing], sources=[order])
+    finite = [0, 2, 3, 4]
+    assert torch.equal(y[:, finite], (x.double() @ down[finite].double().T).to(dtype))
+    assert (y[:, 1] == (x.double() @ down[1].double()).to(dtype)).all()
+
+
+@pytest.mark.parametrize("level", core.simd_levels())
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_simd_level(level, dtype, simd_level):
     simd_level(level)

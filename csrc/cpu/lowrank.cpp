@@ -1,7 +1,6 @@
 #include "lowrank.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -118,8 +117,7 @@ class Run {
     if (g_.gated) {
       A* const factors = scratch<A>(kGates, count);
       outputs(1, range.begin, range.end, factors);
-      for (int64_t i = 0; i < count; ++i)  // silu(v) = v / (1 + exp(-v))
-        values[i] = values[i] / (A(1) + std::exp(-values[i])) * factors[i];
+      at_level([&](auto level) { gate_rows<level()>(values, factors, count, g_.dtype); });
     }
     const int64_t first = (g_.gated ? 0 : columns_[range.member]) + range.begin;
     for (int64_t t = 0; t < g_.tokens; ++t)
@@ -136,35 +134,50 @@ class Run {
     const Member& member = g_.members[number];
     const int64_t columns = end - begin, rank = member.rank;
     const A* const z = z_ + z_columns_[number];
+    const int64_t* const sources = member.sources ? member.sources + begin : nullptr;
     int64_t first = begin, rows = columns;  // the rows of up that these outputs are made of
-    if (member.sources) {
-      first = rows = 0;
-      for (int64_t i = begin; i < end; ++i)
-        if (member.sources[i] >= rank && rows++ == 0) first = member.sources[i] - rank;
+    if (sources) {
+      int64_t i = 0;
+      while (i < columns && sources[i] < rank) ++i;
       // Sources that are wrong give wrong outputs, but nothing outside of up and z is read.
-      first = std::min(first, member.rows);
+      first = i < columns ? std::min(sources[i] - rank, member.rows) : 0;
+      rows = 0;
+      for (; i < columns; ++i) rows += sources[i] >= rank;
       rows = std::min(rows, member.rows - first);
     }
     A* const dots = scratch<A>(kProducts, g_.tokens * rows);
     products(z, ranks_, rank, member.up, first, rows, member.stride, dots, rows);
+    if (member.up_scale)
+      for (int64_t t = 0; t < g_.tokens; ++t)
+        for (int64_t r = 0; r < rows; ++r) dots[t * rows + r] *= member.up_scale[first + r];
     const T* bias = static_cast<const T*>(g_.bias);
     if (bias) bias += columns_[number] + begin;
     for (int64_t t = 0; t < g_.tokens; ++t) {
-      int64_t row = 0;
-      for (int64_t i = 0; i < columns; ++i) {
-        const int64_t source = member.sources ? member.sources[begin + i] : rank;
-        A value;
-        if (source < rank) {
-          value = z[t * ranks_ + std::max(source, int64_t(0))];
-        } else if (row == rows) {
-          value = 0;
-        } else {
-          value = dots[t * rows + row];
-          if (member.up_scale) value *= member.up_scale[first + row];
-          ++row;
-        }
-        out[t * columns + i] = bias ? value + widen(bias[i]) : value;
-      }
+      const A* const row = dots + t * rows;
+      A* const to = out + t * columns;
+      if (sources)
+        gather(sources, columns, z + t * ranks_, rank, row, rows, first, to);
+      else
+        std::copy(row, row + columns, to);
+      if (bias)
+        for (int64_t i = 0; i < columns; ++i) to[i] += widen(bias[i]);
+    }
+  }
+
+  // to[i] = cat(z, (rows of nothing up to first,) dots)[sources[i]]. Which of the two an output
+  // comes from is as good as random, so that a branch for it would be guessed wrong half of the
+  // times: both places are computed, and one is read.
+  static void gather(const int64_t* sources, int64_t columns, const A* z, int64_t rank,
+                     const A* dots, int64_t rows, int64_t first, A* to) {
+    static const A nothing = 0;
+    if (rank == 0) z = &nothing;
+    if (rows == 0) dots = &nothing;
+    const int64_t last_z = std::max<int64_t>(rank - 1, 0), last = std::max<int64_t>(rows - 1, 0);
+    for (int64_t i = 0; i < columns; ++i) {
+      const int64_t source = std::min(std::max<int64_t>(sources[i], 0), rank + first + last);
+      const A* const in_z = z + std::min(source, last_z);
+      const A* const in_dots = dots + std::max<int64_t>(source - rank - first, 0);
+      to[i] = *(source < rank ? in_z : in_dots);
     }
   }
 

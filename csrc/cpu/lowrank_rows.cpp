@@ -88,6 +88,16 @@ SOCO_SHARED auto load_some(const T* from, int64_t count) {
   return load(padded);
 }
 
+// Zeros in all lanes but the last `count`.
+template <typename A>
+SOCO_SHARED Vec<A> last_lanes(Vec<A> v, int64_t count) {
+  using Mask = decltype(v == v);
+  Mask lanes;
+  for (int lane = 0; lane < kLanes<A>; ++lane) lanes[lane] = lane;
+  const Mask kept = lanes >= static_cast<decltype(lanes[0] + 0)>(kLanes<A> - count);
+  return reinterpret_cast<Vec<A>>(reinterpret_cast<Mask>(v) & kept);
+}
+
 // dots[t][r] = dot(x[t], w[r]) for kTokens rows of x and kRows rows of w. One accumulator per pair
 // and one order of the sum, so a pair's value does not depend on the block it was computed in.
 template <int kTokens, int kRows, typename W, typename A>
@@ -111,15 +121,52 @@ SOCO_SHARED void dot_block(const A* x, int64_t x_stride, const W* w, int64_t w_s
   }
   for (; k + lanes <= inner; k += lanes) add(k);
   if (k < inner) {
+    const int64_t rest = inner - k;
+    const auto load_rest = [&](const auto* row) __attribute__((always_inline)) {
+      // A register that ends where the row ends, without the lanes that were added already.
+      return inner < lanes ? load_some(row + k, rest)
+                           : last_lanes<A>(load(row + inner - lanes), rest);
+    };
     Vec<A> ws[kRows];
-    for (int r = 0; r < kRows; ++r) ws[r] = load_some(w + r * w_stride + k, inner - k);
+    for (int r = 0; r < kRows; ++r) ws[r] = load_rest(w + r * w_stride);
     for (int t = 0; t < kTokens; ++t) {
-      const Vec<A> xs = load_some(x + t * x_stride + k, inner - k);
+      const Vec<A> xs = load_rest(x + t * x_stride);
       for (int r = 0; r < kRows; ++r) sums[t][r] += xs * ws[r];
     }
   }
   for (int t = 0; t < kTokens; ++t)
     for (int r = 0; r < kRows; ++r) dots[t][r] = total<A>(sums[t][r]);
+}
+
+// e^x, to about one unit in the last place: 2^n e^r with |r| <= log(2)/2, and a polynomial for e^r
+// (Cephes' expf). log(2) is the sum of a number of few bits, n times which is exact, and a rest.
+// 2^n is two factors, so that what is too large becomes Inf, and what is small loses its bits one
+// by one; NaN stays.
+SOCO_SHARED Vec<float> exponential(Vec<float> x) {
+  typedef int32_t Ints __attribute__((vector_size(kBytes)));
+  constexpr float kLog2 = 0.693359375F, kRest = -2.12194440e-4F, kShift = 0x1.8p23F;
+  x = x > 104 ? filled(104.0F) : x;
+  x = x < -104 ? filled(-104.0F) : x;
+  const Vec<float> shifted = x * 1.44269504F + kShift;  // the low bits are those of n
+  const Vec<float> n = shifted - kShift, r = x - n * kLog2 - n * kRest;
+  Vec<float> p = filled(1.9875691500e-4F);
+  for (const float next :
+       {1.3981999507e-3F, 8.3334519073e-3F, 4.1665795894e-2F, 1.6666665459e-1F, 5.0000001201e-1F})
+    p = p * r + next;
+  p = p * r * r + r + 1;
+  const Ints bits = reinterpret_cast<Ints>(shifted) - reinterpret_cast<Ints>(filled(kShift));
+  const Ints half = bits >> 1, other = bits - half;
+  return p * reinterpret_cast<Vec<float>>((half + 127) << 23) *
+         reinterpret_cast<Vec<float>>((other + 127) << 23);
+}
+SOCO_SHARED Vec<double> exponential(Vec<double> x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
+  return x;
+}
+
+template <typename V>
+SOCO_SHARED V gated(V v, V factor) {
+  return v / (1 + exponential(-v)) * factor;
 }
 
 template <typename W>
@@ -204,7 +251,24 @@ void dot_rows(const void* x, const void* weight, void* dots, int64_t tokens, int
   });
 }
 
+template <Level>
+void gate_rows(void* values, const void* factors, int64_t count, Dtype dtype) {
+  visit(dtype, [&](auto* tag) {
+    using A = Accumulate<std::remove_pointer_t<decltype(tag)>>;
+    A* const to = static_cast<A*>(values);
+    const A* const with = static_cast<const A*>(factors);
+    int64_t i = 0;
+    for (; i + kLanes<A> <= count; i += kLanes<A>)
+      store<A>(to + i, gated(load(to + i), load(with + i)));
+    if (i < count) {  // the same way: a value does not depend on where it is
+      const Vec<A> v = gated(load_some(to + i, count - i), load_some(with + i, count - i));
+      memcpy(to + i, &v, (count - i) * sizeof(A));
+    }
+  });
+}
+
 constexpr Level kLevel = static_cast<Level>(SOCO_LEVEL);
+template void gate_rows<kLevel>(void*, const void*, int64_t, Dtype);
 template void widen_row<kLevel>(const void*, void*, int64_t, Dtype);
 template void dot_rows<kLevel>(const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t,
                                int64_t, int64_t, Dtype);

@@ -27,6 +27,9 @@ void dot_rows(const void* x,       // (tokens, inner), rows x_stride apart, of t
               void* dots,  // (tokens, rows), rows dots_stride apart, of the type of the sums
               int64_t tokens, int64_t inner, int64_t rows, int64_t x_stride, int64_t w_stride,
               int64_t dots_stride, Dtype dtype);
+// values = silu(values) * factors, all of the type of the sums for dtype; silu(v) = v / (1 + e^-v)
+template <Level>
+void gate_rows(void* values, const void* factors, int64_t count, Dtype dtype);
 
 // sketch_rows.cpp: rows begin .. end-1 of omega (.., columns)
 template <Level>
