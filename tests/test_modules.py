@@ -396,6 +396,18 @@ def test_at_once_sees_every_change(kind, change):
 
 
 @torch.no_grad()
+def test_at_once_sees_other_views_of_the_same_memory():
+    made, x = layer(in_features=3, out_features=3, rank=3, bias=False), inputs(2, 3)
+    up, down = made.up.weight.detach().clone(), made.down.weight.detach().clone()
+    made(x)
+    made.down.weight.data = made.down.weight.data.T
+    torch.testing.assert_close(made(x), x @ down @ up.T)
+    made.down.weight.data = made.down.weight.data.T[:2]
+    made.up.weight.data = made.up.weight.data[:, :2]
+    torch.testing.assert_close(made(x), x @ down[:2].T @ up[:, :2].T)
+
+
+@torch.no_grad()
 def test_at_once_sees_other_pivots():
     made, x = pivoted(), inputs(2, 6)
     made(x)
