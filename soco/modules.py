@@ -109,9 +109,10 @@ class CompressedLinear(nn.Module):
         found = [
             None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors
         ]
-        if self._call is None or self._call.made_for != found:
-            self._call = ops.direct_call(down, up, tensors[2], source, made_for=found)
-        return self._call(x)
+        call = self._call
+        if call is None or call.made_for != found:
+            call = self._call = ops.direct_call(down, up, tensors[2], source, made_for=found)
+        return call(x)
 
     def _weight(self, up: Tensor, down: Tensor) -> Tensor:
         """The dense weight (out, in) of these factors."""
