@@ -25,7 +25,7 @@ SORTING = "gpt-nano-sort-gpt2"  # sorts six digits; it has no tokenizer, and no 
 RATIOS = {
     "babyllama105": (0.2, 0.4, 0.6),
     "stories260K": (0.2, 0.4, 0.6),
-    "books-llama-6m": (0.4, 0.6, 0.8),
+    "books-llama-6m": (0.2, 0.4, 0.6, 0.8),
     "books-llama-1m": (0.2, 0.4, 0.6, 0.8),
     SORTING: (0.2, 0.4, 0.6, 0.8),
 }
