@@ -39,16 +39,10 @@ class LayerState:
 
     def __init__(self, layer: CompressedLinear) -> None:
         self._factors = [
-            (
-                name,
-                factor,
-                vars(factor),
-                factor._parameters,
-                factor.weight,
-                factor.weight.data_ptr(),
-            )
+            (name, factor, vars(factor), factor._parameters, factor.weight)
             for name, factor in (("down", layer.down), ("up", layer.up))
         ]
+        self._addresses = [weight.data_ptr() for *_, weight in self._factors]
         self._modules, self._parameters = layer._modules, layer._parameters
         self._buffers = layer._buffers
         self._bias = layer.bias
@@ -69,7 +63,8 @@ class LayerState:
 
     def _found(self) -> bool:
         """Look. It reads dictionaries, since attributes of modules are slow."""
-        for name, factor, attributes, parameters, weight, address in self._factors:
+        known = zip(self._factors, self._addresses, strict=True)
+        for (name, factor, attributes, parameters, weight), address in known:
             if (
                 self._modules.get(name) is not factor
                 or type(factor) is not nn.Linear
@@ -230,7 +225,7 @@ class LayerGroup:
     def __reduce__(self) -> Any:
         """None, as for copies."""
         if self.weights is None:
-            return _nothing, ()
+            return type(None), ()
         return super().__reduce__()
 
 
@@ -387,7 +382,3 @@ def _take_away(layers: Sequence[CompressedLinear]) -> None:
     for layer in layers:
         for factor in (layer.down, layer.up):
             factor.weight = nn.Parameter(factor.weight.to("meta"), requires_grad=False)
-
-
-def _nothing() -> None:
-    """What a group becomes in a file."""

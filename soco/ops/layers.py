@@ -134,13 +134,13 @@ def expanded(
 
 def compute(run: Run, x: Tensor, weights: Weights, residual: Tensor | None = None) -> Tensor:
     """The outputs of a group, checked before: contiguous, and of ``x``'s dtype."""
-    down, inputs = weights.down, x.shape[-1]
+    down = weights.down
     tokens = math.prod(x.shape[:-1])
     if tokens > most_tokens(x.device.type, x.dtype, down.dtype):
         return _by_products(x, weights, residual).contiguous()
-    width, ranks = weights.width, down.shape[0]
-    check_size(tokens, max(inputs, ranks, width * (1 + weights.gated)))
-    y = x.new_empty((*x.shape[:-1], width))
+    ranks = down.shape[0]
+    check_size(tokens, max(x.shape[-1], ranks, sum(weights.outs)))
+    y = x.new_empty((*x.shape[:-1], weights.width))
     if y.numel() > 0:
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         weights = packed(weights)
